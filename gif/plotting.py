@@ -1,0 +1,30 @@
+"""One look for every picture, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gif.files import atomic_path
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
+"""Okabe and Ito's palette: told apart by people who see colours differently."""
+
+DPI = 130
+
+
+def figure(width: float = 6.4, height: float = 4.2) -> tuple[Figure, Any]:
+    """A figure of width x height inches with one axes."""
+    drawing = Figure(figsize=(width, height), layout="constrained")
+    axes = drawing.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return drawing, axes
+
+
+def save_figure(drawing: Figure, path: str | Path) -> None:
+    """Write the figure as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        drawing.savefig(temporary, dpi=DPI, format="png")

@@ -1,0 +1,60 @@
+"""One look for everything that takes more than a second: what is done, how fast, and when it will end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console()
+PLAIN_INTERVAL = 5.0  # seconds between lines where the output is not a terminal
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str = "items") -> Iterator[Callable[..., None]]:
+    """Show a progress bar with rate and ETA; yields ``advance(n, note="")``.
+
+    On a terminal it is one live line. In a log file it is a line every few seconds, so that a log stays readable.
+    ``note`` is a short text shown after the bar: a loss, an optimality gap.
+    """
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(description, total=total, unit=unit, note="")
+            yield lambda n, note="": bar.update(task, advance=n, note=note)
+        return
+
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(n: int, note: str = "") -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL or done >= total:
+            last = now
+            rate = done / max(now - start, 1e-9)
+            left = max(total - done, 0) / max(rate, 1e-9)
+            console.print(
+                f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left {note}".rstrip(),
+                highlight=False,
+            )
+
+    yield advance
