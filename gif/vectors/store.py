@@ -1,0 +1,87 @@
+"""The table of code vectors h_y: one unit vector an identity, in memory or memory-mapped from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gif.files import load_tensors, locate_tensor, save_tensors
+
+FORMAT = "gif.code_vectors/1"
+_ROWS_A_BLOCK = 1 << 18
+
+
+class CodeVectors:
+    """Code vectors of m identities, each of unit length (METHOD: h_y).
+
+    Args:
+        table: (m, d) float32, bfloat16 or float16. Rows are normalised in place, unless ``normalized`` says they are.
+        normalized: the rows already have unit length.
+
+    ``table`` stays the very tensor given, where its dtype and layout allow: no second copy of a large table is made.
+
+    Raises ValueError if the table is not (m, d), holds NaN or infinity, or has a row of zeros.
+    """
+
+    def __init__(self, table: Tensor, *, normalized: bool = False) -> None:
+        if table.ndim != 2 or min(table.shape) < 1 or not table.is_floating_point():
+            raise ValueError(f"vectors must be (m, d) floating point, got {tuple(table.shape)} {table.dtype}")
+        self.table = table.detach()
+        if not normalized:
+            for rows in self.table.split(_ROWS_A_BLOCK):
+                norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+                if not bool(norm.isfinite().all()):
+                    raise ValueError("vectors hold NaN or infinity; check the encoder and the images it was given")
+                if bool((norm == 0).any()):
+                    raise ValueError("a vector is all zeros and has no direction; drop that identity or its images")
+                rows.copy_(rows / norm.to(torch.promote_types(rows.dtype, torch.float32)))
+
+    @classmethod
+    def load(cls, path: str | Path, *, mmap: bool = False, writable: bool = False) -> CodeVectors:
+        """Read a table from ``path``.
+
+        ``mmap`` leaves it on disk and reads the rows that are asked for. ``writable`` (with ``mmap``) lets in-place
+        updates reach the file; otherwise they stay private to this process.
+
+        Raises FileNotFoundError, or ValueError if the file is truncated, damaged or of another kind.
+        """
+        if not mmap:
+            tensors, _ = load_tensors(path, format=FORMAT)
+            if "vectors" not in tensors:
+                raise ValueError(f"{path} has no tensor named vectors; it has {sorted(tensors)}")
+            return cls(tensors["vectors"], normalized=True)
+        where = locate_tensor(path, "vectors", format=FORMAT)
+        size = torch.empty((), dtype=where.dtype).element_size()
+        raw = np.memmap(path, np.uint8, "r+" if writable else "c", where.offset, int(np.prod(where.shape)) * size)
+        return cls(torch.from_numpy(raw).view(where.dtype).view(where.shape), normalized=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as safetensors, atomically."""
+        save_tensors(path, {"vectors": self.table}, format=FORMAT)
+
+    def lookup(self, labels: Tensor) -> Tensor:
+        """Rows of identities ``labels`` (B,) as (B, d), on the labels' device, in the table's dtype.
+
+        Raises ValueError for a label outside [0, m). Only the rows asked for are read or moved.
+        """
+        index = labels.to(self.table.device)
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(self)):
+            raise ValueError(
+                f"labels must lie in [0, {len(self)}), got [{int(index.min())}, {int(index.max())}]; "
+                "this table was made for other identities"
+            )
+        return self.table[index].to(labels.device)
+
+    @property
+    def width(self) -> int:
+        """d, the width of a vector."""
+        return self.table.shape[1]
+
+    def __len__(self) -> int:
+        return self.table.shape[0]
+
+    def __repr__(self) -> str:
+        return f"CodeVectors({len(self)} x {self.width}, {self.table.dtype}, {self.table.device})"
