@@ -1,0 +1,48 @@
+"""From stored images to what a backbone sees: the field's pixel range, and random affine changes in training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def normalize_pixels(images: Tensor) -> Tensor:
+    """(x / 255 - 0.5) / 0.5 of uint8 images: float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+@dataclass(frozen=True)
+class RandomAffine:
+    """A random rotation, scale and shift for each image of a batch, by bilinear sampling.
+
+    Args:
+        degrees: rotation, uniform in [-degrees, degrees].
+        scale: largest factor; log-uniform in [1 / scale, scale].
+        shift: largest shift along each axis, as a share of the image's side.
+
+    Pixels from outside the image take the value ``fill`` (in the normalised range; -1 is black).
+    """
+
+    degrees: float = 10.0
+    scale: float = 1.15
+    shift: float = 0.08
+    fill: float = -1.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, c, h, w) float, changed; random numbers come from torch's global generator."""
+        count, device = len(images), images.device
+
+        def uniform(limit: float) -> Tensor:
+            return (torch.rand(count, device=device) * 2 - 1) * limit
+
+        angle = uniform(math.radians(self.degrees))
+        zoom = torch.exp(uniform(math.log(self.scale)))
+        cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+        x, y = uniform(2 * self.shift), uniform(2 * self.shift)
+        matrices = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(-1, 2, 3)
+        grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+        return F.grid_sample(images - self.fill, grid, align_corners=False) + self.fill

@@ -1,0 +1,206 @@
+"""Glyphs: real identities, split so that an error rate measured on them is true."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gif.data.glyphs import GlyphSplit, glyphs
+from gif.data.images import IdentityImages
+
+module = importlib.import_module("gif.data.glyphs")  # the package shows the function under the module's name
+
+# Letters, digits and punctuation of Latin, Greek and Cyrillic: everything the defaults do, in seconds.
+COMMON: Any = {"min_fonts": 13}
+# Latin letters and digits only: for what has to be rendered again.
+FEW: Any = {"min_fonts": 20}
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("glyphs")
+
+
+@pytest.fixture(scope="session")
+def split(cache_dir: Path) -> GlyphSplit:
+    return glyphs(**COMMON, cache_dir=cache_dir)
+
+
+@pytest.fixture
+def renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of each rendering made so far."""
+    sizes: list[int] = []
+    render = module._render
+
+    def counted(fonts: dict[Path, list[str]], size: int) -> object:
+        sizes.append(size)
+        return render(fonts, size)
+
+    monkeypatch.setattr(module, "_render", counted)
+    return sizes
+
+
+def parts(split: GlyphSplit) -> list[IdentityImages]:
+    return [split.train, split.held_out]
+
+
+def identity_of(split: GlyphSplit, character: str) -> str:
+    (name,) = [name for part in parts(split) for name in part.names if character in name]
+    return name
+
+
+def same(one: GlyphSplit, other: GlyphSplit) -> bool:
+    return all(
+        a.names == b.names and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(parts(one), parts(other), strict=True)
+    )
+
+
+def test_counts(split: GlyphSplit) -> None:
+    identities = split.train.num_identities + split.held_out.num_identities
+    assert 1000 < identities < 1300
+    assert split.held_out.num_identities == round(0.2 * identities)
+    assert 8 * identities < len(split.train) + len(split.held_out) < 16 * identities
+
+
+def test_images_and_labels(split: GlyphSplit) -> None:
+    for part in parts(split):
+        assert part.images.shape[1:] == (1, 32, 32) and part.images.dtype == torch.uint8
+        counts = part.labels.bincount(minlength=part.num_identities)
+        assert len(counts) == part.num_identities and counts.min() >= 2
+        assert part.images.flatten(1).any(1).all()
+
+
+def test_ink_is_centred(split: GlyphSplit) -> None:
+    for axis in (2, 3):
+        ink = split.train.images[:, 0].amax(4 - axis) > 0  # (n, size): rows or columns with ink
+        before = ink.int().argmax(1)
+        after = ink.flip(1).int().argmax(1)
+        assert (before - after).abs().max() <= 1  # the grid's rounding
+
+
+def test_glyphs_wider_than_the_canvas_are_scaled_to_fit() -> None:
+    (path,) = [path for path in module._font_files() if path.stem == "DejaVuSans"]
+    image = module._draw(module.ImageFont.truetype(str(path), 32 * module.SUPERSAMPLING), "Ǆ", 32)  # 1.5 em wide
+    rows, columns = image.any(axis=1), image.any(axis=0)
+    assert columns.all() and not rows[0] and not rows[-1]
+    assert 0 < image.min(where=image > 0, initial=255) < 255  # smooth, not subsampled
+
+
+@pytest.mark.parametrize(
+    "characters",
+    ["AΑА", "oοо", "IΙІ", "BΒВ", "µμ", ",’", "\N{MACRON}\N{COMBINING MACRON BELOW}"],
+)
+def test_look_alikes_are_one_identity(split: GlyphSplit, characters: str) -> None:
+    assert set(characters) <= set(identity_of(split, characters[0]))
+
+
+@pytest.mark.parametrize("characters", ["Il1|", "O0Qo", "cç", "ÀÁÄ", "mт", "ЗЭ", "E€", ".:,;"])
+def test_what_differs_stays_apart(split: GlyphSplit, characters: str) -> None:
+    assert len({identity_of(split, character) for character in characters}) == len(characters)
+
+
+def test_no_identity_is_in_both_parts(split: GlyphSplit) -> None:
+    characters = [c for part in parts(split) for name in part.names for c in name]
+    assert len(set(characters)) == len(characters)
+
+
+def test_no_image_occurs_twice(split: GlyphSplit) -> None:
+    """Neither under two identities (a false impostor) nor under one (a trivial genuine pair)."""
+    images = torch.cat([part.images for part in parts(split)])
+    assert len(module._alike(images[:, 0].numpy())) == 0
+    assert len({image.numpy().tobytes() for image in images}) == len(images)
+
+
+def test_look_alike_pairs_are_those_of_brute_force() -> None:
+    generator = np.random.default_rng(0)
+    originals = generator.integers(0, 256, (40, 17, 17))
+    noise = generator.integers(-1, 2, (40, 17, 17)) * generator.choice([1, 24, 47, 48, 49], (40, 1, 1))
+    images = np.concatenate([originals, originals + noise]).clip(0, 255).astype(np.uint8)
+    difference = np.abs(images[:, None].astype(int) - images[None]).max(axis=(2, 3))
+    expected = np.argwhere(np.triu(difference <= module.TOLERANCE, 1))
+    assert 0 < len(expected) < 40
+    np.testing.assert_array_equal(module._alike(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("alike_in", "merged"), [((), False), ((0,), False), ((0, 1), True), ((0, 1, 2, 3), True), ((4,), False)]
+)
+def test_characters_merge_when_alike_in_half_of_their_fonts(alike_in: tuple[int, ...], merged: bool) -> None:
+    """Character 0 is in fonts 0 to 4, character 1 in fonts 0 to 3 (images 5 to 8): they share four."""
+    character, fonts = np.array([0] * 5 + [1] * 4), np.array([0, 1, 2, 3, 4, 0, 1, 2, 3])
+    pairs = np.array([(font, min(5 + font, 8)) for font in alike_in], dtype=int).reshape(-1, 2)
+    identity = module._identities(character, fonts, pairs)
+    assert (identity[0] == identity[1]) == merged
+
+
+def test_seed_decides_the_split(split: GlyphSplit, cache_dir: Path) -> None:
+    assert same(split, glyphs(**COMMON, cache_dir=cache_dir))
+    other = glyphs(**COMMON, seed=1, cache_dir=cache_dir)
+    assert set(other.held_out.names) != set(split.held_out.names)
+    assert sorted(other.train.names + other.held_out.names) == sorted(split.train.names + split.held_out.names)
+
+
+def test_held_out_and_size_are_obeyed(cache_dir: Path) -> None:
+    split = glyphs(**FEW, size=16, held_out=0.5, cache_dir=cache_dir)
+    assert abs(split.train.num_identities - split.held_out.num_identities) <= 1
+    assert split.train.images.shape[1:] == (1, 16, 16)
+
+
+def test_rendered_once(tmp_path: Path, renderings: list[int]) -> None:
+    first = glyphs(**FEW, cache_dir=tmp_path)
+    assert same(first, glyphs(**FEW, cache_dir=tmp_path))
+    assert renderings == [32]
+
+
+def test_other_images_are_cached_apart(tmp_path: Path, renderings: list[int]) -> None:
+    glyphs(**FEW, cache_dir=tmp_path)
+    glyphs(**FEW, size=16, cache_dir=tmp_path)
+    glyphs(min_fonts=21, cache_dir=tmp_path)
+    assert renderings == [32, 16, 32] and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "a bit flipped", "another file"])
+def test_damaged_cache_is_rendered_again(
+    tmp_path: Path, renderings: list[int], capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    first = glyphs(**FEW, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    damaged = {"truncated": content[:-100], "empty": b"", "a bit flipped": flipped, "another file": b"hello" * 100}
+    file.write_bytes(damaged[damage])
+    capsys.readouterr()
+
+    assert same(first, glyphs(**FEW, cache_dir=tmp_path))
+    assert "rendering the glyphs again" in " ".join(capsys.readouterr().out.split())
+    assert same(first, glyphs(**FEW, cache_dir=tmp_path))
+    assert renderings == [32, 32]
+
+
+def test_default_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    glyphs(**FEW)
+    assert [file.suffix for file in (tmp_path / "gif").iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 15}, "size is 15"),
+        ({"size": 129}, "size is 129"),
+        ({"held_out": 0.0}, "held_out is 0.0"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"held_out": float("nan")}, "held_out is nan"),
+        ({**FEW, "held_out": 0.001}, "both parts need at least 2"),
+        ({"min_fonts": 1}, "min_fonts is 1"),
+        ({"min_fonts": 1000}, "min_fonts is 1000"),
+    ],
+)
+def test_bad_arguments(cache_dir: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        glyphs(**options, cache_dir=cache_dir)
