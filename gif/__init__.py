@@ -1,0 +1,17 @@
+"""Train recognition models with millions of identities: structured identity codes instead of a softmax."""
+
+from gif.codes import IdentityCodes, tokenize
+from gif.losses import GIFLoss, MarginSoftmax
+from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
+from gif_kernels import AngularMargin
+
+__all__ = [
+    "AngularMargin",
+    "CodeVectors",
+    "GIFLoss",
+    "IdentityCodes",
+    "MarginSoftmax",
+    "initial_code_vectors",
+    "spread_code_vectors",
+    "tokenize",
+]

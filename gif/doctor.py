@@ -1,0 +1,66 @@
+"""What runs here, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+from rich.table import Table
+
+import gif_kernels  # noqa: F401 (registers the ops)
+from gif.progress import console
+from gif_kernels import dispatch
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "safetensors",
+    "open_clip_torch",
+    "timm",
+    "scipy",
+    "scikit-learn",
+)
+
+
+def doctor() -> None:
+    """Show the machine, the versions, and which implementation each kernel will use, and why."""
+    facts = Table(title="machine", show_header=False)
+    facts.add_row("python", platform.python_version())
+    facts.add_row("platform", platform.platform())
+    facts.add_row(
+        "CPU",
+        f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+    )
+    for name in devices():
+        facts.add_row("device", name)
+    console.print(facts)
+
+    versions = Table("package", "version", title="packages")
+    for package in PACKAGES:
+        try:
+            versions.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            versions.add_row(package, "[yellow]not installed[/]")
+    console.print(versions)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = Table("op", f"impl on {device}", "why", title="kernels")
+    for op in dispatch.ops():
+        chosen.add_row(op, *dispatch.choose(op, device))
+    console.print(chosen)
+
+
+def devices() -> list[str]:
+    """Names and memory of the accelerators, or why there is none."""
+    if not torch.cuda.is_available():
+        return [f"no accelerator: torch {torch.__version__} sees no CUDA or ROCm device; the CPU paths run"]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return found

@@ -1,0 +1,68 @@
+"""A head by name, as configs and the command line give it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from gif.codes import IdentityCodes
+from gif.losses.gif_loss import GIFLoss
+from gif.losses.recipes import RecipeName
+from gif.losses.softmax import MarginSoftmax
+from gif.losses.token_weights import TokenWeights
+from gif.vectors.store import CodeVectors
+from gif_kernels import AngularMargin
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Which loss to train with.
+
+    Args:
+        kind: "gif" predicts identity codes; "softmax" has a centre an identity; "partial_fc" samples those centres.
+        recipe: gif: "live" contrasts with moving code vectors, "paper" is the published pair of losses.
+        overrides: gif: numbers of the recipe to set, such as {vector_lr: 1.0, scale: 32.0}.
+        projection: gif: "linear" gives each token a projection of its own, "none" does not.
+        token_weights: gif: weight of each token's loss over the code.
+        scale: softmax and partial_fc: s of the logits.
+        margin: softmax and partial_fc: of the target logit.
+        sample_rate: partial_fc: share of the identities in a step.
+    """
+
+    kind: Literal["gif", "softmax", "partial_fc"] = "gif"
+    recipe: RecipeName = "live"
+    overrides: dict[str, float] = field(default_factory=dict)
+    projection: Literal["linear", "none"] = "linear"
+    token_weights: TokenWeights = "uniform"
+    scale: float = 64.0
+    margin: AngularMargin = AngularMargin()  # noqa: RUF009 (frozen)
+    sample_rate: float = 0.1
+
+    def build(
+        self, num_identities: int, embedding_size: int, codes: IdentityCodes | None, vectors: CodeVectors | None
+    ) -> nn.Module:
+        """The loss, with fresh parameters; ``codes`` and ``vectors`` are needed for kind "gif".
+
+        Raises ValueError where they are missing or are for another number of identities.
+        """
+        if self.kind != "gif":
+            rate = self.sample_rate if self.kind == "partial_fc" else 1.0
+            return MarginSoftmax(num_identities, embedding_size, margin=self.margin, scale=self.scale, sample_rate=rate)
+        if codes is None:
+            raise ValueError("head kind gif needs codes; make them with `gif tokenize` and give --codes")
+        if len(codes) != num_identities:
+            raise ValueError(
+                f"the codes are for {len(codes)} identities and the data set has {num_identities}; make code vectors "
+                "and codes from this data set"
+            )
+        return GIFLoss(
+            codes,
+            vectors,
+            embedding_size,
+            recipe=self.recipe,
+            projection=self.projection,
+            token_weights=self.token_weights,
+            **self.overrides,
+        )

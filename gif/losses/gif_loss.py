@@ -1,0 +1,179 @@
+"""The loss that replaces a softmax over identities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gif.codes import IdentityCodes
+from gif.losses.recipes import RECIPES, Recipe, RecipeName
+from gif.losses.token_weights import TokenWeights, token_weights
+from gif.vectors.store import CodeVectors
+from gif_kernels import checks, code_contrast_loss, code_regression_loss, token_margin_loss
+from gif_kernels.reduction import reduce_rows
+
+
+class GIFLoss(nn.Module):
+    """L = alpha L_C + gamma L_AR + beta L_CC: predict the identity's code, and find its code vector among others.
+
+    Memory and time depend on the codes' length and vocabulary, not on the number of identities. The tables of codes and
+    of code vectors are no parameters, are not in ``state_dict()``, and need not be on the embeddings' device: a step
+    reads the rows of its own batch, and of their siblings in the code tree. ``state_dict()`` holds the trained
+    parameters and the fingerprint of the code table; loading it into a loss with other codes raises ValueError.
+
+    Recipe "paper" is L_C + L_AR as published. Recipe "live", the default, adds the contrast L_CC, and lets the code
+    vectors it reads take a step of gradient descent with every forward pass in training: **the table given as
+    ``vectors`` changes in place**, and belongs to the training state (see `tables`).
+
+    Args:
+        codes: the identities' codes, (m, l) in [0, v).
+        vectors: the identities' code vectors, (m, d); None where no term reads them.
+        embedding_size: d, the width of the embeddings.
+        recipe: the terms, their weights, scales and margins, by name or as a `Recipe`.
+        projection: "linear" gives each token its own projection P_j (d x d); "none" compares the embedding itself.
+        token_weights: lambda, a pattern's name or (l,) weights, which are normalised to sum 1.
+        overrides: fields of `Recipe` to set, such as ``scale=32.0`` or ``regression_weight=0.0``.
+
+    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other.
+    """
+
+    def __init__(
+        self,
+        codes: IdentityCodes,
+        vectors: CodeVectors | None,
+        embedding_size: int = 512,
+        *,
+        recipe: RecipeName | Recipe = "live",
+        projection: Literal["linear", "none"] = "linear",
+        token_weights: TokenWeights | Tensor = "uniform",
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(recipe, str):
+            checks.choice("recipe", recipe, tuple(RECIPES))
+            recipe = RECIPES[recipe]
+        self.recipe = replace(recipe, **overrides)
+        if vectors is None and self.recipe.needs_vectors:
+            raise ValueError(
+                "vectors are needed for the regression and contrast terms; give them, or set regression_weight=0 and "
+                "contrast_weight=0"
+            )
+        if vectors is not None and len(vectors) != len(codes):
+            raise ValueError(
+                f"codes are for {len(codes)} identities and vectors for {len(vectors)}; tokenize these vectors"
+            )
+        if vectors is not None and vectors.width != embedding_size:
+            raise ValueError(f"vectors have width {vectors.width}, embedding_size is {embedding_size}; make them agree")
+        checks.choice("projection", projection, ("linear", "none"))
+        self.codes = codes
+        self.vectors = vectors
+        self.embedding_size = embedding_size
+        length, vocab = codes.length, codes.vocab_size
+        self.centers = nn.Parameter(torch.randn(length, vocab, embedding_size) / embedding_size**0.5)
+        self.projections = None
+        if projection == "linear":
+            self.projections = nn.Parameter(torch.empty(length, embedding_size, embedding_size))
+            for matrix in self.projections:
+                nn.init.orthogonal_(matrix)
+        self.register_buffer("token_weights", _weights(token_weights, length), persistent=False)
+        self.token_weights: Tensor
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""
+        checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
+        recipe = self.recipe
+        loss = embeddings.new_zeros((), dtype=torch.float32)
+        if recipe.code_weight > 0:
+            loss = loss + recipe.code_weight * self.code_loss(embeddings, labels)
+        if recipe.regression_weight > 0:
+            loss = loss + recipe.regression_weight * self.regression_loss(embeddings, labels)
+        if recipe.contrast_weight > 0:
+            loss = loss + recipe.contrast_weight * self.contrast_loss(embeddings, labels)
+        return loss
+
+    def code_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """L_C (): cross entropy of the tokens, unweighted."""
+        return token_margin_loss(
+            embeddings,
+            self.centers,
+            self.codes.lookup(labels),
+            projections=self.projections,
+            token_weights=self.token_weights,
+            margin=self.recipe.margin,
+            scale=self.recipe.scale,
+        )
+
+    def regression_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """L_AR (): squared distance of the cosine to the own code vector from 1, halved, unweighted."""
+        assert self.vectors is not None  # checked at construction
+        rows = code_regression_loss(embeddings, self.vectors.lookup(labels.clamp(min=0)), reduction="none")
+        return reduce_rows(rows, labels >= 0, "mean")
+
+    def contrast_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
+
+        In training with gradients, those code vectors then take their step: h <- normalise(h - vector_lr dL_CC/dh).
+        """
+        assert self.vectors is not None  # checked at construction
+        recipe = self.recipe
+        own = torch.where(labels >= 0, labels, labels.max().clamp(min=0))  # an ignored row brings nobody new
+        candidates = torch.cat([own, self.codes.siblings(own, recipe.siblings).flatten()])
+        vectors = self.vectors.lookup(candidates)
+        moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
+        if moves:
+            vectors.requires_grad_()
+        loss = code_contrast_loss(
+            embeddings,
+            vectors,
+            labels,
+            candidates=candidates,
+            margin=recipe.contrast_margin,
+            scale=recipe.contrast_scale,
+        )
+        if moves:
+            (gradient,) = torch.autograd.grad(loss, vectors, retain_graph=True)
+            self.vectors.move_(candidates, gradient, recipe.vector_lr)
+        return loss
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor) -> Tensor:
+        """The likeliest token at each place of the code, (B, l) int64, for embeddings (B, d)."""
+        features = nn.functional.normalize(embeddings.to(self.centers.dtype), dim=1)
+        centers = nn.functional.normalize(self.centers, dim=2)
+        if self.projections is None:
+            return torch.einsum("bd,lvd->blv", features, centers).argmax(2)
+        return torch.einsum("bd,lid,lvi->blv", features, self.projections, centers).argmax(2)
+
+    def tables(self) -> dict[str, Tensor]:
+        """What training changes beside the parameters, to be saved with a checkpoint and restored in place.
+
+        The code vectors (m, d) under "vectors" where the recipe moves them, else nothing.
+        """
+        return {"vectors": self.vectors.table} if self.vectors is not None and self.recipe.moves_vectors else {}
+
+    def get_extra_state(self) -> Tensor:
+        """Fingerprint of the code table, as bytes: part of ``state_dict()``."""
+        return torch.tensor(list(bytes.fromhex(self.codes.fingerprint)), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise ValueError unless the state was made with this code table."""
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            raise ValueError(
+                "this state was trained with another code table (its fingerprint is "
+                f"{bytes(state.tolist()).hex()[:12]}..., the codes here have {self.codes.fingerprint[:12]}...); "
+                "load the codes file that was used in training"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.codes}, {self.recipe}"
+
+
+def _weights(weights: TokenWeights | Tensor, length: int) -> Tensor:
+    if isinstance(weights, str):
+        return token_weights(weights, length)
+    if weights.shape != (length,) or bool((weights < 0).any()) or float(weights.sum()) <= 0:
+        raise ValueError(f"token_weights must be ({length},) weights >= 0 with a sum > 0, got {weights}")
+    return (weights / weights.sum()).detach().float()

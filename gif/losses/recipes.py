@@ -1,0 +1,71 @@
+"""The terms of GIFLoss and their weights, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gif_kernels import AngularMargin
+
+RecipeName = Literal["live", "paper"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """L = alpha L_C + gamma L_AR + beta L_CC, and how the code vectors move.
+
+    Args:
+        code_weight: alpha, of the tokens' cross entropy L_C.
+        scale: s of L_C.
+        margin: of L_C.
+        regression_weight: gamma, of the pull towards the own code vector L_AR.
+        contrast_weight: beta, of the cross entropy L_CC between the code vectors of the batch and of their siblings.
+        contrast_scale: s of L_CC.
+        contrast_margin: of L_CC.
+        siblings: negatives that each identity of the batch brings to L_CC: its neighbours in the order of the codes,
+            which share the longest prefix with it.
+        vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean); 0 fixes them.
+
+    Raises ValueError for a weight, a rate or a number of siblings below 0, or no term at all.
+    """
+
+    code_weight: float
+    scale: float
+    margin: AngularMargin
+    regression_weight: float
+    contrast_weight: float = 0.0
+    contrast_scale: float = 32.0
+    contrast_margin: AngularMargin = AngularMargin(m2=0.0, m3=0.2)  # noqa: RUF009 (frozen)
+    siblings: int = 2
+    vector_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "vector_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.code_weight + self.regression_weight + self.contrast_weight == 0:
+            raise ValueError("all weights are 0, so there is nothing to learn; give at least one term a weight")
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether some term reads code vectors."""
+        return self.regression_weight + self.contrast_weight > 0
+
+    @property
+    def moves_vectors(self) -> bool:
+        """Whether training changes code vectors."""
+        return self.contrast_weight > 0 and self.vector_lr > 0
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "paper": Recipe(code_weight=1.0, scale=64.0, margin=AngularMargin(m2=0.5), regression_weight=1.0),
+    "live": Recipe(
+        code_weight=0.3,
+        scale=16.0,
+        margin=AngularMargin(m2=0.0, m3=0.1),
+        regression_weight=1.0,
+        contrast_weight=1.0,
+        vector_lr=2.0,
+    ),
+}
+"""paper: the two losses as published. live: with contrast against code vectors that move, at a cost that knows no m."""

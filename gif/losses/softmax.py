@@ -1,0 +1,63 @@
+"""The softmax heads that GIFLoss is measured against: one centre an identity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gif_kernels import AngularMargin, code_contrast_loss
+
+
+class MarginSoftmax(nn.Module):
+    """Margin softmax over all identities (ArcFace, CosFace, SphereFace), or over a sample of them (Partial FC).
+
+    Its weight, its gradient and its momentum are (m, d) each: what GIFLoss does without.
+
+    Args:
+        num_classes: m.
+        embedding_size: d.
+        margin: of the target logit.
+        scale: s of the logits.
+        sample_rate: share of the classes that take part in a step, in (0, 1]: the batch's own, and others at random
+            (Partial FC; An et al., 2022). 1 is the full softmax.
+
+    Raises ValueError for a sample rate outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int = 512,
+        *,
+        margin: AngularMargin = AngularMargin(),  # noqa: B008 (frozen)
+        scale: float = 64.0,
+        sample_rate: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate must lie in (0, 1], got {sample_rate}; 1 is the full softmax")
+        self.num_classes = num_classes
+        self.margin = margin
+        self.scale = scale
+        self.sample_rate = sample_rate
+        self.weight = nn.Parameter(torch.normal(0.0, 0.01, (num_classes, embedding_size)))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""
+        if self.sample_rate == 1:
+            return code_contrast_loss(embeddings, self.weight, labels, margin=self.margin, scale=self.scale)
+        chosen = self._sample(labels)
+        return code_contrast_loss(
+            embeddings, self.weight[chosen], labels, candidates=chosen, margin=self.margin, scale=self.scale
+        )
+
+    def _sample(self, labels: Tensor) -> Tensor:
+        """The batch's own classes and enough others, at random: (max(those, sample_rate m),) in order."""
+        priority = torch.rand(self.num_classes, device=labels.device)
+        own = labels[labels >= 0].unique()
+        priority[own] = 2.0
+        count = max(len(own), int(self.sample_rate * self.num_classes))
+        return priority.topk(count).indices.sort().values
+
+    def extra_repr(self) -> str:
+        return f"{self.num_classes} classes, {self.margin}, scale={self.scale}, sample_rate={self.sample_rate}"

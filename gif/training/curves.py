@@ -1,0 +1,30 @@
+"""Pictures of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gif.plotting import COLORS, figure, save_figure
+
+SMOOTHING = 25  # steps in the running mean
+
+
+def plot_losses(losses: Mapping[str, Tensor], path: str | Path) -> None:
+    """The loss of every step, thin, and its running mean, for each named run, on a logarithmic axis.
+
+    Losses of different heads are different quantities: compare their shape, not their height.
+    """
+    drawing, axes = figure()
+    for (name, values), color in zip(losses.items(), COLORS, strict=False):
+        values = values.float().cpu()
+        axes.plot(values, color=color, alpha=0.2, linewidth=0.6)
+        window = min(SMOOTHING, len(values))
+        smooth = values.unfold(0, window, 1).mean(1)
+        axes.plot(torch.arange(len(smooth)) + window - 1, smooth, color=color, label=name)
+    axes.set(xlabel="step", ylabel="loss (each head's own)", yscale="log", title="Training")
+    axes.legend(frameon=False)
+    save_figure(drawing, path)

@@ -1,0 +1,148 @@
+"""The `gif` command, as a user types it, on a data set small enough for a test."""
+
+import json
+
+import pytest
+import torch
+
+from gif import cli
+from gif.backbones import load_backbone
+from gif.codes import IdentityCodes
+from gif.data import GlyphSplit, IdentityImages
+from gif.experiments import quickstart as quickstart_module
+from gif.progress import console
+from gif.vectors import CodeVectors
+
+TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
+
+
+def tiny_images(identities, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(identities).repeat(6)
+    patterns = torch.randint(0, 200, (identities, 1, 16, 16), generator=generator)
+    noise = torch.randint(0, 55, (len(labels), 1, 16, 16), generator=generator)
+    names = [chr(ord("a") + i) for i in range(identities)]
+    return IdentityImages((patterns[labels] + noise).to(torch.uint8), labels, names)
+
+
+@pytest.fixture
+def tiny_data(monkeypatch):
+    split = GlyphSplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
+    monkeypatch.setattr(cli, "load_data", lambda name: split)
+    monkeypatch.setattr(quickstart_module, "glyphs", lambda seed=0: split)
+    return split
+
+
+@pytest.fixture
+def gif(monkeypatch):
+    """Run `gif arguments...` in this process; returns the exit code and what was printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["gif", *map(str, arguments)])
+        with console.capture() as capture:
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+        return code, capture.get()
+
+    return run
+
+
+def test_step_by_step(tiny_data, gif, tmp_path):
+    vectors, spread, codes = (tmp_path / f"{name}.safetensors" for name in ("vectors", "spread", "codes"))
+    assert gif("vectors", "--output", vectors, "--width=16")[0] == 0
+    assert gif("spread", "--vectors", vectors, "--output", spread, "--epochs=2")[0] == 0
+    assert gif("tokenize", "--vectors", spread, "--output", codes, "--vocab_size=5")[0] == 0
+    assert len(CodeVectors.load(spread)) == len(IdentityCodes.load(codes)) == 24
+    assert spread.with_suffix(".png").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+    run = tmp_path / "run"
+    train = ["train", "--output", run, "--codes", codes, "--vectors", spread, *TINY]
+    train += ["--training.epochs=2", "--training.batch_size=16"]
+    assert gif(*train)[0] == 0
+    before = load_backbone(run / "backbone.safetensors")[0].state_dict()
+    assert gif(*train)[0] == 0  # finished: the same command changes nothing
+    after = load_backbone(run / "backbone.safetensors")[0].state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    code, printed = gif(*train, "--head.overrides.scale=17")
+    assert code == 1 and "holds a run with other settings" in printed
+
+    code, printed = gif("evaluate", "--model", run / "backbone.safetensors")
+    assert code == 0 and "rank-1" in printed
+    assert 0 <= json.loads((run / "evaluation.json").read_text())["rank1"] <= 1
+    assert (run / "roc.png").exists()
+
+
+def test_quickstart(tiny_data, gif, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart_module, "BACKBONE", cli.BackboneConfig(embedding_size=16, image_size=16, width=4))
+    monkeypatch.setattr(quickstart_module, "VOCAB_SIZE", 5)
+    monkeypatch.setattr(quickstart_module, "BATCH_SIZE", 16)
+    output = tmp_path / "quick"
+    code, printed = gif("quickstart", "--output", output, "--epochs=1")
+    assert code == 0 and "full softmax" in printed
+    report = (output / "report.md").read_text()
+    for picture in ("roc", "losses", "nearest-cosines", "code-tree"):
+        assert f"({picture}.png)" in report
+        assert (output / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    code, printed = gif("quickstart", "--output", tmp_path / "mine")
+    assert code == 1 and "holds something that is no quickstart" in printed
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_doctor_says_what_runs_and_why(gif):
+    code, printed = gif("doctor")
+    assert code == 0
+    for op in ("token_margin_loss", "gaussian_potential", "uniformity_step_"):
+        assert op in printed
+    assert "blocked" in printed or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help(gif, command, capsys):
+    code, _ = gif(command, "--help")
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "options:" in printed
+    assert command == "doctor" or ("--config" in printed and len(printed) > 900)
+
+
+class TestErrorsAreOneLine:
+    def test_missing_file(self, gif, tmp_path):
+        code, printed = gif("spread", "--vectors", tmp_path / "none", "--output", tmp_path / "x")
+        assert code == 1 and printed.startswith("error: no file")
+
+    def test_codes_as_vectors(self, gif, tmp_path):
+        IdentityCodes(torch.tensor([[0], [1]]), 2).save(tmp_path / "codes")
+        code, printed = gif("spread", "--vectors", tmp_path / "codes", "--output", tmp_path / "x")
+        assert code == 1 and "holds gif.identity_codes/1, wanted gif.code_vectors/1" in printed
+
+    def test_codes_of_another_data_set(self, tiny_data, gif, tmp_path):
+        IdentityCodes(torch.tensor([[0], [1]]), 2).save(tmp_path / "codes")
+        code, printed = gif("train", "--codes", tmp_path / "codes", "--output", tmp_path / "run", *TINY)
+        assert code == 1 and "codes are for 2 identities and the data set has 24" in printed
+        assert not (tmp_path / "run").exists()
+
+    def test_too_many_identities(self, gif, tmp_path):
+        CodeVectors(torch.randn(30, 4)).save(tmp_path / "v")
+        arguments = ["--vectors", tmp_path / "v", "--vocab_size=5", "--length=2", "--output", tmp_path / "c"]
+        code, printed = gif("tokenize", *arguments)
+        assert code == 1 and "30 identities" in printed and "length >= 3" in printed
+
+    def test_missing_weights(self, tiny_data, gif, tmp_path):
+        code, printed = gif("vectors", "--encoder=clip", "--weights", tmp_path / "w.pt", "--output", tmp_path / "v")
+        assert code == 1 and "w.pt" in printed
+
+    def test_interrupt(self, tiny_data, gif, tmp_path, monkeypatch):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "initial_code_vectors", interrupted)
+        code, printed = gif("vectors", "--output", tmp_path / "v.safetensors")
+        assert code == 130 and "continues where this one stopped" in printed
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,246 @@
+"""The losses a user trains with."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gif import AngularMargin, CodeVectors, GIFLoss, IdentityCodes, MarginSoftmax
+from gif.losses import HeadConfig, token_weights
+
+M, WIDTH, VOCAB = 30, 12, 4
+
+
+@pytest.fixture
+def codes():
+    return IdentityCodes(torch.cartesian_prod(*[torch.arange(VOCAB)] * 3)[:M], VOCAB)
+
+
+@pytest.fixture
+def vectors():
+    return CodeVectors(torch.randn(M, WIDTH, generator=torch.Generator().manual_seed(1)))
+
+
+@torch.no_grad()
+def by_hand(loss_fn, embeddings, labels):
+    """L_C + gamma L_AR, one sample and one token at a time, in float64."""
+    total, recipe = 0.0, loss_fn.recipe
+    for z, y in zip(F.normalize(embeddings.double(), dim=1), labels.tolist(), strict=True):
+        for j, token in enumerate(loss_fn.codes.codes[y].tolist()):
+            u = z if loss_fn.projections is None else F.normalize(loss_fn.projections[j].double() @ z, dim=0)
+            cosine = F.normalize(loss_fn.centers[j].double(), dim=1) @ u
+            logits = recipe.scale * cosine
+            logits[token] = recipe.scale * torch.cos(torch.acos(cosine[token]) + recipe.margin.m2)
+            total += loss_fn.token_weights[j].double() * F.cross_entropy(logits[None], torch.tensor([token]))
+        total += recipe.regression_weight * 0.5 * (z @ loss_fn.vectors.table[y].double() - 1) ** 2
+    return total / len(labels)
+
+
+class TestGIFLoss:
+    @pytest.mark.parametrize("projection", ["linear", "none"])
+    def test_value_by_hand(self, codes, vectors, projection):
+        options = {"projection": projection, "token_weights": "decreasing", "regression_weight": 0.7, "scale": 8.0}
+        loss_fn = GIFLoss(codes, vectors, WIDTH, recipe="paper", margin=AngularMargin(m2=0.2), **options)
+        embeddings, labels = torch.randn(9, WIDTH), torch.randint(M, (9,))
+        expected = by_hand(loss_fn, embeddings, labels)
+        torch.testing.assert_close(loss_fn(embeddings, labels).double(), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("recipe", ["paper", "live"])
+    def test_ignored_labels(self, codes, vectors, recipe):
+        loss_fn = GIFLoss(codes, vectors, WIDTH, recipe=recipe, vector_lr=0.0)
+        embeddings, labels = torch.randn(6, WIDTH, requires_grad=True), torch.tensor([3, -1, 7, -1, 0, 29])
+        loss = loss_fn(embeddings, labels)
+        torch.testing.assert_close(loss, loss_fn(embeddings[labels >= 0], labels[labels >= 0]))
+        loss.backward()
+        assert torch.equal(embeddings.grad[[1, 3]], torch.zeros(2, WIDTH))
+        assert loss_fn(embeddings, torch.full((6,), -1)).item() == 0
+
+    def test_learns_the_codes(self, codes, vectors):
+        torch.manual_seed(0)
+        options = {"margin": AngularMargin(m2=0.1), "scale": 16.0, "regression_weight": 10.0}
+        loss_fn = GIFLoss(codes, vectors, WIDTH, recipe="paper", **options)
+        embeddings = torch.nn.Parameter(torch.randn(M, WIDTH))
+        optimizer = torch.optim.Adam([embeddings, *loss_fn.parameters()], lr=0.05)
+        labels = torch.arange(M)
+        for _ in range(200):
+            optimizer.zero_grad()
+            loss_fn(embeddings, labels).backward()
+            optimizer.step()
+        assert (loss_fn.predict(embeddings) == codes.codes).all(1).float().mean() > 0.9
+        assert F.cosine_similarity(embeddings, vectors.table).mean() > 0.8
+
+    def test_state_knows_its_code_table(self, codes, vectors):
+        loss_fn = GIFLoss(codes, vectors, WIDTH)
+        state = loss_fn.state_dict()
+        assert set(state) == {"centers", "projections", "_extra_state"}
+        assert sum(value.numel() for value in state.values()) == 3 * VOCAB * WIDTH + 3 * WIDTH**2 + 32
+        other = GIFLoss(codes, vectors, WIDTH)
+        other.load_state_dict(state)
+        assert torch.equal(other.centers, loss_fn.centers)
+        swapped = IdentityCodes(codes.codes.flip(0), VOCAB)
+        with pytest.raises(ValueError, match="trained with another code table"):
+            GIFLoss(swapped, vectors, WIDTH).load_state_dict(state)
+
+    def test_runs_in_float16_and_bfloat16(self, codes, vectors):
+        loss_fn = GIFLoss(codes, vectors, WIDTH, vector_lr=0.0)
+        embeddings, labels = torch.randn(8, WIDTH), torch.arange(8)
+        for dtype in (torch.bfloat16, torch.float16):
+            low = embeddings.to(dtype).requires_grad_()
+            loss = loss_fn(low, labels)
+            loss.backward()
+            assert loss.dtype == torch.float32 and low.grad.dtype == dtype
+            torch.testing.assert_close(loss, loss_fn(embeddings.to(dtype).float(), labels))
+
+    def test_errors(self, codes, vectors):
+        with pytest.raises(ValueError, match="codes are for 30 identities and vectors for 29"):
+            GIFLoss(codes, CodeVectors(torch.randn(29, WIDTH)), WIDTH)
+        with pytest.raises(ValueError, match="vectors have width 12, embedding_size is 16"):
+            GIFLoss(codes, vectors, 16)
+        with pytest.raises(ValueError, match="set regression_weight=0"):
+            GIFLoss(codes, None, WIDTH)
+        with pytest.raises(ValueError, match="recipe must be one of 'paper', 'live', got 'papper'"):
+            GIFLoss(codes, vectors, WIDTH, recipe="papper")
+        with pytest.raises(ValueError, match="vector_lr must be >= 0, got -1"):
+            GIFLoss(codes, vectors, WIDTH, vector_lr=-1)
+        with pytest.raises(TypeError, match="scal"):
+            GIFLoss(codes, vectors, WIDTH, scal=3.0)
+        with pytest.raises(ValueError, match="token_weights must be"):
+            GIFLoss(codes, vectors, WIDTH, token_weights="triangular")
+        with pytest.raises(ValueError, match=r"token_weights must be \(3,\)"):
+            GIFLoss(codes, vectors, WIDTH, token_weights=torch.tensor([1.0, -1.0, 1.0]))
+        loss_fn = GIFLoss(codes, vectors, WIDTH)
+        with pytest.raises(ValueError, match=r"labels"):
+            loss_fn(torch.randn(2, WIDTH), torch.tensor([0, 30]))
+        with pytest.raises(ValueError, match="NaN"):
+            loss_fn(torch.full((2, WIDTH), math.nan), torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match=r"embeddings must have shape \(B, 12\), got \(2, 13\)"):
+            loss_fn(torch.randn(2, WIDTH + 1), torch.tensor([0, 1]))
+
+    def test_without_regression_needs_no_vectors(self, codes):
+        loss_fn = GIFLoss(codes, None, WIDTH, recipe="paper", regression_weight=0)
+        assert torch.isfinite(loss_fn(torch.randn(4, WIDTH), torch.arange(4)))
+
+
+class TestLiveVectors:
+    """The contrast L_CC, and the code vectors that follow it."""
+
+    def contrast_by_hand(self, codes, table, embeddings, labels, siblings):
+        order = sorted(range(M), key=lambda y: codes.codes[y].tolist())
+        candidates = set(labels.tolist())
+        for y in labels.tolist():
+            place = order.index(y)
+            candidates |= {order[(place + 1) % M], order[(place - 1) % M]} if siblings == 2 else set()
+        candidates = sorted(candidates)
+        cosine = F.normalize(embeddings.double(), dim=1) @ F.normalize(table[candidates], dim=1).T
+        targets = torch.tensor([candidates.index(y) for y in labels.tolist()])
+        logits = 32 * (cosine - 0.2 * F.one_hot(targets, len(candidates)))
+        return F.cross_entropy(logits, targets), candidates
+
+    @pytest.mark.parametrize("siblings", [0, 2])
+    def test_contrast_and_step_by_hand(self, codes, vectors, siblings):
+        before = vectors.table.clone()
+        loss_fn = GIFLoss(codes, vectors, WIDTH, siblings=siblings, vector_lr=0.5)
+        embeddings, labels = torch.randn(6, WIDTH, requires_grad=True), torch.tensor([3, 9, 3, 29, 0, 14])
+        table = before.double().requires_grad_()
+        expected, candidates = self.contrast_by_hand(codes, table, embeddings, labels, siblings)
+        gradient_of_z, gradient_of_h = torch.autograd.grad(expected, (embeddings, table))
+        loss = loss_fn.contrast_loss(embeddings, labels)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        loss.backward()
+        torch.testing.assert_close(embeddings.grad, gradient_of_z.float(), rtol=1e-4, atol=1e-5)
+        moved = F.normalize(before.double() - 0.5 * gradient_of_h, dim=1).float()
+        torch.testing.assert_close(vectors.table, moved, rtol=1e-4, atol=1e-5)
+        untouched = sorted(set(range(M)) - set(candidates))
+        assert torch.equal(vectors.table[untouched], before[untouched])
+        assert not torch.equal(vectors.table[candidates], before[candidates])
+
+    def test_vectors_move_in_training_only(self, codes, vectors):
+        before = vectors.table.clone()
+        loss_fn = GIFLoss(codes, vectors, WIDTH)
+        embeddings, labels = torch.randn(6, WIDTH), torch.arange(6)
+        with torch.no_grad():
+            loss_fn(embeddings, labels)
+        loss_fn.eval()(embeddings, labels)
+        assert torch.equal(vectors.table, before)
+        loss_fn.train()(embeddings, torch.full((6,), -1))
+        torch.testing.assert_close(vectors.table, before)
+        loss_fn.train()(embeddings, labels)
+        assert not torch.equal(vectors.table, before)
+
+    def test_tables_are_what_moves(self, codes, vectors):
+        assert GIFLoss(codes, vectors, WIDTH).tables()["vectors"] is vectors.table
+        assert GIFLoss(codes, vectors, WIDTH, recipe="paper").tables() == {}
+        assert GIFLoss(codes, vectors, WIDTH, vector_lr=0).tables() == {}
+
+    def test_small_steps_survive_in_bfloat16(self):
+        table = CodeVectors(F.normalize(torch.ones(1, 512), dim=1).to(torch.bfloat16), normalized=True)
+        gradient = torch.zeros(1, 512)
+        gradient[0, :256] = -1e-5  # far below bfloat16's resolution of 1.7e-4 at this size
+        start = table.table.float().clone()
+        for _ in range(200):
+            table.move_(torch.tensor([0]), gradient, lr=1.0)
+        drift = (table.table.float() - start)[0]
+        assert drift[:256].mean() == pytest.approx(1e-3, rel=0.2)
+        assert drift[256:].mean() == pytest.approx(-1e-3, rel=0.2)
+
+    def test_repeated_identities_take_the_sum(self):
+        gradient = torch.randn(3, 4)
+        once, thrice = (CodeVectors(torch.eye(4)) for _ in range(2))
+        once.move_(torch.tensor([2]), gradient.sum(0, keepdim=True), lr=0.1)
+        thrice.move_(torch.tensor([2, 2, 2]), gradient, lr=0.1)
+        torch.testing.assert_close(once.table, thrice.table)
+
+
+class TestMarginSoftmax:
+    def test_value_by_hand(self):
+        loss_fn = MarginSoftmax(7, 5, margin=AngularMargin(m2=0.0, m3=0.3), scale=20.0)
+        embeddings, labels = torch.randn(4, 5), torch.tensor([6, 0, -1, 3])
+        cosine = F.normalize(embeddings, dim=1) @ F.normalize(loss_fn.weight, dim=1).T
+        logits = 20 * (cosine - 0.3 * F.one_hot(labels.clamp(min=0), 7))
+        expected = F.cross_entropy(logits, labels, ignore_index=-1)
+        torch.testing.assert_close(loss_fn(embeddings, labels), expected)
+
+    def test_sample_holds_the_batch_and_the_asked_share(self):
+        loss_fn = MarginSoftmax(100, 5, sample_rate=0.2)
+        labels = torch.tensor([99, 3, -1, 3])
+        for _ in range(20):
+            chosen = loss_fn._sample(labels)
+            assert len(chosen) == 20 == len(chosen.unique())
+            assert {3, 99} <= set(chosen.tolist())
+        loss_fn(torch.randn(4, 5), labels).backward()
+        assert int((loss_fn.weight.grad.abs().sum(1) > 0).sum()) <= 20
+
+    def test_full_sample_is_the_full_softmax(self):
+        full, sampled = MarginSoftmax(10, 5), MarginSoftmax(10, 5, sample_rate=0.999)
+        sampled.load_state_dict(full.state_dict())
+        sampled._sample = lambda labels: torch.arange(10)
+        embeddings, labels = torch.randn(4, 5), torch.arange(4)
+        torch.testing.assert_close(sampled(embeddings, labels), full(embeddings, labels))
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match=r"sample_rate must lie in \(0, 1\], got 0"):
+            MarginSoftmax(10, 5, sample_rate=0)
+        with pytest.raises(ValueError, match=r"labels must lie in \[-1, 10\)"):
+            MarginSoftmax(10, 5)(torch.randn(1, 5), torch.tensor([10]))
+
+
+@pytest.mark.parametrize("pattern", ["uniform", "increasing", "decreasing", "gaussian"])
+def test_token_weights(pattern):
+    weights = token_weights(pattern, 5)
+    assert weights.sum() == pytest.approx(1)
+    assert (weights > 0).all()
+    steps = weights.diff()
+    expected = {"uniform": [0, 0, 0, 0], "increasing": [1] * 4, "decreasing": [-1] * 4, "gaussian": [1, 1, -1, -1]}
+    assert steps.round(decimals=6).sign().tolist() == expected[pattern]
+
+
+def test_head_config(codes, vectors):
+    assert isinstance(HeadConfig().build(M, WIDTH, codes, vectors), GIFLoss)
+    partial = HeadConfig(kind="partial_fc", sample_rate=0.25).build(M, WIDTH, None, None)
+    assert isinstance(partial, MarginSoftmax) and partial.sample_rate == 0.25
+    assert HeadConfig(kind="softmax").build(M, WIDTH, None, None).sample_rate == 1
+    with pytest.raises(ValueError, match="needs codes"):
+        HeadConfig().build(M, WIDTH, None, vectors)
+    with pytest.raises(ValueError, match="codes are for 30 identities and the data set has 31"):
+        HeadConfig().build(M + 1, WIDTH, codes, vectors)
