@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gif.files import load_tensors, locate_tensor, save_tensors
+from gif_kernels.rounding import stochastic_round
 
 FORMAT = "gif.code_vectors/1"
 _ROWS_A_BLOCK = 1 << 18
@@ -67,18 +68,39 @@ class CodeVectors:
 
         Raises ValueError for a label outside [0, m). Only the rows asked for are read or moved.
         """
-        index = labels.to(self.table.device)
-        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < len(self)):
-            raise ValueError(
-                f"labels must lie in [0, {len(self)}), got [{int(index.min())}, {int(index.max())}]; "
-                "this table was made for other identities"
-            )
-        return self.table[index].to(labels.device)
+        self._check(labels)
+        return self.table[labels.to(self.table.device)].to(labels.device)
+
+    @torch.no_grad()
+    def move_(self, labels: Tensor, gradient: Tensor, lr: float) -> None:
+        """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
+
+        ``gradient`` (C, d) belongs to the labels row by row; an identity named more than once takes the sum of its
+        gradients. A low-precision table is rounded stochastically, so that small steps survive on average.
+
+        Raises ValueError for a label outside [0, m).
+        """
+        self._check(labels)
+        rows, place = labels.to(self.table.device).unique(return_inverse=True)
+        step = gradient.new_zeros(len(rows), self.width, device=self.table.device)
+        step.index_add_(0, place, gradient.to(self.table.device))
+        moved = torch.nn.functional.normalize(self.table[rows].to(step.dtype).add_(step, alpha=-lr), dim=1)
+        seed = 0 if self.table.dtype == step.dtype else int(torch.randint(1 << 31, ()))
+        self.table[rows] = stochastic_round(moved, self.table.dtype, rows, seed)
 
     @property
     def width(self) -> int:
         """d, the width of a vector."""
         return self.table.shape[1]
+
+    def _check(self, labels: Tensor) -> None:
+        if len(labels):
+            low, high = (int(x) for x in torch.aminmax(labels))
+            if low < 0 or high >= len(self):
+                raise ValueError(
+                    f"labels must lie in [0, {len(self)}), got [{low}, {high}]; "
+                    "this table was made for other identities"
+                )
 
     def __len__(self) -> int:
         return self.table.shape[0]
