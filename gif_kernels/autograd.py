@@ -1,0 +1,38 @@
+"""Gradients written by hand: differentiable once, and an error instead of a wrong second derivative."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the ``backward`` of an autograd.Function whose gradients have no derivative of their own.
+
+    PyTorch's once_differentiable gives constants where the incoming gradient is one, as that of a loss is, so a penalty
+    on the gradient would train nothing and say nothing. Here differentiating again raises RuntimeError.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *incoming: Tensor) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *incoming)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled: create_graph=True
+            return gradients
+        return tuple(None if g is None else _NoSecondDerivative.apply(g.requires_grad_()) for g in gradients)
+
+    return checked
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> Tensor:
+        raise RuntimeError('this op is differentiable once, a second derivative was wanted; use impl="reference"')

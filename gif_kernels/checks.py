@@ -1,0 +1,118 @@
+"""Argument checks shared by the ops: each says what was given, what was wanted and what to do.
+
+Shapes, dtypes and devices are checked everywhere. Values (ranges, NaN) are checked where looking at them costs no
+synchronisation: on CPU, outside torch.compile. On an accelerator a range is asserted on the device, and NaN propagates
+to the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gif_kernels.margins import AngularMargin
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BATCH = ("B", "n")
+"""Names of dimensions that count samples and may be 0; every other dimension is at least 1."""
+
+
+def looks_at_values(tensor: Tensor) -> bool:
+    """Whether values may be read here without a host synchronisation or a graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def floating(name: str, tensor: object, shape: Sequence[int | str], *, finite: bool = True) -> Tensor:
+    """``tensor`` as a floating-point tensor of ``shape``: an int must match, a str names a free dimension.
+
+    Raises TypeError for another type or dtype, ValueError for another shape, or NaN or infinity in it.
+    """
+    given = _tensor(name, tensor)
+    if given.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {given.dtype}; convert it")
+    _shape(name, given, shape)
+    if finite and looks_at_values(given) and given.numel():
+        low, high = torch.aminmax(given.detach())  # NaN propagates through both
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(
+                f"{name} hold NaN or infinity, wanted finite numbers; look for a diverged learning rate, "
+                "a float16 overflow or broken input upstream"
+            )
+    return given
+
+
+def integer(name: str, tensor: object, shape: Sequence[int | str], *, low: int, high: int, hint: str) -> Tensor:
+    """``tensor`` as an integer tensor of ``shape`` with every value in [low, high); returned as int64.
+
+    Raises TypeError for another type or dtype, ValueError for another shape or a value out of range (on an accelerator:
+    a device-side assertion).
+    """
+    given = _tensor(name, tensor)
+    if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
+        raise TypeError(f"{name} must be an integer tensor, got {given.dtype}; convert it")
+    _shape(name, given, shape)
+    given = given.long()
+    if looks_at_values(given):
+        if given.numel():
+            smallest, largest = (int(x) for x in torch.aminmax(given))
+            if smallest < low or largest >= high:
+                raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
+    else:
+        require(((given >= low) & (given < high)).all(), f"{name} must lie in [{low}, {high}); {hint}")
+    return given
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise ValueError(message) where ``condition`` () bool is false; on an accelerator assert it without waiting."""
+    if looks_at_values(condition):
+        if not bool(condition):
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def angular_margin(margin: object) -> None:
+    """Raise TypeError unless ``margin`` is an AngularMargin."""
+    if not isinstance(margin, AngularMargin):
+        raise TypeError(f"margin must be an AngularMargin, got {type(margin).__name__}; give AngularMargin(m2=0.5)")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is finite and > 0."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}; convert it with float()")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all the tensors that are given live on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all inputs must be on one device, got {where}; move them with .to(device)")
+
+
+def _tensor(name: str, tensor: object) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    return tensor
+
+
+def _shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
+    fits = tensor.ndim == len(shape) and all(
+        size == wanted if isinstance(wanted, int) else size >= 1 or wanted in BATCH
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")

@@ -1,0 +1,91 @@
+"""Code contrast: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gif_kernels import checks, dispatch
+from gif_kernels.code_contrast import blocked, reference
+from gif_kernels.dispatch import Impl
+from gif_kernels.margins import AngularMargin
+from gif_kernels.reduction import REDUCTIONS, Reduction, reduce_rows
+
+OP = "code_contrast_loss"
+dispatch.register(OP, reference=reference.code_contrast_rows, blocked=blocked.code_contrast_rows)
+
+
+def code_contrast_loss(
+    embeddings: Tensor,
+    vectors: Tensor,
+    labels: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    margin: AngularMargin = AngularMargin(),  # noqa: B008 (frozen)
+    scale: float = 64.0,
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Cross entropy of the own code vector against the other candidates' (METHOD: L_CC).
+
+    Its cost knows the number of candidates C and not the number of identities::
+
+        logit_ik = scale * psi(zhat_i . hhat_k) if k = y_i else scale * zhat_i . hhat_k
+        loss_i   = CE(logit_i, y_i) over the candidates k
+
+    Args:
+        embeddings: z, (B, d). Rows are normalised inside.
+        vectors: h, (C, d): the candidates' code vectors. Normalised inside.
+        labels: y, (B,) integer: the identity of each row, which must be among the candidates; -1 is ignored.
+        candidates: (C,) integer >= 0: the identity of each row of ``vectors``. An identity that stands there more than
+            once counts once, by its first row, so a batch's labels may be given as they are. None: row k is identity k.
+        margin: psi.
+        scale: s, > 0.
+        reduction: "mean", "sum" or "none".
+        impl: "auto", "triton", "blocked" or "reference".
+
+    Returns:
+        () for "mean" and "sum", (B,) for "none"; float64 if an input is, else float32. Differentiable
+        once, with respect to embeddings and vectors.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also NaN, or a label that is no candidate.
+    """
+    checks.floating("embeddings", embeddings, ("B", "d"))
+    batch, width = embeddings.shape
+    checks.floating("vectors", vectors, ("C", width))
+    count = len(vectors)
+    high, hint = count, "-1 ignores a row; give candidates where rows of vectors are not numbered from 0"
+    if candidates is not None:
+        high, hint = torch.iinfo(torch.int64).max, "-1 ignores a row"
+        candidates = checks.integer(
+            "candidates", candidates, (count,), low=0, high=high, hint="name the identity of each row"
+        )
+    labels = checks.integer("labels", labels, (batch,), low=-1, high=high, hint=hint)
+    checks.angular_margin(margin)
+    checks.positive("scale", scale)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.same_device(embeddings=embeddings, vectors=vectors, labels=labels, candidates=candidates)
+    if candidates is None:
+        targets, competes = labels, torch.ones(count, dtype=torch.bool, device=vectors.device)
+    else:
+        targets, competes = _first_rows(labels, candidates)
+    rows = dispatch.select(OP, impl, embeddings.device)
+    with dispatch.full_precision(embeddings.device):
+        losses = rows(embeddings, vectors, targets, competes, margin, float(scale))
+        return reduce_rows(losses, targets >= 0, reduction)
+
+
+def _first_rows(labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each label among the candidates (B,), -1 if ignored; and which rows stand first (C,) bool."""
+    sorted_ids, order = candidates.sort(stable=True)
+    is_first = torch.ones_like(sorted_ids, dtype=torch.bool)
+    is_first[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    competes = torch.empty_like(is_first).scatter_(0, order, is_first)
+    place = torch.searchsorted(sorted_ids, labels.contiguous()).clamp(max=len(candidates) - 1)
+    ignored = labels < 0
+    checks.require(
+        ((sorted_ids[place] == labels) | ignored).all(),
+        "every label must be among the candidates; add the batch's own identities to them",
+    )
+    return torch.where(ignored, -1, order[place]), competes

@@ -1,0 +1,88 @@
+"""Which implementation of an op runs, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from gif_kernels import checks
+
+Impl = Literal["auto", "triton", "blocked", "reference"]
+IMPLS: tuple[Impl, ...] = ("auto", "triton", "blocked", "reference")
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
+"""Whether Triton runs its kernels in NumPy, on CPU tensors: slow, and how they are tested without a GPU."""
+
+_OPS: dict[str, dict[str, Callable[..., Any]]] = {}
+_TRITON_OPS: set[str] = set()
+
+
+def register(op: str, *, triton: str | None = None, **implementations: Callable[..., Any]) -> None:
+    """Declare the implementations of ``op`` by name: reference, blocked and, where it exists, triton.
+
+    ``triton`` is "module:function", imported only where Triton is installed.
+    """
+    _OPS[op] = implementations
+    if triton is not None:
+        _TRITON_OPS.add(op)
+        if TRITON_INSTALLED:
+            module, function = triton.split(":")
+            implementations["triton"] = getattr(importlib.import_module(module), function)
+
+
+def select(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
+    """The implementation of ``op`` that runs for ``impl`` on ``device`` and computes in ``dtype``.
+
+    Nothing falls back silently: an explicit choice that cannot run raises ValueError and says why.
+    """
+    checks.choice("impl", impl, IMPLS)
+    implementations = _OPS[op]
+    if impl == "auto":
+        return implementations[choose(op, device, dtype)[0]]
+    if impl == "triton" and (reason := triton_unavailable(op, device, dtype)):
+        raise ValueError(f'{op} cannot run with impl="triton": {reason}; use impl="auto" or impl="blocked"')
+    return implementations[impl]
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """What impl="auto" means for ``op`` on ``device``, and the reason: ("blocked", "no Triton kernel yet")."""
+    reason = triton_unavailable(op, device, dtype)
+    if not reason and device.type == "cpu":
+        reason = "Triton's interpreter is for tests"
+    return ("blocked", reason) if reason else ("triton", f"Triton runs on {device.type}")
+
+
+def triton_unavailable(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Why the Triton kernel of ``op`` cannot run on ``device`` and compute in ``dtype``; empty if it can."""
+    if op not in _TRITON_OPS:
+        return f"{op} has no Triton kernel in this version"
+    if not TRITON_INSTALLED:
+        return f"Triton is not installed ({platform.system()})"
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETING):
+        return f"Triton needs a CUDA or ROCm device, the tensors are on {device.type}"
+    if dtype == torch.float64:
+        return "the Triton kernels compute in float32, an input is float64"
+    return ""
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all ops."""
+    return tuple(_OPS)
+
+
+def triton_modules() -> tuple[str, ...]:
+    """The modules that hold Triton kernels, where Triton is installed."""
+    return tuple(sorted({op["triton"].__module__ for op in _OPS.values() if "triton" in op}))
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off: margins multiply a cosine's rounding by the scale, so the ops choose their own precision."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,62 @@
+"""What the Triton kernels share, on the device and before a launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SMALLEST_SQUARE = tl.constexpr(1.1754944e-38)
+"""The smallest normal float32: a sum of squares below it counts as 0, since hardware may flush it to 0 anyway."""
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+SIGNATURE = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+"""How Triton writes the type of a pointer."""
+
+SMALLEST_BLOCK = 16
+"""Of each dimension of a product."""
+
+
+@triton.jit
+def inverse_norm(square):
+    """1 / sqrt(square); 0 for a row of zeros, which has no direction."""
+    return tl.where(square >= SMALLEST_SQUARE, 1.0 / tl.sqrt_rn(tl.maximum(square, SMALLEST_SQUARE)), 0.0)
+
+
+@triton.jit
+def inside(o_d, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which offsets are inside a row: all, and known when compiling, where the blocks divide the width."""
+    return tl.full(o_d.shape, True, tl.int1) if WIDTH % BLOCK_D == 0 else o_d < WIDTH
+
+
+@triton.jit
+def load_block(p, o_row, m_row, o_column, m_column, STRIDE: tl.constexpr):
+    """Block (rows, columns) of a row-major matrix; 0 outside the masks."""
+    p += o_row[:, None] * STRIDE + o_column[None, :]
+    return tl.load(p, mask=m_row[:, None] & m_column[None, :], other=0.0)
+
+
+def block_size(size: int, most: int, least: int = SMALLEST_BLOCK) -> int:
+    """The power of two that covers ``size``, between ``least`` and ``most``, both powers of two."""
+    return max(least, min(most, triton.next_power_of_2(size)))
+
+
+def operand_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that a product's operands are brought to: their own if they share it, else float32."""
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
+
+
+def has_tf32(architecture: str) -> bool:
+    """Whether Triton multiplies in TF32 on ``architecture``."""
+    return architecture.startswith("sm_") or architecture == "gfx942"
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 matrix products round their operands to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def empty_like_if(needed: bool, tensor: Tensor) -> Tensor:
+    """Memory for the gradient of ``tensor``, contiguous; of no element unless ``needed``."""
+    return torch.empty(tensor.shape if needed else (0,) * tensor.ndim, dtype=tensor.dtype, device=tensor.device)

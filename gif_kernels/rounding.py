@@ -1,0 +1,44 @@
+"""Stochastic rounding from float32, with a random number that is a function of (seed, row, column) alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MANTISSA_BITS = {torch.bfloat16: 8, torch.float16: 11}  # the implicit one counted
+_LOWEST_EXPONENT = {torch.bfloat16: -125, torch.float16: -13}  # frexp's, of the smallest normal number
+_MASK = 0xFFFFFFFF
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: int) -> Tensor:
+    """Round float32 ``values`` (n, d) to ``dtype``, up or down with the probabilities that make the mean exact.
+
+    A step of less than half a unit in the last place survives on average, where round-to-nearest loses it. ``row_ids``
+    (n,) int64 name the rows, so the result does not depend on the order in which they are rounded. A dtype that holds
+    float32 passes unrounded.
+    """
+    if dtype not in _MANTISSA_BITS:
+        return values.to(dtype)
+    _, exponent = torch.frexp(values)
+    exponent = exponent.clamp(min=_LOWEST_EXPONENT[dtype])
+    unit = torch.ldexp(torch.ones_like(values), exponent - _MANTISSA_BITS[dtype])
+    columns = torch.arange(values.shape[1], device=values.device)
+    noise = uniform(row_ids.unsqueeze(1), columns, seed)
+    scaled = values / unit
+    low = torch.floor(scaled)
+    # compared and not added: a sum would be rounded, and move values that need no rounding
+    return ((low + (noise < scaled - low)) * unit).to(dtype)
+
+
+def uniform(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
+    """Uniform float32 in [0, 1) for each pair of int64 ``rows`` and ``columns``, broadcast: a counter-based RNG."""
+    state = _mix(rows ^ _mix(torch.full_like(rows, seed & _MASK))) ^ _mix(rows >> 32)
+    return (_mix(state + columns * 0x9E3779B1) >> 8).float() * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijective hash of 32 bits, held in int64 (lowbias32, constants by C. Wellons, 2018)."""
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,107 @@
+"""Tile sizes of the Triton kernels by kernel, architecture and size of an operand.
+
+All are derived, none is measured yet: the largest blocks that compile without register spills on the architecture, and
+within its shared memory, as `python -m gif_kernels.aot` reports. The width d is walked in chunks, which it only bounds.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+DEFAULT_NVIDIA = "sm_80"
+DEFAULT_AMD = "gfx942"
+FEWEST_ROWS = 16
+FEWEST_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds at a time, rows x columns, and how many warps and pipeline stages work on it.
+
+    ``width`` is how much of d it takes in one step.
+    """
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+
+    def rows_beside(self, columns: int) -> int:
+        """Rows of a program that holds ``columns``: fewer where the columns are more than the tile's."""
+        return max(FEWEST_ROWS, self.rows * self.columns // max(columns, self.columns))
+
+    def launch(self, columns: int) -> dict[str, int]:
+        """Triton's launch options for a program that holds ``columns``: warps as the block is small or large."""
+        held, usual = self.rows_beside(columns) * columns, self.rows * self.columns
+        warps = 2 * self.warps if held > usual else FEWEST_WARPS if held <= usual // 4 else self.warps
+        return {"num_warps": warps, "num_stages": self.stages}
+
+
+TILES = {
+    "token_margin_forward": {
+        ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
+        ("sm_90", 2): Tile(rows=64, columns=256, width=64, warps=8, stages=3),
+        ("gfx942", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
+        ("gfx942", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
+    },
+    "token_margin_backward": {
+        ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
+        ("gfx942", 2): Tile(rows=32, columns=128, width=64, warps=4, stages=1),
+        ("sm_80", 4): Tile(rows=32, columns=64, width=64, warps=8, stages=2),
+        ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=4, stages=2),
+    },
+    "code_regression": {
+        ("sm_80", 4): Tile(rows=8, columns=1, width=256, warps=4, stages=2),
+        ("gfx942", 4): Tile(rows=8, columns=1, width=256, warps=4, stages=2),
+    },
+}
+"""By kernel, then by architecture and bytes of an operand of its products."""
+
+
+def tile(kernel: str, operand: torch.dtype, architecture: str) -> Tile:
+    """The tile of ``kernel`` for products of ``operand`` on ``architecture`` ("sm_90", "gfx942").
+
+    An architecture without a row of its own takes the smallest tile of its vendor, that of sm_80 or gfx942.
+    """
+    table, size = TILES[kernel], operand.itemsize
+    fallback = DEFAULT_AMD if architecture.startswith("gfx") else DEFAULT_NVIDIA
+    return table.get((architecture, size), table[fallback, size])
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The name of a CUDA or ROCm device's architecture; for a CPU, where kernels are interpreted, the default."""
+    if device.type == "cpu":
+        return DEFAULT_NVIDIA
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+MatrixUnits = Literal["none", "any", "widest"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compilation of a kernel that is shipped, for `gif_kernels.aot`.
+
+    Args:
+        label: sizes and dtypes, one line.
+        kernel: the jitted function.
+        signature: Triton type by argument name; pointers are aligned to 16 bytes, as PyTorch's memory is.
+        constants: value by constexpr argument name, and launch options.
+        matrix: the matrix units that its products must use: the architecture's widest, any, or none.
+    """
+
+    label: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    matrix: MatrixUnits = "none"

@@ -1,0 +1,19 @@
+"""Uniformity step, specification: every pair at once, then renormalise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gif_kernels.sphere import inverse_norm, tangent, unit
+
+
+def moved_rows(rows: Tensor, lr: float, t: float) -> tuple[Tensor, Tensor]:
+    """Unit ``rows`` (n, d) after a step, and the loss before it."""
+    n = len(rows)
+    pairs = torch.exp(2 * t * (rows @ rows.T - 1)).fill_diagonal_(0)  # (n, n)
+    total = pairs.sum()
+    gradient = tangent(4 * t / total * pairs @ rows, rows, inverse_norm(rows))
+    return unit(rows - lr * n * gradient), total.log() - math.log(n * (n - 1))

@@ -1,0 +1,379 @@
+"""On a CUDA or ROCm device, or in Triton's interpreter on CPU, where test_interpreter.py runs this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gif_kernels import AngularMargin, dispatch, token_margin_loss
+
+kernels = pytest.importorskip("gif_kernels.token_margin.kernels", reason="Triton is not installed")
+if not (dispatch.INTERPRETING or torch.cuda.is_available()):
+    pytest.skip("needs a CUDA or ROCm device; test_interpreter.py runs it without one", allow_module_level=True)
+
+DEVICE = "cpu" if dispatch.INTERPRETING else "cuda"
+pytestmark = [] if dispatch.INTERPRETING else [pytest.mark.gpu]
+on_a_gpu = pytest.mark.skipif(dispatch.INTERPRETING, reason="needs a CUDA or ROCm device, not the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random inputs of one shape; ``inner`` is d' where there are projections."""
+
+    batch: int
+    length: int
+    vocab: int
+    width: int
+    inner: int | None = None
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """embeddings, centers and, where there are any, projections."""
+        z = torch.randn(self.batch, self.width)
+        w = torch.randn(self.length, self.vocab, self.inner or self.width)
+        p = [] if self.inner is None else [torch.randn(self.length, self.inner, self.width) / self.width**0.5]
+        return [x.to(dtype) for x in (z, w, *p)]
+
+    def codes(self) -> Tensor:
+        """Random codes; every third row is ignored."""
+        codes = torch.randint(self.vocab, (self.batch, self.length))
+        codes[1::3] = -1
+        return codes
+
+    def weights(self) -> Tensor:
+        return torch.rand(self.length).softmax(0)
+
+
+# widths under, over and between the chunks (16 to 64); batches of one row, a few, over a block (32 or 64); vocabularies
+# that fill 16 columns, 32 and more; l v under and over a block of columns (64, 128)
+CASES = {
+    "one of each": Case(1, 1, 2, 7),
+    "few": Case(5, 2, 5, 48),
+    "over a block": Case(67, 4, 20, 130),
+    "wide vocabulary": Case(5, 3, 33, 48),
+    "one row projected": Case(1, 1, 2, 7, 7),
+    "projected to fewer": Case(67, 4, 5, 48, 7),
+    "projected to more": Case(5, 2, 33, 7, 130),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+SMALL = [CASES["few"], replace(CASES["few"], inner=7)]
+MANY = [Case(67, 4, 20, 130), Case(67, 4, 33, 48), Case(67, 4, 5, 48, 7), Case(67, 2, 33, 7, 130)]
+many_rows = pytest.mark.parametrize("case", MANY, ids=str)  # enough to compare two errors: one may be zero by chance
+plain_and_projected = pytest.mark.parametrize("case", SMALL, ids=["plain", "projected"])
+
+
+def loss_of(codes: Tensor, impl: str = "triton", **options):
+    """token_margin_loss of (embeddings, centers) or (embeddings, centers, projections)."""
+
+    def loss(z: Tensor, w: Tensor, p: Tensor | None = None) -> Tensor:
+        return token_margin_loss(z, w, codes, projections=p, impl=impl, **options)
+
+    return loss
+
+
+def plain_loss(codes: Tensor, margin: AngularMargin):
+    """What a user would write, in the inputs' own dtype; CosFace's margin, which needs no acos."""
+
+    def loss(z: Tensor, w: Tensor, p: Tensor | None = None) -> Tensor:
+        u = F.normalize(z)[:, None].expand(-1, len(w), -1)
+        if p is not None:
+            u = F.normalize(torch.einsum("bld,lid->bli", u, p), dim=-1)
+        cosine = torch.einsum("bli,lvi->blv", u, F.normalize(w, dim=-1))
+        own = F.one_hot(codes.clamp(min=0), w.shape[1]).bool()
+        logits = 64.0 * torch.where(own, cosine - margin.m3, cosine)
+        losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), ignore_index=-1, reduction="none")
+        return losses.sum() / len(w)
+
+    return loss
+
+
+# ---- values and gradients against float64
+
+
+@every_case
+def test_values_and_gradients(case, differentiate, agree):
+    tensors, codes = case.tensors(), case.codes()
+    options = {"token_weights": case.weights(), "reduction": "none"}
+    truth = differentiate(loss_of(codes, "reference", **options), *(x.double() for x in tensors))
+    given = differentiate(loss_of(codes, **options), *tensors)
+    assert (given[0][codes[:, 0] < 0] == 0).all()
+    for a, b in zip(given, truth, strict=True):
+        agree(a, b)
+
+
+def test_every_margin(margin, differentiate, agree):
+    case = CASES["few"]
+    tensors, codes = case.tensors(), case.codes()
+    truth = differentiate(loss_of(codes, "reference", margin=margin), *(x.double() for x in tensors))
+    for a, b in zip(differentiate(loss_of(codes, margin=margin), *tensors), truth, strict=True):
+        agree(a, b)
+
+
+@pytest.mark.parametrize("m2", [-4.0, -0.2, 0.5, 3.0, 3.5, 7.0])
+def test_shifts_past_pi(m2, differentiate, agree):
+    """Cosines all over [-1, 1], so that the shifted angle passes pi on some rows and not on others."""
+    z = F.normalize(torch.randn(67, 4))
+    w = F.normalize(torch.randn(1, 5, 4))
+    codes = torch.randint(5, (67, 1))
+    options = {"margin": AngularMargin(m2=m2), "scale": 4.0, "reduction": "none"}
+    truth = differentiate(loss_of(codes, "reference", **options), z.double(), w.double())
+    for a, b in zip(differentiate(loss_of(codes, **options), z, w), truth, strict=True):
+        agree(a, b)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_cosines_of_exactly_one(sign, margin, differentiate, agree):
+    w = torch.randn(1, 3, 8)
+    codes = torch.tensor([[0], [2], [1]])
+    z = 2 * sign * w[0, codes[:, 0]]
+    truth = differentiate(loss_of(codes, "reference", margin=margin), z.double(), w.double())
+    given = differentiate(loss_of(codes, margin=margin), z, w)
+    agree(given[0], truth[0])
+    # the margin's slope, some hundreds there, multiplies a tangent that is zero but for rounding
+    slope = abs(margin.value_and_slope(torch.tensor(sign))[1].item())
+    for a, b in zip(given[1:], truth[1:], strict=True):
+        agree(a, b, noise=4 * torch.finfo(torch.float32).eps * 64 * slope)
+
+
+@many_rows
+def test_float16(case, differentiate, no_worse_than_pytorch):
+    check_low_precision(case, torch.float16, differentiate, no_worse_than_pytorch)
+
+
+@on_a_gpu
+@many_rows
+def test_bfloat16(case, differentiate, no_worse_than_pytorch):
+    check_low_precision(case, torch.bfloat16, differentiate, no_worse_than_pytorch)
+
+
+def check_low_precision(case, dtype, differentiate, no_worse_than_pytorch):
+    margin, codes = AngularMargin(m2=0.0, m3=0.35), case.codes()
+    tensors = case.tensors(dtype)
+    loss = partial(loss_of, codes, margin=margin, reduction="sum")
+    truth = differentiate(loss(impl="reference"), *(x.double() for x in tensors))
+    naive = differentiate(plain_loss(codes, margin), *tensors)
+    for a, b, c in zip(differentiate(loss(), *tensors), naive, truth, strict=True):
+        no_worse_than_pytorch(a, b, c)
+
+
+@plain_and_projected
+def test_dtypes_may_differ(case, differentiate, agree):
+    """float16 embeddings out of autocast, float32 parameters: products in float32, each gradient in its own dtype."""
+    (z, *parameters), codes = case.tensors(), case.codes()
+    z = z.half()
+    truth = differentiate(loss_of(codes, "reference"), z.double(), *(x.double() for x in parameters))
+    loss, z_gradient, *gradients = differentiate(loss_of(codes), z, *parameters)
+    assert z_gradient.dtype == torch.float16
+    torch.testing.assert_close(z_gradient.double(), truth[1], rtol=2**-10, atol=1e-5)  # rounded once to 11 bits
+    for a, b in zip((loss, *gradients), (truth[0], *truth[2:]), strict=True):
+        agree(a, b)
+
+
+# ---- sums over many blocks
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@plain_and_projected
+def test_parts_of_the_batch(case, parts, monkeypatch, differentiate, agree):
+    """Several blocks of rows a part, and parts that do not fill: the sums for the centre gradient."""
+    monkeypatch.setattr(kernels, "MAX_SPLITS", parts)
+    case = replace(case, batch=257)  # 9 blocks of 32 rows, the last of one row
+    tensors, codes = case.tensors(), case.codes()
+    options = {"reduction": "none"}
+    truth = differentiate(loss_of(codes, "reference", **options), *(x.double() for x in tensors))
+    for a, b in zip(differentiate(loss_of(codes, **options), *tensors), truth, strict=True):
+        agree(a, b)
+
+
+@plain_and_projected
+def test_same_inputs_give_the_same_bits(case):
+    case = replace(case, batch=67)
+    tensors, codes = [x.requires_grad_() for x in case.tensors()], case.codes()
+    first, second = (torch.autograd.grad(loss_of(codes)(*tensors), tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- what is computed and what is left out
+
+
+@plain_and_projected
+def test_gradients_where_they_are_asked_for_alone(case):
+    tensors, codes = case.tensors(), case.codes()
+    leaves = [x.requires_grad_() for x in tensors]
+    complete = torch.autograd.grad(loss_of(codes)(*leaves), leaves)
+    for subset in range(1, 2 ** len(tensors)):
+        leaves = [x.detach().requires_grad_(bool(subset >> i & 1)) for i, x in enumerate(tensors)]
+        loss_of(codes)(*leaves).backward()
+        for leaf, gradient in zip(leaves, complete, strict=True):
+            assert torch.equal(leaf.grad, gradient) if leaf.requires_grad else leaf.grad is None
+
+
+def test_without_gradients():
+    case = CASES["few"]
+    tensors, codes = case.tensors(), case.codes()
+    given = loss_of(codes)(*tensors)
+    assert not given.requires_grad
+    assert torch.equal(given, loss_of(codes)(*(x.requires_grad_() for x in tensors)).detach())
+
+
+@plain_and_projected
+def test_rows_of_zeros_have_no_direction_and_get_no_gradient(case, differentiate):
+    for zeroed in range(2 if case.inner is None else 3):
+        tensors, codes = case.tensors(), torch.randint(5, (5, 2))
+        tensors[zeroed][0] = 0  # an embedding, a token's centres, or a token's projection
+        found = differentiate(loss_of(codes), *tensors)
+        assert all(x.isfinite().all() for x in found)
+        assert (found[1 + zeroed][0] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 3], ids=["empty batch", "all ignored"])
+@plain_and_projected
+def test_nothing_to_learn_from(case, rows, differentiate):
+    tensors = replace(case, batch=rows).tensors()
+    for found in differentiate(loss_of(torch.full((rows, 2), -1)), *tensors):
+        assert (found == 0).all()
+
+
+def test_an_embedding_that_is_not_a_number_reaches_the_loss(monkeypatch):
+    monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)  # as on an accelerator
+    (z, w), codes = CASES["few"].tensors(), torch.randint(5, (5, 2))
+    z[2, 3] = float("nan")
+    losses = loss_of(codes, reduction="none")(z, w)
+    assert losses.isnan().tolist() == [False, False, True, False, False]
+
+
+@plain_and_projected
+def test_non_contiguous(case, differentiate, agree):
+    tensors, codes = case.tensors(), case.codes()
+    expected = differentiate(loss_of(codes), *tensors)
+    strided = [x.movedim(0, -1).contiguous().movedim(-1, 0) for x in tensors]
+    codes = codes.T.contiguous().T
+    for a, b in zip(differentiate(loss_of(codes), *strided), expected, strict=True):
+        agree(a, b)
+
+
+def test_more_centers_than_the_kernels_hold():
+    z, w = torch.randn(2, 8), torch.randn(1, kernels.MAX_VOCAB + 1, 8)
+    with pytest.raises(ValueError, match='at most 256 centers a token, got 257; use impl="blocked"'):
+        loss_of(torch.zeros(2, 1, dtype=torch.int64))(z, w)
+
+
+@plain_and_projected
+def test_second_derivative_is_refused_not_wrong(case):
+    tensors = [x.requires_grad_() for x in case.tensors()]
+    gradients = torch.autograd.grad(loss_of(case.codes())(*tensors), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradients[0].square().sum().backward()
+
+
+# ---- compilation
+
+
+@pytest.mark.parametrize("margin", [AngularMargin(), AngularMargin(1.2, 0.4, 0.1, "straight_through")], ids=str)
+@plain_and_projected
+def test_compiled_equals_eager(case, margin, compiles):
+    compiles(loss_of(case.codes(), margin=margin, token_weights=case.weights(), reduction="none"), *case.tensors())
+
+
+def test_compiled_gives_the_gradients_asked_for_alone(compiled, agree):
+    (z, w), codes = CASES["few"].tensors(), CASES["few"].codes()
+    loss = compiled(loss_of(codes))
+    for leaf, other in ((z, w), (w, z)):
+        leaf.requires_grad_(), other.requires_grad_(False)
+        (given,) = torch.autograd.grad(loss(z, w), leaf)
+        (expected,) = torch.autograd.grad(loss_of(codes)(z, w), leaf)
+        agree(given, expected)
+
+
+@plain_and_projected
+def test_custom_ops_keep_their_word(case):
+    """Schemas and fake implementations agree with what runs."""
+    z, w, *projections = case.tensors()
+    rows = kernels._project(z, *projections) if projections else z.unsqueeze(1)
+    codes, weights = case.codes(), case.weights()
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    for save in (False, True):
+        inputs = (rows, w, codes, weights, *kernels._margin_numbers(AngularMargin()), 64.0, save)
+        check(torch.ops.gif_kernels.token_margin_forward.default, inputs)
+    _, *saved = kernels._forward(*inputs)
+    for needs in ((True, True), (True, False), (False, True)):
+        check(torch.ops.gif_kernels.token_margin_backward.default, (rows, w, *saved, torch.ones(len(z)), *needs))
+
+
+# ---- on a GPU alone
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("batch", "width"), [(1000, 512), (3000, 768)])
+def test_sizes_of_training(batch, width, differentiate, no_worse_than_pytorch):
+    case = Case(batch, 5, 20, width)
+    check_low_precision(case, torch.bfloat16, differentiate, no_worse_than_pytorch)
+    check_low_precision(replace(case, inner=width), torch.bfloat16, differentiate, no_worse_than_pytorch)
+
+
+@on_a_gpu
+def test_offsets_past_int32():
+    """The last rows of a batch whose elements number more than 2^31."""
+    width, rows = 512, 2**22 + 100
+    z, w = torch.randn(rows, width, dtype=torch.bfloat16), torch.randn(1, 5, width, dtype=torch.bfloat16)
+    codes = torch.randint(5, (rows, 1))
+    z.requires_grad_()
+    losses = loss_of(codes, reduction="none")(z, w)
+    (gradient,) = torch.autograd.grad(losses.sum(), z)
+    last = z.detach()[-100:].requires_grad_()
+    expected = loss_of(codes[-100:], reduction="none")(last, w)
+    assert torch.equal(losses[-100:], expected)
+    assert torch.equal(gradient[-100:], torch.autograd.grad(expected.sum(), last)[0])
+
+
+@on_a_gpu
+def test_three_launches_forward_and_backward():
+    case = Case(512, 5, 20, 512)
+    tensors, codes, weights = [x.requires_grad_() for x in case.tensors(torch.bfloat16)], case.codes(), case.weights()
+
+    def step() -> None:
+        losses = kernels.token_margin_rows(tensors[0], tensors[1], None, codes, weights, AngularMargin(), 64.0)
+        torch.autograd.grad(losses, tensors, torch.ones(()).expand(512))
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    ours = [name for name in launched if name.startswith("token_margin")]
+    assert len(ours) == 3
+    assert all(name in ours or "fill" in name for name in launched)  # the ones
+
+
+@on_a_gpu
+def test_cuda_graph():
+    case = Case(512, 5, 20, 512)
+    tensors, codes, weights = [x.requires_grad_() for x in case.tensors(torch.bfloat16)], case.codes(), case.weights()
+    incoming = torch.ones(512)
+
+    def step() -> tuple[Tensor, ...]:
+        losses = kernels.token_margin_rows(tensors[0], tensors[1], None, codes, weights, AngularMargin(), 64.0)
+        return losses, *torch.autograd.grad(losses, tensors, incoming)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        tensors[0].normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
