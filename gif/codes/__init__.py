@@ -1,0 +1,7 @@
+"""Identity codes: what they are, how code vectors become them, and how good they are."""
+
+from gif.codes.identity_codes import IdentityCodes, code_length
+from gif.codes.quality import CodeQuality, judge_codes, linear_probe
+from gif.codes.tokenize import tokenize
+
+__all__ = ["CodeQuality", "IdentityCodes", "code_length", "judge_codes", "linear_probe", "tokenize"]

@@ -1,0 +1,55 @@
+"""Naming children so that a token means the same under every prefix.
+
+Recursive k-means numbers the children of each node arbitrarily: token 2 = 3 says something else under each first
+token, and a head that sees only the embedding cannot learn it. Here a level has a codebook of v directions, and the
+children of a node are matched to it one to one by their residuals, child minus parent. Token k then means a direction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from gif.codes.balanced import Nodes, node_seeds, seed_centroids, uniforms
+from gif_kernels.sphere import unit
+
+CODEBOOK_ROUNDS = 10
+
+
+def fit_codebook(residuals: Tensor, seed: int, depth: int) -> Tensor:
+    """Directions (v, d) to name children by, from residuals (g, v, d) of unit length, or zero where there is no child.
+
+    Starts from k-means++ of all residuals, then matches and takes means in turns until no name changes.
+    """
+    g, v, d = residuals.shape
+    rows = residuals.reshape(1, g * v, d)
+    present = rows.any(-1)
+    everything = Nodes(rows[0], torch.arange(g * v, device=rows.device)[None], present)
+    codebook = seed_centroids(everything, v, node_seeds(seed, depth, np.zeros(1, np.int64)))[0]
+    names = None
+    for _ in range(CODEBOOK_ROUNDS):
+        previous, names = names, match(residuals, codebook)
+        if previous is not None and torch.equal(names, previous):
+            break
+        children = names.argsort(1)[:, :, None].expand_as(residuals)  # children by name
+        codebook = unit(residuals.gather(1, children).sum(0))
+    return codebook
+
+
+def match(residuals: Tensor, codebook: Tensor) -> Tensor:
+    """Names (g, v) int64, a permutation of [0, v) a node: the maximum-weight matching of residuals to codebook.
+
+    A child that is not there, a residual of zero, weighs nothing under any name and takes one that is left.
+    """
+    weights = (residuals @ codebook.mT).cpu().numpy()
+    names = np.empty(weights.shape[:2], np.int64)
+    for node, weight in enumerate(weights):
+        names[node] = linear_sum_assignment(weight, maximize=True)[1]
+    return torch.from_numpy(names).to(residuals.device)
+
+
+def random_names(seeds: np.ndarray, v: int) -> Tensor:
+    """A random permutation of [0, v) for each of ``seeds`` (g,): (g, v) int64."""
+    return uniforms(seeds, v, stream=2).argsort(1)

@@ -1,0 +1,187 @@
+"""The identity codes c^y: each identity's tokens, fixed before training, no two identities alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gif.files import load_tensors, save_tensors
+from gif_kernels import checks
+
+FORMAT = "gif.identity_codes/1"
+LARGEST_VOCAB = 256  # a token is one byte
+_LARGEST_KEY = torch.iinfo(torch.int64).max
+
+
+class IdentityCodes:
+    """Codes of m identities: l tokens each, every token in [0, v), all codes distinct (METHOD: c^y).
+
+    Args:
+        codes: (m, l) integers; kept as uint8.
+        vocab_size: v, in [2, 256]; v^l must fit int64.
+        centroids: unit vectors of the tree's nodes where `tokenize` made the codes: tensor j is (nodes, d), a row for
+            each prefix of j + 1 tokens in use, in increasing order of the prefixes. May stop at any level.
+
+    Raises TypeError if the codes are not an integer tensor, ValueError if a token is out of range, two identities share
+    a code, or the centroids do not belong to the codes.
+    """
+
+    def __init__(self, codes: Tensor, vocab_size: int, *, centroids: Sequence[Tensor] | None = None) -> None:
+        _check_vocab_size(vocab_size)
+        tokens = checks.integer(
+            "codes", codes, ("m", "l"), low=0, high=vocab_size, hint="give the vocab_size the codes were made with"
+        )
+        check_code_space(vocab_size, tokens.shape[1])
+        self.codes = tokens.to(torch.uint8)
+        self.vocab_size = vocab_size
+        self.centroids = tuple(centroids or ())
+        keys, identities = self._keys(self.codes).sort(stable=True)
+        self._check_distinct(keys, identities)
+        self._check_centroids(keys)
+
+    @classmethod
+    def load(cls, path: str | Path) -> IdentityCodes:
+        """Read codes from ``path``.
+
+        Raises FileNotFoundError, or ValueError if the file is truncated, damaged or of another kind.
+        """
+        tensors, metadata = load_tensors(path, format=FORMAT)
+        if "codes" not in tensors or not metadata.get("vocab_size", "").isdecimal():
+            raise ValueError(f"{path} has no codes or no vocab_size; make it again with IdentityCodes.save")
+        centroids = [tensors[_centroids(level)] for level in range(len(tensors) - 1) if _centroids(level) in tensors]
+        return cls(tensors["codes"], int(metadata["vocab_size"]), centroids=centroids)
+
+    def save(self, path: str | Path) -> None:
+        """Write the codes, and the centroids if there are any, as safetensors, atomically."""
+        tensors = {"codes": self.codes} | {_centroids(level): rows for level, rows in enumerate(self.centroids)}
+        save_tensors(path, tensors, format=FORMAT, vocab_size=str(self.vocab_size))
+
+    def lookup(self, labels: Tensor) -> Tensor:
+        """Codes of identities ``labels`` (B,) as (B, l) int64, on the labels' device; label -1 gives a row of -1.
+
+        Raises ValueError for a label outside [-1, m).
+        """
+        index = labels.to(self.codes.device)
+        if index.numel():
+            hint = "these codes were made for other identities (-1 marks a row to ignore)"
+            index = checks.integer("labels", index, ("B",), low=-1, high=len(self), hint=hint)
+        rows = self.codes[index.long().clamp_min(0)].long()
+        return rows.masked_fill((index < 0)[:, None], -1).to(labels.device)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Identities (n,) int64 that own ``codes`` (n, l), on the codes' device; -1 where no identity does."""
+        if codes.ndim != 2 or codes.shape[1] != self.length:
+            raise ValueError(f"codes must have shape (n, {self.length}), got {tuple(codes.shape)}")
+        tokens = codes.to(self.codes.device).long()
+        keys, identities = self._key_table
+        wanted = self._keys(tokens)
+        place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        valid = ((tokens >= 0) & (tokens < self.vocab_size)).all(1)
+        return torch.where(valid & (keys[place] == wanted), identities[place], -1).to(codes.device)
+
+    def prefixes(self, tokens: int) -> Tensor:
+        """The first ``tokens`` tokens of each code as a number in base v, (m,) int64: its node at that depth."""
+        return self._keys(self.codes[:, :tokens])
+
+    def siblings(self, labels: Tensor, count: int) -> Tensor:
+        """Neighbours in the order of the codes, which share the longest prefixes: (B, count) int64 for labels (B,).
+
+        The next, the one before, the second next and so on, around the ends; with few identities some may repeat.
+        """
+        index = labels.to(self.codes.device)
+        steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], dtype=torch.int64, device=index.device)
+        place = (self._rank[index][:, None] + steps) % len(self)
+        return self._key_table[1][place].to(labels.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of m, l, v and the codes: what a checkpoint records to know its codes again."""
+        digest = hashlib.sha256(f"{len(self)},{self.length},{self.vocab_size};".encode())
+        digest.update(self.codes.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def length(self) -> int:
+        """l, the tokens of a code."""
+        return self.codes.shape[1]
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def __repr__(self) -> str:
+        return f"IdentityCodes({len(self)} identities, {self.length} tokens of {self.vocab_size})"
+
+    @cached_property
+    def _key_table(self) -> tuple[Tensor, Tensor]:
+        keys, identities = self._keys(self.codes).sort(stable=True)
+        return keys, identities
+
+    @cached_property
+    def _rank(self) -> Tensor:
+        """The place of each identity in the order of the codes, (m,) int64."""
+        identities = self._key_table[1]
+        return torch.empty_like(identities).scatter_(0, identities, torch.arange(len(self), device=identities.device))
+
+    def _keys(self, codes: Tensor) -> Tensor:
+        """Codes (n, l) as numbers in base v, (n,) int64."""
+        keys = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        for tokens in codes.unbind(1):
+            keys.mul_(self.vocab_size).add_(tokens)
+        return keys
+
+    def _check_distinct(self, keys: Tensor, identities: Tensor) -> None:
+        same = (keys[1:] == keys[:-1]).nonzero()
+        if len(same):
+            first, second = identities[same[0, 0] :][:2].tolist()
+            raise ValueError(
+                f"identities {first} and {second} share the code {self.codes[first].tolist()} ({len(same)} are not "
+                "distinct), wanted one for each; make them with gif.tokenize"
+            )
+
+    def _check_centroids(self, keys: Tensor) -> None:
+        for level, rows in enumerate(self.centroids):
+            prefixes = keys // self.vocab_size ** (self.length - 1 - level)
+            nodes = 1 + int((prefixes[1:] != prefixes[:-1]).sum())
+            if level >= self.length or rows.ndim != 2 or len(rows) != nodes or not rows.is_floating_point():
+                raise ValueError(
+                    f"centroids of level {level} must be ({nodes}, d) floating point, got {tuple(rows.shape)} "
+                    f"{rows.dtype}; give the centroids that came with these codes, or none"
+                )
+
+
+def code_length(m: int, vocab_size: int, slack: float = 0.0) -> int:
+    """The smallest l >= 1 with v^l >= m (1 + slack), exactly; ``slack`` counts as the decimal number it prints as.
+
+    Raises ValueError unless m >= 1, vocab_size is in [2, 256] and slack >= 0.
+    """
+    _check_vocab_size(vocab_size)
+    if m < 1 or not 0 <= slack < float("inf"):
+        raise ValueError(f"wanted at least one identity and a finite slack >= 0, got m = {m}, slack = {slack}")
+    wanted = m * (1 + Fraction(repr(float(slack))))
+    length = 1
+    while vocab_size**length < wanted:
+        length += 1
+    return length
+
+
+def check_code_space(vocab_size: int, length: int) -> None:
+    """Raise ValueError unless a code of ``length`` tokens fits int64 as a number in base ``vocab_size``."""
+    if vocab_size**length > _LARGEST_KEY:
+        raise ValueError(
+            f"codes of {length} tokens of {vocab_size} pass 2^63; take fewer tokens or a smaller vocabulary"
+        )
+
+
+def _check_vocab_size(vocab_size: int) -> None:
+    if not isinstance(vocab_size, int) or not 2 <= vocab_size <= LARGEST_VOCAB:
+        raise ValueError(f"vocab_size must be an integer in [2, {LARGEST_VOCAB}], got {vocab_size}")
+
+
+def _centroids(level: int) -> str:
+    return f"centroids.{level}"

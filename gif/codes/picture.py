@@ -1,0 +1,64 @@
+"""A picture of the code tree: images of identities that share a prefix, a row a prefix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from gif.codes.identity_codes import IdentityCodes
+from gif.data.images import IdentityImages
+from gif.plotting import save_figure
+
+ROOTS, CHILDREN, MEMBERS = 4, 3, 14
+
+
+def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Path) -> None:
+    """Draw a few first tokens, a few second tokens under each, and images of identities below those.
+
+    Identities that look alike share a prefix where the codes mean something.
+    """
+    first_image = _first_images(dataset)
+    rows = _fullest_prefixes(codes.codes, min(2, codes.length))
+    size = dataset.images.shape[-1]
+    drawing = Figure(figsize=(9.5, 0.52 * len(rows) + 0.9), layout="constrained")
+    drawing.suptitle("Identities that share a code prefix look alike", fontsize=12)
+    grid = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axes, (prefix, members) in zip(grid, rows, strict=True):
+        strip = np.zeros((size, MEMBERS * size))
+        for place, identity in enumerate(members.tolist()):
+            if identity in first_image:
+                image = dataset.images[first_image[identity]].float().mean(0).numpy()
+                strip[:, place * size : (place + 1) * size] = image
+        axes.imshow(strip, cmap="gray_r", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(" ".join(map(str, prefix)) + " …", rotation=0, ha="right", va="center", family="monospace")
+        axes.spines[:].set_visible(False)
+    save_figure(drawing, path)
+
+
+def _first_images(dataset: IdentityImages) -> dict[int, int]:
+    """Each identity's first image."""
+    found: dict[int, int] = {}
+    for row, label in enumerate(dataset.labels.tolist()):
+        found.setdefault(label, row)
+    return found
+
+
+def _fullest_prefixes(codes: torch.Tensor, depth: int) -> list[tuple[list[int], torch.Tensor]]:
+    """The fullest prefixes of ``depth`` tokens under the fullest first tokens, each with its first members."""
+    rows = []
+    roots = codes[:, 0].long().bincount().argsort(descending=True, stable=True)[:ROOTS].sort().values
+    for root in roots.tolist():
+        below = (codes[:, 0] == root).nonzero().squeeze(1)
+        if depth == 1:
+            rows.append(([root], below[:MEMBERS]))
+            continue
+        tokens = codes[below, 1].long()
+        counts = tokens.bincount()
+        for token in counts.argsort(descending=True, stable=True)[:CHILDREN].sort().values.tolist():
+            if counts[token]:
+                rows.append(([root, token], below[tokens == token][:MEMBERS]))
+    return rows

@@ -1,0 +1,159 @@
+"""Identity codes are distinct, answer look-ups exactly, and survive a file."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gif.codes import IdentityCodes, code_length, tokenize
+
+
+def random_codes(m: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
+    keys = torch.randperm(vocab_size**length, generator=torch.Generator().manual_seed(seed))[:m]
+    places = vocab_size ** torch.arange(length - 1, -1, -1)
+    return keys[:, None] // places % vocab_size
+
+
+@pytest.mark.parametrize(("m", "length", "vocab_size"), [(1, 1, 2), (7, 3, 2), (16, 2, 4), (500, 3, 20), (300, 2, 256)])
+def test_decode_inverts_lookup(m, length, vocab_size):
+    wanted = random_codes(m, length, vocab_size)
+    codes = IdentityCodes(wanted, vocab_size)
+    assert (len(codes), codes.length, codes.vocab_size, codes.codes.dtype) == (m, length, vocab_size, torch.uint8)
+    labels = torch.randint(-1, m, (50,))
+    rows = codes.lookup(labels)
+    assert rows.dtype == torch.int64
+    assert torch.equal(rows[labels >= 0], wanted[labels[labels >= 0]])
+    assert (rows[labels == -1] == -1).all()
+    assert torch.equal(codes.decode(rows), labels)  # a row of -1 is nobody's code
+    assert torch.equal(codes.decode(codes.codes), torch.arange(m))
+
+
+def test_decode_knows_every_code_of_a_small_space():
+    codes = IdentityCodes(random_codes(11, 3, 3), 3)
+    owner = {tuple(code): identity for identity, code in enumerate(codes.codes.tolist())}
+    everything = list(itertools.product(range(-1, 4), repeat=3))  # tokens out of range too: -1 and 3
+    assert codes.decode(torch.tensor(everything)).tolist() == [owner.get(code, -1) for code in everything]
+
+
+def test_lookup_takes_any_integers_and_no_rows():
+    codes = IdentityCodes(random_codes(9, 2, 5), 5)
+    labels = torch.tensor([3, -1, 8, 0])
+    assert torch.equal(codes.lookup(labels.int()), codes.lookup(labels))
+    assert torch.equal(codes.lookup(torch.arange(9)[::2]), codes.lookup(torch.arange(9))[::2])
+    assert codes.lookup(torch.empty(0, dtype=torch.int64)).shape == (0, 2)
+    assert codes.decode(torch.empty(0, 2, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("label", [-2, 9, 10**12])
+def test_lookup_refuses_labels_of_others(label):
+    codes = IdentityCodes(random_codes(9, 2, 5), 5)
+    with pytest.raises(ValueError, match=rf"labels must lie in \[-1, 9\), got .*{label}.*made for other identities"):
+        codes.lookup(torch.tensor([0, label]))
+
+
+def test_prefixes_are_nodes_of_the_tree():
+    codes = IdentityCodes(torch.tensor([[1, 2, 0], [1, 2, 1], [0, 2, 1]]), 3)
+    assert codes.prefixes(0).tolist() == [0, 0, 0]
+    assert codes.prefixes(2).tolist() == [5, 5, 2]
+    assert codes.prefixes(3).tolist() == [15, 16, 7]
+
+
+def test_constructor_refuses_what_are_not_codes():
+    tokens = random_codes(6, 2, 5)
+    with pytest.raises(TypeError, match="integer tensor"):
+        IdentityCodes(tokens.float(), 5)
+    with pytest.raises(ValueError, match=r"shape \(m, l\)"):
+        IdentityCodes(tokens[0], 5)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 5\), got values from 0 to 5"):
+        IdentityCodes(torch.tensor([[0, 5]]), 5)
+    for vocab_size in (1, 257, 2.5):
+        with pytest.raises(ValueError, match=r"integer in \[2, 256\]"):
+            IdentityCodes(torch.zeros(1, 1, dtype=torch.int64), vocab_size)
+    with pytest.raises(ValueError, match="pass 2\\^63"):
+        IdentityCodes(torch.zeros(1, 8, dtype=torch.int64), 256)
+    tokens[4] = tokens[1]
+    with pytest.raises(ValueError, match=r"identities 1 and 4 share the code .*gif.tokenize"):
+        IdentityCodes(tokens, 5)
+    with pytest.raises(ValueError, match=r"codes must have shape \(n, 2\)"):
+        IdentityCodes(tokens[:3], 5).decode(torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_fingerprint_knows_every_change():
+    tokens = random_codes(40, 3, 6)
+    codes = IdentityCodes(tokens, 6)
+    assert codes.fingerprint == IdentityCodes(tokens.clone(), 6).fingerprint
+    others = [
+        IdentityCodes(tokens, 7),
+        IdentityCodes(tokens[:-1], 6),
+        IdentityCodes(tokens.flip(0), 6),
+        IdentityCodes(torch.nn.functional.pad(tokens, (1, 0)), 6),
+        IdentityCodes(torch.nn.functional.pad(tokens, (0, 1)), 6),
+    ]
+    assert len({each.fingerprint for each in [codes, *others]}) == 1 + len(others)
+    assert len(bytes.fromhex(codes.fingerprint)) == 32
+
+
+def test_round_trip(tmp_path):
+    codes = tokenize(torch.randn(300, 16), vocab_size=5)
+    codes.save(tmp_path / "codes.safetensors")
+    loaded = IdentityCodes.load(tmp_path / "codes.safetensors")
+    assert torch.equal(loaded.codes, codes.codes)
+    assert loaded.vocab_size == 5
+    assert loaded.fingerprint == codes.fingerprint
+    assert len(loaded.centroids) == codes.length - 1
+    assert all(torch.equal(new, old) for new, old in zip(loaded.centroids, codes.centroids, strict=True))
+
+    bare = IdentityCodes(codes.codes, 5)
+    bare.save(tmp_path / "bare.safetensors")
+    assert IdentityCodes.load(tmp_path / "bare.safetensors").centroids == ()
+
+
+def test_files_that_are_missing_foreign_truncated_or_tampered_with(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    with pytest.raises(FileNotFoundError):
+        IdentityCodes.load(path)
+    tokens = random_codes(100, 2, 20)
+    tokens_u8 = tokens.to(torch.uint8)
+    IdentityCodes(tokens, 20).save(path)
+    whole = path.read_bytes()
+    for size in (0, 7, 50, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged"):
+            IdentityCodes.load(path)
+    ours = {"format": "gif.identity_codes/1", "vocab_size": "20"}
+    twice = tokens_u8.clone()
+    twice[1] = twice[0]
+    for tensors, metadata, message in [
+        ({"codes": tokens_u8}, {"format": "gif.code_vectors/1"}, "holds gif.code_vectors/1"),
+        ({"codes": tokens_u8}, None, "holds an unknown format"),
+        ({"codes": tokens_u8}, {"format": ours["format"]}, "no vocab_size"),
+        ({"other": tokens_u8}, ours, "no codes"),
+        ({"codes": tokens_u8}, ours | {"vocab_size": "3"}, r"must lie in \[0, 3\)"),
+        ({"codes": twice}, ours, "identities 0 and 1 share"),
+        ({"codes": tokens_u8, "centroids.0": torch.zeros(3, 4)}, ours, r"centroids of level 0 must be \(20, d\)"),
+    ]:
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(ValueError, match=message):
+            IdentityCodes.load(path)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 10, 20, 255, 256])
+def test_code_length_is_exact_at_the_powers(vocab_size):
+    for length in range(1, 8):
+        size = vocab_size**length
+        assert code_length(size, vocab_size) == length
+        assert code_length(size + 1, vocab_size) == length + 1
+    assert code_length(1, vocab_size) == 1
+
+
+def test_code_length_leaves_slack():
+    assert code_length(64_000_000, 20) == 6
+    assert code_length(64_000_000, 20, slack=1e-9) == 7
+    assert code_length(100, 10, slack=9.0) == 3
+    assert code_length(10, 11, slack=0.1) == 1  # 10 * 1.1 is 11, whatever floating point makes of it
+    assert code_length(8, 2, slack=sys.float_info.min) == 4
+    for m, slack in ((0, 0.0), (5, -0.1), (5, float("nan")), (5, float("inf"))):
+        with pytest.raises(ValueError, match="at least one identity and a finite slack"):
+            code_length(m, 2, slack)
