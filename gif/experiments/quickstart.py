@@ -30,7 +30,7 @@ BACKBONE = BackboneConfig(embedding_size=128, width=16)
 HEADS = {
     "GIF": HeadConfig(kind="gif"),
     "GIF, as published": HeadConfig(kind="gif", recipe="paper", overrides={"scale": 16.0}),
-    "full softmax": HeadConfig(kind="softmax", scale=32.0, margin=AngularMargin(m2=0.0, m3=0.2)),
+    "full softmax": HeadConfig(kind="softmax", scale=16.0, margin=AngularMargin(m2=0.0, m3=0.2)),
 }
 
 

@@ -34,7 +34,7 @@ class Recipe:
     margin: AngularMargin
     regression_weight: float
     contrast_weight: float = 0.0
-    contrast_scale: float = 32.0
+    contrast_scale: float = 16.0
     contrast_margin: AngularMargin = AngularMargin(m2=0.0, m3=0.2)  # noqa: RUF009 (frozen)
     siblings: int = 2
     vector_lr: float = 0.0

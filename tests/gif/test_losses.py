@@ -134,7 +134,7 @@ class TestLiveVectors:
         candidates = sorted(candidates)
         cosine = F.normalize(embeddings.double(), dim=1) @ F.normalize(table[candidates], dim=1).T
         targets = torch.tensor([candidates.index(y) for y in labels.tolist()])
-        logits = 32 * (cosine - 0.2 * F.one_hot(targets, len(candidates)))
+        logits = 16 * (cosine - 0.2 * F.one_hot(targets, len(candidates)))
         return F.cross_entropy(logits, targets), candidates
 
     @pytest.mark.parametrize("siblings", [0, 2])

@@ -1,0 +1,187 @@
+"""Token-margin loss: ours beside what a user would write, and beside its own matrix products alone.
+
+`pytest benchmarks/test_token_margin.py --benchmark-json=results.json` for a few shapes; `--full` for the whole grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.memory import peak_bytes
+from gif_kernels import AngularMargin, token_margin_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MARGIN = AngularMargin(m2=0.5)
+SCALE = 64.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One point of the grid."""
+
+    batch: int
+    width: int
+    length: int
+    vocab: int
+    projected: bool
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        projected = "-projected" if self.projected else ""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"B{self.batch}-d{self.width}-l{self.length}-v{self.vocab}{projected}-{name}"
+
+
+QUICK = [Shape(1024, 512, 5, 20, projected, torch.float32) for projected in (False, True)]
+FULL = [
+    Shape(batch, width, length, vocab, projected, dtype)
+    for batch, width, (length, vocab), projected, dtype in itertools.product(
+        (128, 1024, 8192), (256, 512, 768), ((5, 20), (7, 10), (10, 5)), (False, True), (torch.float32, torch.bfloat16)
+    )
+]
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def reference_loop(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None) -> Tensor:
+    """A head a token, one after another."""
+    return token_margin_loss(z, w, codes, projections=projections, margin=MARGIN, scale=SCALE, impl="reference")
+
+
+def batched_eager(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None) -> Tensor:
+    """All tokens in one product, autograd for the rest: what a careful user writes."""
+    z = F.normalize(z.float(), dim=1)
+    w = F.normalize(w.float(), dim=2)
+    if projections is None:
+        cosine = torch.einsum("bd,lvd->blv", z, w)
+    else:
+        flat = projections.float().flatten(0, 1)
+        u = F.normalize((z @ flat.T).view(len(z), len(w), -1), dim=2)
+        cosine = torch.einsum("bli,lvi->blv", u, w)
+    own = F.one_hot(codes, w.shape[1]).bool()
+    angle = torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6)) + MARGIN.m2
+    past = angle > math.pi
+    target = torch.where(past, -torch.cos(angle) - 2, torch.cos(angle))
+    logits = SCALE * torch.where(own, target, cosine)
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
+@functools.cache
+def compiled() -> Loss:
+    """`batched_eager` through torch.compile."""
+    return torch.compile(batched_eager)
+
+
+def ours(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None) -> Tensor:
+    """gif_kernels, as it runs by default on this device."""
+    return token_margin_loss(z, w, codes, projections=projections, margin=MARGIN, scale=SCALE)
+
+
+def products(z: Tensor, w: Tensor, projections: Tensor | None, *, backward: bool) -> None:
+    """The matrix products alone, at the shapes of the loss: the floor of an implementation that calls a library."""
+    length, vocab, inner = w.shape
+    flat = w.reshape(length * vocab, inner)
+    if projections is None:
+        cosine = z @ flat.T
+        if backward:
+            cosine.T @ z
+            cosine @ flat
+        return
+    matrix = projections.reshape(length * inner, -1)
+    u = (z @ matrix.T).view(len(z), length, inner).transpose(0, 1)
+    cosine = u @ w.transpose(1, 2)
+    if backward:
+        cosine.transpose(1, 2) @ u
+        raw = (cosine @ w).transpose(0, 1).reshape(len(z), -1)
+        raw.T @ z
+        raw @ matrix
+
+
+PROVIDERS: dict[str, Callable[[], Loss]] = {
+    "ours": lambda: ours,
+    "compiled": compiled,
+    "batched eager": lambda: batched_eager,
+    "loop": lambda: reference_loop,
+}
+
+
+@pytest.fixture(autouse=True)
+def _single_precision_is_exact():
+    torch.set_float32_matmul_precision("highest")
+
+
+def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(DEVICE, shape.dtype).requires_grad_()
+
+    z, w = normal(shape.batch, shape.width), normal(shape.length, shape.vocab, shape.width)
+    projections = normal(shape.length, shape.width, shape.width) if shape.projected else None
+    codes = torch.randint(shape.vocab, (shape.batch, shape.length), generator=generator).to(DEVICE)
+    return z, w, codes, projections
+
+
+def step(loss: Loss, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], backward: bool) -> list[Tensor]:
+    """The loss, and its gradients where they are wanted."""
+    z, w, codes, projections = tensors
+    if not backward:
+        with torch.no_grad():
+            return [loss(z, w, codes, projections)]
+    value = loss(z, w, codes, projections)
+    wanted = [z, w] if projections is None else [z, w, projections]
+    return [value, *torch.autograd.grad(value, wanted)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    shapes = FULL if metafunc.config.getoption("--full") else QUICK
+    metafunc.parametrize("shape", shapes, ids=str)
+
+
+@pytest.mark.parametrize("provider", [*PROVIDERS, "products"])
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_token_margin(benchmark, shape: Shape, mode: str, provider: str) -> None:
+    backward = mode == "forward+backward"
+    tensors = inputs(shape)
+    benchmark.group = f"token_margin {shape} {mode}"
+    benchmark.extra_info |= {"kernel": "token_margin", "provider": provider, "mode": mode, "shape": str(shape)}
+    if provider == "products":
+        detached = [None if x is None else x.detach() for x in (tensors[0], tensors[1], tensors[3])]
+
+        def call() -> object:
+            return products(*detached, backward=backward)
+    else:
+        loss = PROVIDERS[provider]()
+        exact = step(reference_loop, tuple(None if x is None else _exact(x) for x in tensors), backward)
+        low = shape.dtype != torch.float32
+        for found, wanted in zip(step(loss, tensors, backward), exact, strict=True):
+            error = (found.double() - wanted).norm() / wanted.norm()
+            assert error < (2e-2 if low else 1e-4), f"{provider} is wrong by {error:.1e}, so its speed means nothing"
+
+        def call() -> object:
+            return step(loss, tensors, backward)
+
+    benchmark.extra_info["peak_bytes"] = peak_bytes(call, DEVICE)
+    benchmark.pedantic(_synchronized(call), rounds=15, warmup_rounds=3)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_() if x.is_floating_point() else x
+
+
+def _synchronized(call: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run
