@@ -145,8 +145,8 @@ def balancing_prices(
     """Prices (g, k) >= 0 of children with a ``capacity`` (g, k) in rows: dual ascent from ``start``.
 
     Minimises the dual of the transport problem, sum_i max_k(similarity - price) + sum_k capacity * price, by
-    subgradient steps at ``rates``, in units of the node's mean spread of similarities. Returns the best prices met, lest
-    one end higher than it need be.
+    subgradient steps at ``rates``, in units of the node's mean spread of similarities. Returns the best prices met,
+    lest one end higher than it need be.
     """
     present, k = mask.to(similarity.dtype), similarity.shape[2]
     spread = ((similarity.amax(-1) - similarity.mean(-1)) * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)

@@ -17,7 +17,7 @@ from gif_kernels.sphere import unit
 
 Alignment = Literal["none", "residual"]
 ALIGNMENTS: tuple[Alignment, ...] = ("none", "residual")
-CODEBOOK_NODES = 2048  # a level's codebook is fitted to the children of this many nodes at most
+CODEBOOK_NODES = 1024  # a level's codebook is fitted to the children of this many nodes at most
 PADDING = 0.25  # nodes worked on together differ by this share in size at most
 
 

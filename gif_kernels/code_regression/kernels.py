@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gif_kernels.autograd import differentiable_once
-from gif_kernels.primitives import SIGNATURE, block_size, empty_like_if, inside, inverse_norm, load_block
+from gif_kernels.primitives import block_size, empty_like_if, inside, inverse_norm, load_block
 from gif_kernels.tuning import Configuration, architecture, tile
 
 
@@ -186,30 +186,16 @@ def _(
     return empty_like_if(need_embeddings, embeddings), empty_like_if(need_targets, targets)
 
 
-def shipped(architecture: str) -> list[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: embeddings and targets of one dtype, and of two."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    return [
-        configuration
-        for embeddings, targets, width in ((bf16, bf16, 512), (bf16, fp32, 768))
-        for configuration in _shipped(architecture, embeddings, targets, width)
-    ]
-
-
-def _shipped(architecture: str, embeddings: torch.dtype, targets: torch.dtype, width: int) -> Iterator[Configuration]:
-    label = f"{width} {embeddings} and {targets}".replace("torch.", "")
+def shipped(architecture: str) -> Iterator[Configuration]:
+    """What `gif_kernels.aot` compiles for ``architecture``: two dtypes, both gradients, three chunks of the width."""
+    width, label = 768, "768 bfloat16 and float32"
     constants = _constants(width, architecture)
-    inputs = {
-        "p_embeddings": SIGNATURE[embeddings],
-        "p_targets": SIGNATURE[targets],
-        "p_saved": "*fp32",
-        "batch": "i32",
-    }
+    inputs = {"p_embeddings": "*bf16", "p_targets": "*fp32", "p_saved": "*fp32", "batch": "i32"}
     yield Configuration(label, code_regression_forward, {**inputs, "p_losses": "*fp32"}, {**constants, "SAVE": True})
-    gradients = {"p_embeddings_gradient": SIGNATURE[embeddings], "p_targets_gradient": SIGNATURE[targets]}
+    gradients = {"p_loss_gradient": "*fp32", "p_embeddings_gradient": "*bf16", "p_targets_gradient": "*fp32"}
     yield Configuration(
         label,
         code_regression_backward,
-        {**inputs, **gradients, "p_loss_gradient": "*fp32", "loss_gradient_stride": "i32"},
+        {**inputs, **gradients, "loss_gradient_stride": "i32"},
         {**constants, "NEED_EMBEDDINGS": True, "NEED_TARGETS": True},
     )

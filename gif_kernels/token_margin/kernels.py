@@ -472,12 +472,12 @@ def _margin_numbers(margin: AngularMargin) -> tuple[str, bool, float, float, flo
     """
     straight_through = margin.gradient == "straight_through"
     if not margin.bends:
-        return "none", straight_through, 0.0, 0.0, margin.m3
+        return "none", straight_through, 0.0, 0.0, float(margin.m3)
     if margin.m1 == 1.0:
         turns = math.floor(margin.m2 / math.pi)
         rest = margin.m2 - turns * math.pi
         return "shift", straight_through, math.cos(rest), math.sin(rest), 2 * turns + margin.m3
-    return "angle", straight_through, margin.m1, margin.m2, margin.m3
+    return "angle", straight_through, float(margin.m1), float(margin.m2), float(margin.m3)
 
 
 # ---- launches

@@ -349,6 +349,7 @@ def test_a_check_that_cannot_look_says_so():
 # ---- implementations
 
 
+@pytest.mark.skipif(dispatch.INTERPRETING, reason="the interpreter runs Triton on the CPU")
 @every_op
 def test_triton_cannot_run_on_the_cpu(op):
     message = r'cannot run with impl="triton": .*; use impl="auto" or impl="blocked"'

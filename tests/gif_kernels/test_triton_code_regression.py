@@ -154,5 +154,5 @@ def test_two_launches_forward_and_backward():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    launched = [event.name for event in profiler.events() if event.device_type == torch.profiler.DeviceType.CUDA]
+    launched = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len([name for name in launched if name.startswith("code_regression")]) == 2

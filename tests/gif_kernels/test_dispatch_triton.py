@@ -1,0 +1,60 @@
+"""Where the Triton kernels run, and what is said where they cannot: no GPU needed to ask."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gif_kernels import code_regression_loss, dispatch
+
+OP = "code_regression_loss"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+with_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
+
+
+@with_triton
+def test_auto_is_triton_on_a_gpu():
+    assert dispatch.choose(OP, CUDA) == ("triton", "Triton runs on cuda")
+    assert dispatch.select(OP, "auto", CUDA).__module__ == "gif_kernels.code_regression.kernels"
+
+
+@with_triton
+def test_float64_is_blocked_on_a_gpu_and_says_why():
+    assert dispatch.choose(OP, CUDA, torch.float64) == (
+        "blocked",
+        "the Triton kernels compute in float32, an input is float64",
+    )
+    with pytest.raises(ValueError, match="compute in float32, an input is float64; use impl="):
+        dispatch.select(OP, "triton", CUDA, torch.float64)
+
+
+@with_triton
+def test_the_interpreter_runs_on_the_cpu_when_asked_for_alone(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETING", True)
+    assert dispatch.select(OP, "triton", CPU).__module__ == "gif_kernels.code_regression.kernels"
+    assert dispatch.choose(OP, CPU) == ("blocked", "Triton's interpreter is for tests")
+    with pytest.raises(ValueError, match="an input is float64"):
+        code_regression_loss(torch.ones(1, 2).double(), torch.ones(1, 2), impl="triton")
+
+
+def test_without_triton_the_package_works_and_says_so():
+    program = f"""
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+from gif_kernels import code_regression_loss, dispatch
+x = torch.ones(2, 3)
+assert code_regression_loss(x, x) < 1e-12
+assert dispatch.choose({OP!r}, torch.device("cuda")) == ("blocked", "Triton is not installed ({platform.system()})")
+try:
+    code_regression_loss(x, x, impl="triton")
+except ValueError as error:
+    assert "Triton is not installed" in str(error)
+else:
+    raise AssertionError("ran without Triton")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
