@@ -20,7 +20,7 @@ from gif.evaluation import judge, plot_roc
 from gif.experiments.quickstart import quickstart
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
-from gif.progress import console
+from gif.progress import console, say
 from gif.training import TrainingConfig, embed, plot_losses, train
 from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
 from gif.vectors.plots import plot_nearest_cosines
@@ -57,7 +57,7 @@ def vectors_command(
         load_data(data).train, network, batch_size=batch_size, checkpoint=output.with_suffix(".partial")
     )
     vectors.save(output)
-    console.print(f"wrote {vectors} to {output}")
+    say(f"wrote {vectors} to {output}")
 
 
 def spread_command(
@@ -97,7 +97,7 @@ def spread_command(
     )
     table.save(output)
     plot_nearest_cosines(report.before, report.after, output.with_suffix(".png"))
-    console.print(f"before: {report.before}\nafter:  {report.after}\nwrote {table} to {output}")
+    say(f"before: {report.before}\nafter:  {report.after}\nwrote {table} to {output}")
 
 
 def tokenize_command(
@@ -130,7 +130,7 @@ def tokenize_command(
         seed=seed,
     )
     codes.save(output)
-    console.print(f"wrote {codes} to {output}")
+    say(f"wrote {codes} to {output}")
 
 
 def train_command(
@@ -189,7 +189,7 @@ def train_command(
         loss_fn.vectors.save(output / "vectors.safetensors")
     save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
     plot_losses({head.kind: log.losses}, output / "losses.png")
-    console.print(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
+    say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
 
 
 def evaluate_command(
@@ -210,7 +210,7 @@ def evaluate_command(
     plot_roc({model.parent.name: judgement}, folder / "roc.png")
     write_text(folder / "evaluation.json", json.dumps(judgement.to_dict(), indent=2))
     console.print(judgement.table())
-    console.print(f"drew {folder / 'roc.png'}")
+    say(f"drew {folder / 'roc.png'}")
 
 
 COMMANDS: dict[str, Any] = {
@@ -229,10 +229,10 @@ def main() -> None:
     try:
         auto_cli(COMMANDS, as_positional=False, prog="gif", description=DESCRIPTION)
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
+        say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command continues where this one stopped")
+        say("interrupted; the same command continues where this one stopped")
         sys.exit(130)
 
 

@@ -20,6 +20,11 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
 
+def say(text: str) -> None:
+    """Print a line as it is, whatever the width of the terminal."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
 @contextmanager
 def progress(description: str, total: int, unit: str = "items") -> Iterator[Callable[..., None]]:
     """Show a progress bar with rate and ETA; yields ``advance(n, note="")``.
@@ -52,9 +57,6 @@ def progress(description: str, total: int, unit: str = "items") -> Iterator[Call
             last = now
             rate = done / max(now - start, 1e-9)
             left = max(total - done, 0) / max(rate, 1e-9)
-            console.print(
-                f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left {note}".rstrip(),
-                highlight=False,
-            )
+            say(f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left {note}".rstrip())
 
     yield advance

@@ -48,7 +48,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from gif.data.images import IdentityImages
 from gif.files import load_tensors, save_tensors
-from gif.progress import console, progress
+from gif.progress import progress, say
 
 FORMAT = "gif.glyphs/1"  # also the renderer's version: raise it when the images change
 SIZES = range(16, 129)
@@ -182,7 +182,7 @@ def _draw(font: ImageFont.FreeTypeFont, character: str, size: int) -> NDArray[np
 
 def _distinct(drawings: _Drawings) -> IdentityImages:
     """Make characters that look alike one identity, and keep the images that show one identity each, once."""
-    console.print(f"comparing {len(drawings.images):,} glyphs with each other", highlight=False)
+    say(f"comparing {len(drawings.images):,} glyphs with each other")
     pairs = _alike(drawings.images)
     characters, character = np.unique(drawings.characters, return_inverse=True)
     identity_of = _identities(character, drawings.fonts, pairs)
@@ -280,13 +280,11 @@ def _load(path: Path) -> IdentityImages | None:
     try:
         tensors, metadata = load_tensors(path, format=FORMAT)
     except ValueError as error:
-        console.print(f"{error}: rendering the glyphs again", highlight=False, markup=False)
+        say(f"{error}: rendering the glyphs again")
         return None
     names = metadata.get("names", "")
     if metadata.get("sha256") != _checksum(tensors, names):
-        console.print(
-            f"{path} is damaged, its checksum is wrong: rendering the glyphs again", highlight=False, markup=False
-        )
+        say(f"{path} is damaged, its checksum is wrong: rendering the glyphs again")
         return None
     return IdentityImages(tensors["images"], tensors["labels"], json.loads(names))
 

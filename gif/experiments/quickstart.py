@@ -18,7 +18,7 @@ from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, judge, plot_roc
 from gif.files import write_text
 from gif.losses import HeadConfig
-from gif.progress import console
+from gif.progress import console, say
 from gif.training import TrainingConfig, TrainingLog, embed, plot_losses, train
 from gif.vectors import CodeVectors, SpreadReport, initial_code_vectors, spread_code_vectors
 from gif.vectors.plots import plot_nearest_cosines
@@ -57,14 +57,14 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 5, seed:
     training = TrainingConfig(epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
     _prepare(output, repr((training, HEADS, BACKBONE, VOCAB_SIZE)))
     data = glyphs(seed=seed)
-    console.print(
+    say(
         f"glyphs: {data.train.num_identities:,} identities to train on ({len(data.train):,} images), "
         f"{data.held_out.num_identities:,} held out ({len(data.held_out):,} images)"
     )
     vectors, spread = _code_vectors(data, seed)
-    console.print(f"code vectors before: {spread.before}\ncode vectors after:  {spread.after}")
+    say(f"code vectors before: {spread.before}\ncode vectors after:  {spread.after}")
     codes = tokenize(vectors, vocab_size=VOCAB_SIZE, seed=seed)
-    console.print(f"identity codes: {codes}")
+    say(f"identity codes: {codes}")
     vectors.save(output / "vectors.safetensors")
     codes.save(output / "codes.safetensors")
 
@@ -79,7 +79,7 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 5, seed:
     table = _table(results)
     console.print(table)
     write_text(output / "report.md", _report(data, codes, spread, results, training))
-    console.print(f"done in {time.monotonic() - begin:.0f} s; the report is {output / 'report.md'}")
+    say(f"done in {time.monotonic() - begin:.0f} s; the report is {output / 'report.md'}")
 
 
 def _prepare(output: Path, settings: str) -> None:
@@ -92,7 +92,7 @@ def _prepare(output: Path, settings: str) -> None:
         if finished or record.read_text(encoding="utf-8") != settings:
             shutil.rmtree(output)
         else:
-            console.print(f"continuing the unfinished run in {output}")
+            say(f"continuing the unfinished run in {output}")
     write_text(record, settings)
 
 
