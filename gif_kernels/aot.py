@@ -128,7 +128,8 @@ def _read_nvidia(assembly: dict[str, Any], matrix: Sequence[str]) -> tuple[int, 
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(assembly["cubin"])
         usage = _run("cuobjdump", "-res-usage", path)
-        code = _run("nvdisasm", "-c", path)
+        has_products = "mma" in assembly["ptx"]  # without, the disassembler, slow to start, has nothing to find
+        code = _run("nvdisasm", "-c", path) if has_products else ""
     numbers = {name: int(_search(rf"{name}:(\d+)", usage)) for name in ("REG", "STACK", "LOCAL")}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], _count(matrix, code)
 

@@ -13,6 +13,7 @@ from gif.data.images import IdentityImages
 from gif.plotting import save_figure
 
 ROOTS, CHILDREN, MEMBERS = 4, 3, 14
+GAP = 6  # pixels between images
 
 
 def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Path) -> None:
@@ -27,11 +28,11 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Pa
     drawing.suptitle("Identities that share a code prefix look alike", fontsize=12)
     grid = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (prefix, members) in zip(grid, rows, strict=True):
-        strip = np.zeros((size, MEMBERS * size))
+        strip = np.zeros((size, MEMBERS * (size + GAP)))
         for place, identity in enumerate(members.tolist()):
             if identity in first_image:
                 image = dataset.images[first_image[identity]].float().mean(0).numpy()
-                strip[:, place * size : (place + 1) * size] = image
+                strip[:, place * (size + GAP) :][:, :size] = image
         axes.imshow(strip, cmap="gray_r", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(" ".join(map(str, prefix)) + " …", rotation=0, ha="right", va="center", family="monospace")

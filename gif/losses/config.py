@@ -23,7 +23,7 @@ class HeadConfig:
     Args:
         kind: "gif" predicts identity codes; "softmax" has a centre an identity; "partial_fc" samples those centres.
         recipe: gif: "live" contrasts with moving code vectors, "paper" is the published pair of losses.
-        overrides: gif: numbers of the recipe to set, such as {vector_lr: 1.0, scale: 32.0}.
+        overrides: gif: fields of the recipe to set, such as {vector_lr: 1.0, scale: 32.0}.
         projection: gif: "linear" gives each token a projection of its own, "none" does not.
         token_weights: gif: weight of each token's loss over the code.
         scale: softmax and partial_fc: s of the logits.
@@ -33,7 +33,7 @@ class HeadConfig:
 
     kind: Literal["gif", "softmax", "partial_fc"] = "gif"
     recipe: RecipeName = "live"
-    overrides: dict[str, float] = field(default_factory=dict)
+    overrides: dict[str, float | AngularMargin] = field(default_factory=dict)
     projection: Literal["linear", "none"] = "linear"
     token_weights: TokenWeights = "uniform"
     scale: float = 64.0

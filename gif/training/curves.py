@@ -26,5 +26,7 @@ def plot_losses(losses: Mapping[str, Tensor], path: str | Path) -> None:
         smooth = values.unfold(0, window, 1).mean(1)
         axes.plot(torch.arange(len(smooth)) + window - 1, smooth, color=color, label=name)
     axes.set(xlabel="step", ylabel="loss (each head's own)", yscale="log", title="Training")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}")
     axes.legend(frameon=False)
     save_figure(drawing, path)

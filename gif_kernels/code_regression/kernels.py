@@ -131,7 +131,8 @@ def _constants(width: int, architecture: str) -> dict[str, Any]:
         "WIDTH": width,
         "BLOCK_B": limits.rows,
         "BLOCK_D": block_size(width, limits.width),
-        **limits.launch(limits.columns),
+        "num_warps": limits.warps,
+        "num_stages": limits.stages,
     }
 
 
