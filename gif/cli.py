@@ -17,6 +17,7 @@ from gif.data import DataName, load_data
 from gif.doctor import doctor
 from gif.encoders import make_encoder
 from gif.evaluation import judge, plot_roc
+from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
@@ -220,6 +221,7 @@ COMMANDS: dict[str, Any] = {
     "tokenize": tokenize_command,
     "train": train_command,
     "evaluate": evaluate_command,
+    "accuracy": accuracy,
     "doctor": doctor,
 }
 

@@ -9,6 +9,8 @@ from gif import cli
 from gif.backbones import load_backbone
 from gif.codes import IdentityCodes
 from gif.data import GlyphSplit, IdentityImages
+from gif.experiments import accuracy as accuracy_module
+from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.progress import console
 from gif.vectors import CodeVectors
@@ -29,7 +31,7 @@ def tiny_images(identities, seed):
 def tiny_data(monkeypatch):
     split = GlyphSplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
     monkeypatch.setattr(cli, "load_data", lambda name: split)
-    monkeypatch.setattr(quickstart_module, "glyphs", lambda seed=0: split)
+    monkeypatch.setattr(glyph_bench, "glyphs", lambda seed=0: split)
     return split
 
 
@@ -76,10 +78,35 @@ def test_step_by_step(tiny_data, gif, tmp_path):
     assert (run / "roc.png").exists()
 
 
-def test_quickstart(tiny_data, gif, tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart_module, "BACKBONE", cli.BackboneConfig(embedding_size=16, image_size=16, width=4))
-    monkeypatch.setattr(quickstart_module, "VOCAB_SIZE", 5)
-    monkeypatch.setattr(quickstart_module, "BATCH_SIZE", 16)
+@pytest.fixture
+def tiny_bench(tiny_data, monkeypatch):
+    backbone = cli.BackboneConfig(embedding_size=16, image_size=16, width=4)
+    for module in (glyph_bench, quickstart_module, accuracy_module):
+        monkeypatch.setattr(module, "BACKBONE", backbone)
+        monkeypatch.setattr(module, "VOCAB_SIZE", 5)
+        monkeypatch.setattr(module, "BATCH_SIZE", 16)
+
+
+def test_accuracy(tiny_bench, gif, tmp_path):
+    heads = list(glyph_bench.HEADS)
+    code, printed = gif(
+        "accuracy", "--output", tmp_path / "a", "--seeds=2", "--epochs=1", f"--heads={json.dumps(heads)}"
+    )
+    assert code == 0 and "Partial FC" in printed
+    report = (tmp_path / "a" / "accuracy.md").read_text()
+    assert all(f"| {head} |" in report for head in heads)
+    assert "±" in report and (tmp_path / "a" / "roc.png").exists()
+    results = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("result.json")}
+    assert len(results) == 2 * len(heads)
+    assert gif("accuracy", "--output", tmp_path / "a", "--seeds=2", "--epochs=1")[0] == 0  # continues: nothing to do
+    assert results == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("result.json")}
+    code, printed = gif("accuracy", "--output", tmp_path / "a", "--seeds=2", "--epochs=2")
+    assert code == 1 and "other settings" in printed
+    code, printed = gif("accuracy", "--output", tmp_path / "b", '--heads=["arcface"]')
+    assert code == 1 and "arcface" in printed and "full softmax" in printed
+
+
+def test_quickstart(tiny_bench, gif, tmp_path):
     output = tmp_path / "quick"
     code, printed = gif("quickstart", "--output", output, "--epochs=1")
     assert code == 0 and "full softmax" in printed
