@@ -12,7 +12,7 @@ import torch
 from jsonargparse import auto_cli
 
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
-from gif.codes import IdentityCodes, tokenize
+from gif.codes import IdentityCodes, judge_codes, tokenize
 from gif.data import DataName, load_data
 from gif.doctor import doctor
 from gif.encoders import make_encoder
@@ -109,6 +109,7 @@ def tokenize_command(
     length: int | None = None,
     slack: float = 0.0,
     capacity_factor: float = 1.5,
+    alignment: Literal["residual", "none"] = "residual",
     seed: int = 0,
 ) -> None:
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
@@ -120,17 +121,22 @@ def tokenize_command(
         length: l, the tokens of a code; the shortest that fits where it is not given.
         slack: room for identities that arrive later, as a share of those there are.
         capacity_factor: how much larger than the mean a branch of the code tree may be; 1 makes them equal.
+        alignment: "residual" numbers branches so that a token means the same direction everywhere; "none" at random.
         seed: of the clustering.
     """
+    table = CodeVectors.load(vectors)
     codes = tokenize(
-        CodeVectors.load(vectors),
+        table,
         vocab_size=vocab_size,
         length=length,
         slack=slack,
         capacity_factor=capacity_factor,
+        alignment=alignment,
         seed=seed,
     )
     codes.save(output)
+    if len(codes) > 1:
+        say(str(judge_codes(codes, table)))
     say(f"wrote {codes} to {output}")
 
 
