@@ -85,6 +85,8 @@ class GIFLoss(nn.Module):
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""
         checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
         recipe = self.recipe
+        if len(embeddings) == 0:
+            return embeddings.sum(dtype=torch.float32)  # zero, and differentiable
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if recipe.code_weight > 0:
             loss = loss + recipe.code_weight * self.code_loss(embeddings, labels)
@@ -121,7 +123,7 @@ class GIFLoss(nn.Module):
         recipe = self.recipe
         own = torch.where(labels >= 0, labels, labels.max().clamp(min=0))  # an ignored row brings nobody new
         candidates = torch.cat([own, self.codes.siblings(own, recipe.siblings).flatten()])
-        vectors = self.vectors.lookup(candidates)
+        vectors = self.vectors.lookup(candidates).float()  # steps are smaller than what a bfloat16 gradient tells apart
         moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
         if moves:
             vectors.requires_grad_()

@@ -82,10 +82,11 @@ class CodeVectors:
         """
         self._check(labels)
         rows, place = labels.to(self.table.device).unique(return_inverse=True)
-        step = gradient.new_zeros(len(rows), self.width, device=self.table.device)
-        step.index_add_(0, place, gradient.to(self.table.device))
-        moved = torch.nn.functional.normalize(self.table[rows].to(step.dtype).add_(step, alpha=-lr), dim=1)
-        seed = 0 if self.table.dtype == step.dtype else int(torch.randint(1 << 31, ()))
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        step = torch.zeros(len(rows), self.width, dtype=dtype, device=self.table.device)
+        step.index_add_(0, place, gradient.to(step))
+        moved = torch.nn.functional.normalize(self.table[rows].to(dtype).add_(step, alpha=-lr), dim=1)
+        seed = 0 if self.table.dtype == dtype else int(torch.randint(1 << 31, ()))
         self.table[rows] = stochastic_round(moved, self.table.dtype, rows, seed)
 
     @property

@@ -55,6 +55,13 @@ class TestGIFLoss:
         loss.backward()
         assert torch.equal(embeddings.grad[[1, 3]], torch.zeros(2, WIDTH))
         assert loss_fn(embeddings, torch.full((6,), -1)).item() == 0
+        nobody = torch.empty(0, WIDTH, requires_grad=True)
+        loss_fn(nobody, torch.empty(0, dtype=torch.int64)).backward()
+        assert nobody.grad.shape == (0, WIDTH)
+
+    def test_a_single_identity(self):
+        loss_fn = GIFLoss(IdentityCodes(torch.tensor([[0]]), 2), CodeVectors(torch.randn(1, WIDTH)), WIDTH)
+        loss_fn(torch.randn(3, WIDTH, requires_grad=True), torch.zeros(3, dtype=torch.int64)).backward()
 
     def test_learns_the_codes(self, codes, vectors):
         torch.manual_seed(0)
@@ -183,6 +190,19 @@ class TestLiveVectors:
         drift = (table.table.float() - start)[0]
         assert drift[:256].mean() == pytest.approx(1e-3, rel=0.2)
         assert drift[256:].mean() == pytest.approx(-1e-3, rel=0.2)
+
+    def test_a_bfloat16_table_moves_by_small_steps(self, codes, vectors):
+        exact = GIFLoss(codes, vectors, WIDTH, vector_lr=1e-3)
+        low = GIFLoss(codes, CodeVectors(vectors.table.to(torch.bfloat16), normalized=True), WIDTH, vector_lr=1e-3)
+        start, start_low = vectors.table.clone(), low.vectors.table.float().clone()
+        embeddings, labels = torch.randn(M, WIDTH), torch.arange(M)
+        torch.manual_seed(0)
+        for _ in range(60):  # each step is a fraction of bfloat16's resolution
+            exact.contrast_loss(embeddings, labels)
+            low.contrast_loss(embeddings, labels)
+        moved, moved_low = exact.vectors.table - start, low.vectors.table.float() - start_low
+        assert moved.abs().max() < 0.05
+        assert F.cosine_similarity(moved.flatten(), moved_low.flatten(), dim=0) > 0.9
 
     def test_repeated_identities_take_the_sum(self):
         gradient = torch.randn(3, 4)
