@@ -22,6 +22,7 @@ from gif.experiments.quickstart import quickstart
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
 from gif.progress import console, say
+from gif.resume import claim_folder
 from gif.training import TrainingConfig, embed, plot_losses, train
 from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
 from gif.vectors.plots import plot_nearest_cosines
@@ -164,31 +165,28 @@ def train_command(
         backbone: which network.
         training: optimizer and schedule.
     """
-    settings = json.dumps(
-        {
-            "data": data,
-            "codes": codes and IdentityCodes.load(codes).fingerprint,
-            "head": asdict(head),
-            "backbone": asdict(backbone),
-            "training": asdict(training),
-        },
-        indent=2,
-    )
-    config = output / "config.json"
-    if config.exists() and config.read_text(encoding="utf-8") != settings:
-        raise ValueError(
-            f"{output} holds a run with other settings (see {config}); give another --output, or remove it"
-        )
+    code_table = None if codes is None else IdentityCodes.load(codes)
     images = load_data(data).train
     torch.manual_seed(training.seed)
     network = backbone.build()
     loss_fn = head.build(
         images.num_identities,
         backbone.embedding_size,
-        None if codes is None else IdentityCodes.load(codes),
+        code_table,
         None if vectors is None else CodeVectors.load(vectors, mmap=True),
     )
-    write_text(config, settings)
+    claim_folder(
+        output,
+        {
+            "command": "train",
+            "data": data,
+            "codes": code_table and code_table.fingerprint,
+            "vectors": vectors and str(vectors.resolve()),
+            "head": asdict(head),
+            "backbone": asdict(backbone),
+            "training": asdict(training),
+        },
+    )
     log = train(network, loss_fn, images, training, checkpoints=output / "checkpoints")
     save_backbone(output / "backbone.safetensors", network, backbone)
     save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT)

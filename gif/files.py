@@ -105,12 +105,12 @@ def locate_tensor(path: str | Path, name: str, *, format: str) -> TensorLocation
     lacks the tensor.
     """
     path = existing_file(path)
-    load_header = struct.Struct("<Q")
+    length_field = struct.Struct("<Q")
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(load_header.size)
-        length = load_header.unpack(prefix)[0] if len(prefix) == load_header.size else size
-        if length > size - load_header.size:
+        prefix = file.read(length_field.size)
+        length = length_field.unpack(prefix)[0] if len(prefix) == length_field.size else size
+        if length > size - length_field.size:
             raise ValueError(f"{path} is damaged or not a safetensors file; make it again")
         try:
             header = json.loads(file.read(length))
@@ -122,7 +122,7 @@ def locate_tensor(path: str | Path, name: str, *, format: str) -> TensorLocation
     entry = header[name]
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, wanted one of {sorted(_DTYPES)}")
-    start, end = (load_header.size + length + offset for offset in entry["data_offsets"])
+    start, end = (length_field.size + length + offset for offset in entry["data_offsets"])
     if end > size:
         raise ValueError(f"{path} is truncated: {size} bytes, wanted {end}; copy or make it again")
     return TensorLocation(start, tuple(entry["shape"]), _DTYPES[entry["dtype"]], metadata)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from gif.files import load_tensors, save_tensors
+from gif.files import load_tensors, save_tensors, write_text
 
 SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
@@ -62,3 +64,19 @@ class UnfinishedWork:
         """Forget the state: the work is done."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make ``folder`` that of a run with these ``settings`` (fit for JSON), or continue the run that it holds.
+
+    Raises ValueError, and changes nothing, if the folder holds anything else: a run with other settings, other files.
+    """
+    record = folder / "settings.json"
+    text = json.dumps(settings, indent=2)
+    if record.exists():
+        if record.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{folder} holds a run with other settings (see {record}); give another --output")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something that is no run of this command; give another --output")
+    else:
+        write_text(record, text)

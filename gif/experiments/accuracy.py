@@ -12,9 +12,10 @@ import torch
 from rich.table import Table
 
 from gif.evaluation import Roc, plot_roc
-from gif.experiments.glyph_bench import BACKBONE, BATCH_SIZE, HEADS, VOCAB_SIZE, GlyphBench, folder_name
+from gif.experiments.glyph_bench import BATCH_SIZE, HEADS, GlyphBench, bench_settings, folder_name
 from gif.files import load_tensors, save_tensors, write_text
 from gif.progress import console, say
+from gif.resume import claim_folder
 from gif.training import TrainingConfig
 
 ROC_FORMAT = "gif.roc/1"
@@ -47,7 +48,7 @@ def accuracy(
             f"wanted at least one seed and heads among {list(HEADS)}, got seeds={seeds}, heads={list(heads)}"
         )
     chosen = {name: HEADS[name] for name in heads}
-    _check_settings(output, repr((epochs, split, BACKBONE, VOCAB_SIZE, BATCH_SIZE)))
+    claim_folder(output, {"command": "accuracy", "epochs": epochs, "split": split, **bench_settings(HEADS)})
     runs = {(name, seed): output / folder_name(name) / f"seed-{seed}" for name in chosen for seed in range(seeds)}
     missing = [run for run, folder in runs.items() if not (folder / "result.json").exists()]
     if missing:
@@ -75,14 +76,6 @@ def accuracy(
     lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
     write_text(output / "accuracy.md", "\n".join(lines) + "\n")
     say(f"wrote {output / 'accuracy.md'} and {output / 'roc.png'}")
-
-
-def _check_settings(output: Path, settings: str) -> None:
-    record = output / "settings.txt"
-    if record.exists() and record.read_text(encoding="utf-8") != settings:
-        raise ValueError(f"{output} holds runs with other settings ({record}); give another --output, or remove it")
-    if not record.exists():
-        write_text(record, settings)
 
 
 def _measures(folder: Path) -> dict[str, float]:

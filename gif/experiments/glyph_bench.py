@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from gif.codes import IdentityCodes, tokenize
 from gif.data import GlyphSplit, glyphs
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, judge
-from gif.losses import HeadConfig
+from gif.losses import RECIPES, HeadConfig
 from gif.progress import say
 from gif.training import TrainingConfig, TrainingLog, embed, train
 from gif.vectors import CodeVectors, SpreadReport, initial_code_vectors, spread_code_vectors
@@ -91,3 +93,15 @@ class GlyphBench:
 def folder_name(head: str) -> str:
     """A head's name, fit for a folder."""
     return head.lower().replace(",", "").replace(" ", "-")
+
+
+def bench_settings(heads: Mapping[str, HeadConfig]) -> dict[str, Any]:
+    """What decides the results of ``heads``, beside a seed and the epochs."""
+    return {
+        "backbone": asdict(BACKBONE),
+        "vocab_size": VOCAB_SIZE,
+        "batch_size": BATCH_SIZE,
+        "spread_epochs": SPREAD_EPOCHS,
+        "heads": {name: asdict(head) for name, head in heads.items()},
+        "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
+    }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
 from gif.codes.picture import plot_code_tree
 from gif.evaluation import plot_roc
-from gif.experiments.glyph_bench import BACKBONE, BATCH_SIZE, HEADS, VOCAB_SIZE, GlyphBench, HeadResult, folder_name
+from gif.experiments.glyph_bench import BATCH_SIZE, HEADS, GlyphBench, HeadResult, bench_settings, folder_name
 from gif.files import write_text
 from gif.progress import console, say
+from gif.resume import claim_folder
 from gif.training import TrainingConfig, plot_losses
 from gif.vectors.plots import plot_nearest_cosines
 
@@ -34,7 +36,11 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 4, seed:
     begin = time.monotonic()
     training = TrainingConfig(epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
     heads = {name: HEADS[name] for name in SHOWN}
-    _prepare(output, repr((training, heads, BACKBONE, VOCAB_SIZE)))
+    claim_folder(output, {"command": "quickstart", **asdict(training), **bench_settings(heads)})
+    report = output / "report.md"
+    if report.exists():
+        say(f"this run is finished, its report is {report}; remove {output} to repeat it, or give another --output")
+        return
     bench = GlyphBench.prepare(seed)
     bench.vectors.save(output / "vectors.safetensors")
     bench.codes.save(output / "codes.safetensors")
@@ -45,22 +51,8 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 4, seed:
     plot_roc({name: result.judgement for name, result in results.items()}, output / "roc.png")
     table = _table(results)
     console.print(table)
-    write_text(output / "report.md", _report(bench, results, training))
-    say(f"done in {time.monotonic() - begin:.0f} s; the report is {output / 'report.md'}")
-
-
-def _prepare(output: Path, settings: str) -> None:
-    """Continue an unfinished run of the same settings; start anew otherwise."""
-    record = output / "settings.txt"
-    finished = (output / "report.md").exists()
-    if output.exists() and any(output.iterdir()):
-        if not record.exists():
-            raise ValueError(f"{output} holds something that is no quickstart; give another --output")
-        if finished or record.read_text(encoding="utf-8") != settings:
-            shutil.rmtree(output)
-        else:
-            say(f"continuing the unfinished run in {output}")
-    write_text(record, settings)
+    write_text(report, _report(bench, results, training))
+    say(f"done in {time.monotonic() - begin:.0f} s; the report is {report}")
 
 
 def _rows(results: dict[str, HeadResult]) -> list[tuple[str, ...]]:
@@ -72,7 +64,7 @@ def _rows(results: dict[str, HeadResult]) -> list[tuple[str, ...]]:
             *(f"{tar:.3f}" for tar in result.judgement.tar.values()),
             f"{result.judgement.pair_accuracy:.3f}",
             f"{result.parameters:,}",
-            f"{result.log.images_per_second:,.0f}",
+            "" if math.isnan(result.log.images_per_second) else f"{result.log.images_per_second:,.0f}",
         )
         for name, result in results.items()
     ]

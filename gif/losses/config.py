@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torch import nn
 
 from gif.codes import IdentityCodes
 from gif.losses.gif_loss import GIFLoss
-from gif.losses.recipes import RecipeName
+from gif.losses.recipes import Recipe, RecipeName
 from gif.losses.softmax import MarginSoftmax
 from gif.losses.token_weights import TokenWeights
 from gif.vectors.store import CodeVectors
 from gif_kernels import AngularMargin
+
+_GIF_OPTIONS = ("recipe", "overrides", "projection", "token_weights")
+_SOFTMAX_OPTIONS = ("scale", "margin", "sample_rate")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class HeadConfig:
         scale: softmax and partial_fc: s of the logits.
         margin: softmax and partial_fc: of the target logit.
         sample_rate: partial_fc: share of the identities in a step.
+
+    Raises ValueError for an option that does not belong to the kind, or an override that is no field of `Recipe`.
     """
 
     kind: Literal["gif", "softmax", "partial_fc"] = "gif"
@@ -39,6 +44,17 @@ class HeadConfig:
     scale: float = 64.0
     margin: AngularMargin = AngularMargin()  # noqa: RUF009 (frozen)
     sample_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        foreign = _SOFTMAX_OPTIONS if self.kind == "gif" else _GIF_OPTIONS
+        defaults = {entry.name: entry.default for entry in fields(self)} | {"overrides": {}}
+        given = [name for name in foreign if getattr(self, name) != defaults[name]]
+        if given:
+            hint = "set the recipe's in overrides" if self.kind == "gif" else "they are for kind gif"
+            raise ValueError(f"head kind {self.kind} does not use {', '.join(given)}; {hint}")
+        known = [entry.name for entry in fields(Recipe)]
+        if unknown := sorted(set(self.overrides) - set(known)):
+            raise ValueError(f"overrides {', '.join(unknown)} are no fields of a recipe; there are {', '.join(known)}")
 
     def build(
         self, num_identities: int, embedding_size: int, codes: IdentityCodes | None, vectors: CodeVectors | None

@@ -54,7 +54,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """The loss of every step, (steps,) float32, and how fast the images went by."""
+    """The loss of every step, (steps,) float32, and images a second, NaN where a run had nothing left to do."""
 
     losses: Tensor
     images_per_second: float
@@ -117,10 +117,11 @@ def train(
                     _check_finite(losses[:step])
                     note = f"loss {float(losses[step - REPORT_EVERY : step].mean()):.3f}"
                 advance(len(images), note)
+            _check_finite(losses[:step])
             if keeper:
                 keeper.save(model, optimizer, tables, epoch + 1)
     trained = (config.epochs - done) * steps_an_epoch * config.batch_size
-    return TrainingLog(losses.cpu(), trained / max(time.monotonic() - start, 1e-9))
+    return TrainingLog(losses.cpu(), trained / (time.monotonic() - start) if trained else math.nan)
 
 
 def _rate(progress: float, warmup: float) -> float:

@@ -81,9 +81,9 @@ def test_step_by_step(tiny_data, gif, tmp_path):
 @pytest.fixture
 def tiny_bench(tiny_data, monkeypatch):
     backbone = cli.BackboneConfig(embedding_size=16, image_size=16, width=4)
+    monkeypatch.setattr(glyph_bench, "BACKBONE", backbone)
+    monkeypatch.setattr(glyph_bench, "VOCAB_SIZE", 5)
     for module in (glyph_bench, quickstart_module, accuracy_module):
-        monkeypatch.setattr(module, "BACKBONE", backbone)
-        monkeypatch.setattr(module, "VOCAB_SIZE", 5)
         monkeypatch.setattr(module, "BATCH_SIZE", 16)
 
 
@@ -111,6 +111,11 @@ def test_quickstart(tiny_bench, gif, tmp_path):
     code, printed = gif("quickstart", "--output", output, "--epochs=1")
     assert code == 0 and "full softmax" in printed
     report = (output / "report.md").read_text()
+    code, printed = gif("quickstart", "--output", output, "--epochs=1")
+    assert code == 0 and "this run is finished" in printed
+    code, printed = gif("quickstart", "--output", output, "--epochs=2")  # another run: nothing is lost
+    assert code == 1 and "other settings" in printed
+    assert (output / "report.md").read_text() == report
     for picture in ("roc", "losses", "nearest-cosines", "code-tree"):
         assert f"({picture}.png)" in report
         assert (output / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
@@ -118,7 +123,7 @@ def test_quickstart(tiny_bench, gif, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     code, printed = gif("quickstart", "--output", tmp_path / "mine")
-    assert code == 1 and "holds something that is no quickstart" in printed
+    assert code == 1 and "holds something that is no run" in printed
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 

@@ -260,6 +260,12 @@ def test_head_config(codes, vectors):
     partial = HeadConfig(kind="partial_fc", sample_rate=0.25).build(M, WIDTH, None, None)
     assert isinstance(partial, MarginSoftmax) and partial.sample_rate == 0.25
     assert HeadConfig(kind="softmax").build(M, WIDTH, None, None).sample_rate == 1
+    with pytest.raises(ValueError, match=r"kind gif does not use scale; set the recipe's in overrides"):
+        HeadConfig(scale=32.0)
+    with pytest.raises(ValueError, match="kind softmax does not use overrides; they are for kind gif"):
+        HeadConfig(kind="softmax", overrides={"scale": 8.0})
+    with pytest.raises(ValueError, match="overrides scal are no fields of a recipe; there are code_weight"):
+        HeadConfig(overrides={"scal": 8.0})
     with pytest.raises(ValueError, match="needs codes"):
         HeadConfig().build(M, WIDTH, None, vectors)
     with pytest.raises(ValueError, match="codes are for 30 identities and the data set has 31"):
