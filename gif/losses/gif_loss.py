@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gif.codes import IdentityCodes
+from gif.distributed import gather_rows, mean_over_processes, shared_seed
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.vectors.store import CodeVectors
@@ -85,8 +86,6 @@ class GIFLoss(nn.Module):
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""
         checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
         recipe = self.recipe
-        if len(embeddings) == 0:
-            return embeddings.sum(dtype=torch.float32)  # zero, and differentiable
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if recipe.code_weight > 0:
             loss = loss + recipe.code_weight * self.code_loss(embeddings, labels)
@@ -118,11 +117,19 @@ class GIFLoss(nn.Module):
         """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
 
         In training with gradients, those code vectors then take their step: h <- normalise(h - vector_lr dL_CC/dh).
+
+        Processes that train together (`torch.distributed`) share their candidates, and all take the same step with the
+        mean of their gradients: that is the one step of the whole batch, and each process's table stays the same.
         """
         assert self.vectors is not None  # checked at construction
         recipe = self.recipe
-        own = torch.where(labels >= 0, labels, labels.max().clamp(min=0))  # an ignored row brings nobody new
+        largest = torch.cat([labels.new_zeros(1), labels]).max()
+        own = torch.where(labels >= 0, labels, largest)  # an ignored row brings nobody new
         candidates = torch.cat([own, self.codes.siblings(own, recipe.siblings).flatten()])
+        if self.training:
+            candidates = gather_rows(candidates)
+        if len(candidates) == 0:
+            return embeddings.sum(dtype=torch.float32)  # of nothing: zero, and differentiable
         vectors = self.vectors.lookup(candidates).float()  # steps are smaller than what a bfloat16 gradient tells apart
         moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
         if moves:
@@ -137,7 +144,9 @@ class GIFLoss(nn.Module):
         )
         if moves:
             (gradient,) = torch.autograd.grad(loss, vectors, retain_graph=True)
-            self.vectors.move_(candidates, gradient, recipe.vector_lr)
+            rounds = self.vectors.table.dtype.itemsize < vectors.dtype.itemsize
+            seed = shared_seed(labels.device) if rounds else 0
+            self.vectors.move_(candidates, mean_over_processes(gradient), recipe.vector_lr, seed=seed)
         return loss
 
     @torch.no_grad()

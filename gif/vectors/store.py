@@ -72,11 +72,12 @@ class CodeVectors:
         return self.table[labels.to(self.table.device)].to(labels.device)
 
     @torch.no_grad()
-    def move_(self, labels: Tensor, gradient: Tensor, lr: float) -> None:
+    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int = 0) -> None:
         """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
 
         ``gradient`` (C, d) belongs to the labels row by row; an identity named more than once takes the sum of its
-        gradients. A low-precision table is rounded stochastically, so that small steps survive on average.
+        gradients. A low-precision table is rounded stochastically, so that small steps survive on average; give a new
+        ``seed`` in each step.
 
         Raises ValueError for a label outside [0, m).
         """
@@ -86,7 +87,6 @@ class CodeVectors:
         step = torch.zeros(len(rows), self.width, dtype=dtype, device=self.table.device)
         step.index_add_(0, place, gradient.to(step))
         moved = torch.nn.functional.normalize(self.table[rows].to(dtype).add_(step, alpha=-lr), dim=1)
-        seed = 0 if self.table.dtype == dtype else int(torch.randint(1 << 31, ()))
         self.table[rows] = stochastic_round(moved, self.table.dtype, rows, seed)
 
     @property

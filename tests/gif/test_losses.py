@@ -185,8 +185,8 @@ class TestLiveVectors:
         gradient = torch.zeros(1, 512)
         gradient[0, :256] = -1e-5  # far below bfloat16's resolution of 1.7e-4 at this size
         start = table.table.float().clone()
-        for _ in range(200):
-            table.move_(torch.tensor([0]), gradient, lr=1.0)
+        for seed in range(200):
+            table.move_(torch.tensor([0]), gradient, lr=1.0, seed=seed)
         drift = (table.table.float() - start)[0]
         assert drift[:256].mean() == pytest.approx(1e-3, rel=0.2)
         assert drift[256:].mean() == pytest.approx(-1e-3, rel=0.2)
