@@ -14,11 +14,13 @@ from jsonargparse import auto_cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.codes import IdentityCodes, judge_codes, tokenize
 from gif.data import DataName, load_data
+from gif.data.report import glyph_report
 from gif.doctor import doctor
 from gif.encoders import make_encoder
 from gif.evaluation import judge, plot_roc
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
+from gif.experiments.sweep import sweep
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
 from gif.progress import console, say
@@ -210,7 +212,7 @@ def evaluate_command(
     """
     network, _ = load_backbone(model)
     images = load_data(data).held_out
-    judgement = judge(embed(network, images.images, device=device), images.labels)
+    judgement = judge(embed(network, images, device=device), images.labels)
     folder = output or model.parent
     plot_roc({model.parent.name: judgement}, folder / "roc.png")
     write_text(folder / "evaluation.json", json.dumps(judgement.to_dict(), indent=2))
@@ -220,12 +222,14 @@ def evaluate_command(
 
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
+    "data": {"_help": "Render data sets, and say what is in them.", "glyphs": glyph_report},
     "vectors": vectors_command,
     "spread": spread_command,
     "tokenize": tokenize_command,
     "train": train_command,
     "evaluate": evaluate_command,
     "accuracy": accuracy,
+    "sweep": sweep,
     "doctor": doctor,
 }
 
@@ -234,7 +238,7 @@ def main() -> None:
     """Run the `gif` command. Errors a user can mend are one line, and exit with 1; an interrupt exits with 130."""
     try:
         auto_cli(COMMANDS, as_positional=False, prog="gif", description=DESCRIPTION)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:

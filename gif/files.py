@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,14 +30,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until what was written to ``path``, also through memory maps, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,7 +99,16 @@ class TensorLocation:
     metadata: dict[str, str]
 
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
+_DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LENGTH = struct.Struct("<Q")  # the length of the header, which begins a safetensors file
 
 
 def locate_tensor(path: str | Path, name: str, *, format: str) -> TensorLocation:
@@ -105,12 +118,11 @@ def locate_tensor(path: str | Path, name: str, *, format: str) -> TensorLocation
     lacks the tensor.
     """
     path = existing_file(path)
-    length_field = struct.Struct("<Q")
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(length_field.size)
-        length = length_field.unpack(prefix)[0] if len(prefix) == length_field.size else size
-        if length > size - length_field.size:
+        prefix = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else size
+        if length > size - _LENGTH.size:
             raise ValueError(f"{path} is damaged or not a safetensors file; make it again")
         try:
             header = json.loads(file.read(length))
@@ -122,7 +134,42 @@ def locate_tensor(path: str | Path, name: str, *, format: str) -> TensorLocation
     entry = header[name]
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, wanted one of {sorted(_DTYPES)}")
-    start, end = (length_field.size + length + offset for offset in entry["data_offsets"])
+    start, end = (_LENGTH.size + length + offset for offset in entry["data_offsets"])
     if end > size:
         raise ValueError(f"{path} is truncated: {size} bytes, wanted {end}; copy or make it again")
     return TensorLocation(start, tuple(entry["shape"]), _DTYPES[entry["dtype"]], metadata)
+
+
+def map_tensor(path: str | Path, name: str, *, format: str, writable: bool = False) -> Tensor:
+    """Tensor ``name`` of a safetensors file, memory-mapped: only what is looked at is read.
+
+    ``writable`` lets in-place changes reach the file; otherwise they stay private to this process. Errors are those of
+    `locate_tensor`.
+    """
+    where = locate_tensor(path, name, format=format)
+    length = math.prod(where.shape) * where.dtype.itemsize
+    raw = np.memmap(path, np.uint8, "r+" if writable else "c", where.offset, length)
+    return torch.from_numpy(raw).view(where.dtype).view(where.shape)
+
+
+def allocate_tensors(
+    path: str | Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], *, format: str, **metadata: str
+) -> None:
+    """Write a safetensors file of zeros, atomically and without holding it in memory; fill it through `map_tensor`.
+
+    ``tensors`` gives the shape and dtype of each. Raises OSError where the disk has no room for them.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": format, **metadata}}
+    end = 0
+    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -item[1][1].itemsize):  # keeps all aligned
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH.size)
+    with atomic_path(path) as temporary:
+        free = shutil.disk_usage(temporary.parent).free
+        if end > free:
+            raise OSError(f"{path} needs {end / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; make room")
+        with temporary.open("wb") as file:
+            file.write(_LENGTH.pack(len(text)) + text)
+            file.truncate(_LENGTH.size + len(text) + end)

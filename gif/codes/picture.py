@@ -23,7 +23,7 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Pa
     """
     first_image = _first_images(dataset)
     rows = _fullest_prefixes(codes.codes, min(2, codes.length))
-    size = dataset.images.shape[-1]
+    size = dataset[0][0].shape[-1]
     drawing = Figure(figsize=(9.5, 0.52 * len(rows) + 0.9), layout="constrained")
     drawing.suptitle("Identities that share a code prefix look alike", fontsize=12)
     grid = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
@@ -31,7 +31,7 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Pa
         strip = np.zeros((size, MEMBERS * (size + GAP)))
         for place, identity in enumerate(members.tolist()):
             if identity in first_image:
-                image = dataset.images[first_image[identity]].float().mean(0).numpy()
+                image = dataset[first_image[identity]][0].float().mean(0).numpy()
                 strip[:, place * (size + GAP) :][:, :size] = image
         axes.imshow(strip, cmap="gray_r", vmin=0, vmax=255)
         axes.set(xticks=[], yticks=[])

@@ -1,8 +1,8 @@
-"""Images of identities, held in memory."""
+"""Images of identities, in memory or memory-mapped, and parts of them that share the images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,45 +14,104 @@ class IdentityImages(Dataset[tuple[Tensor, Tensor]]):
     """Images with the identity each shows.
 
     Args:
-        images: (n, channels, height, width) uint8.
+        images: (N, channels, height, width) uint8; may be memory-mapped.
         labels: (n,) integer, the identity of each image, in [0, len(names)).
         names: what each identity is called, for people and pictures.
+        rows: (n,) integer, which of ``images`` the data set consists of, in its order; all N where not given. Parts of
+            one data set share its images through their rows.
 
     Indexing gives ``(image uint8 (channels, height, width), label int64 ())``. A whole batch is read at once with
     ``__getitems__``, which a DataLoader uses when it is given ``collate_fn=IdentityImages.collate``.
 
-    Raises ValueError where shapes disagree or a label is outside [0, len(names)).
+    Raises ValueError where shapes disagree, a label is outside [0, len(names)) or a row outside [0, N).
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str]) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise ValueError(f"images must be (n, c, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be ({len(images)},), one an image, got {tuple(labels.shape)}")
-        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(names)):
-            raise ValueError(
-                f"labels must lie in [0, {len(names)}), got [{int(labels.min())}, {int(labels.max())}]; "
-                "number the identities from 0"
-            )
-        self.images = images
+        rows = torch.arange(len(images)) if rows is None else rows.long()
+        if labels.shape != rows.shape:
+            raise ValueError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
+        _check_range("labels", labels, len(names), "number the identities from 0")
+        _check_range("rows", rows, len(images), "name images that there are")
+        self._images = images
+        self._rows = rows
         self.labels = labels.long()
         self.names = list(names)
+
+    @property
+    def images(self) -> Tensor:
+        """All images, (n, c, h, w), in the order of the labels; of a part a copy: `image_batches` needs less memory."""
+        if len(self) == len(self._images) and torch.equal(self._rows, torch.arange(len(self))):
+            return self._images
+        return self._images[self._rows]
 
     @property
     def num_identities(self) -> int:
         return len(self.names)
 
+    def image_batches(self, size: int) -> Iterator[Tensor]:
+        """All images in their order, ``size`` at a time, the last batch smaller."""
+        return (self._images[rows] for rows in self._rows.split(size))
+
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+        return self._images[self._rows[index]], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
+        return self._images[self._rows[indices]], self.labels[indices]
+
+    def of_identities(self, identities: Tensor) -> IdentityImages:
+        """The images of some identities (k,), numbered from 0 in the order they had; no image is copied."""
+        identities = identities.sort().values
+        numbers = torch.full((self.num_identities,), -1)
+        numbers[identities] = torch.arange(len(identities))
+        labels = numbers[self.labels]
+        keep = labels >= 0
+        return IdentityImages(
+            self._images, labels[keep], [self.names[i] for i in identities.tolist()], self._rows[keep]
+        )
 
     @staticmethod
     def collate(batch: Any) -> tuple[Tensor, Tensor]:
         """Pass a batch of ``__getitems__`` on as it is: (images, labels)."""
         images, labels = batch
         return images, labels
+
+
+def split_identities(data: IdentityImages, held_out: float, seed: int) -> tuple[IdentityImages, IdentityImages]:
+    """Split a data set by identity, at random: (the rest, the held-out part), sharing its images.
+
+    Either part can be split again: the training identities into those to train on and those to validate with, or, with
+    a whole number, to take so many identities of a large set.
+
+    Args:
+        data: what to split.
+        held_out: fraction of the identities in (0, 1), or how many, a whole number from 2.
+        seed: decides which.
+
+    Raises ValueError unless both parts get at least 2 identities.
+    """
+    check_held_out(held_out)
+    number = held_out if isinstance(held_out, int) else round(held_out * data.num_identities)
+    if not 2 <= number <= data.num_identities - 2:
+        raise ValueError(
+            f"held_out is {held_out}, {number} of {data.num_identities} identities; both parts need at least 2"
+        )
+    order = torch.randperm(data.num_identities, generator=torch.Generator().manual_seed(seed))
+    return data.of_identities(order[number:]), data.of_identities(order[:number])
+
+
+def check_held_out(held_out: float) -> None:
+    """Raise ValueError unless ``held_out`` is a fraction in (0, 1) or a whole number from 2."""
+    if not (held_out >= 2 if isinstance(held_out, int) else 0 < held_out < 1):
+        raise ValueError(
+            f"held_out is {held_out}; give a fraction of the identities between 0 and 1, such as 0.2, or how many"
+        )
+
+
+def _check_range(what: str, values: Tensor, end: int, advice: str) -> None:
+    if len(values) and not (int(values.min()) >= 0 and int(values.max()) < end):
+        raise ValueError(f"{what} must lie in [0, {end}), got [{int(values.min())}, {int(values.max())}]; {advice}")

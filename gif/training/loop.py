@@ -139,14 +139,14 @@ def _check_finite(losses: Tensor) -> None:
 
 
 @torch.inference_mode()
-def embed(backbone: nn.Module, images: Tensor, *, batch_size: int = 512, device: str = "cpu") -> Tensor:
-    """Embeddings (n, d) float32 of uint8 images (n, c, h, w), on the CPU, not normalised; the backbone in eval mode."""
+def embed(backbone: nn.Module, data: IdentityImages, *, batch_size: int = 512, device: str = "cpu") -> Tensor:
+    """Embeddings (n, d) float32 of a data set's images, on the CPU, not normalised; the backbone in eval mode."""
     backbone = backbone.to(device)
     was_training = backbone.training
     backbone.eval()
     batches = []
-    with progress("embedding", len(images), "images") as advance:
-        for batch in images.split(batch_size):
+    with progress("embedding", len(data), "images") as advance:
+        for batch in data.image_batches(batch_size):
             batches.append(backbone(normalize_pixels(batch.to(device))).float().cpu())
             advance(len(batch))
     backbone.train(was_training)

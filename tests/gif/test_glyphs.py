@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from gif.data import look_alikes
+from gif.data.drawing import draw, open_font
 from gif.data.glyphs import GlyphSplit, glyphs
 from gif.data.images import IdentityImages
 
@@ -35,7 +37,7 @@ def renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     render = module._render
 
-    def counted(fonts: dict[Path, list[str]], size: int) -> object:
+    def counted(fonts: dict[Path, list[str]], size: int) -> IdentityImages:
         sizes.append(size)
         return render(fonts, size)
 
@@ -84,7 +86,8 @@ def test_ink_is_centred(split: GlyphSplit) -> None:
 
 def test_glyphs_wider_than_the_canvas_are_scaled_to_fit() -> None:
     (path,) = [path for path in module._font_files() if path.stem == "DejaVuSans"]
-    image = module._draw(module.ImageFont.truetype(str(path), 32 * module.SUPERSAMPLING), "Ǆ", 32)  # 1.5 em wide
+    image = draw(open_font(path, 32 * look_alikes.SUPERSAMPLING), "Ǆ", 32)  # 1.5 em wide
+    assert image is not None
     rows, columns = image.any(axis=1), image.any(axis=0)
     assert columns.all() and not rows[0] and not rows[-1]
     assert 0 < image.min(where=image > 0, initial=255) < 255  # smooth, not subsampled
@@ -111,19 +114,24 @@ def test_no_identity_is_in_both_parts(split: GlyphSplit) -> None:
 def test_no_image_occurs_twice(split: GlyphSplit) -> None:
     """Neither under two identities (a false impostor) nor under one (a trivial genuine pair)."""
     images = torch.cat([part.images for part in parts(split)])
-    assert len(module._alike(images[:, 0].numpy())) == 0
+    assert len(look_alikes.alike(images[:, 0].numpy(), np.arange(len(images)))) == 0
     assert len({image.numpy().tobytes() for image in images}) == len(images)
 
 
 def test_look_alike_pairs_are_those_of_brute_force() -> None:
+    """Of more images than are compared each with each, mostly black and white as glyphs are, in an odd size."""
     generator = np.random.default_rng(0)
-    originals = generator.integers(0, 256, (40, 17, 17))
-    noise = generator.integers(-1, 2, (40, 17, 17)) * generator.choice([1, 24, 47, 48, 49], (40, 1, 1))
-    images = np.concatenate([originals, originals + noise]).clip(0, 255).astype(np.uint8)
-    difference = np.abs(images[:, None].astype(int) - images[None]).max(axis=(2, 3))
-    expected = np.argwhere(np.triu(difference <= module.TOLERANCE, 1))
-    assert 0 < len(expected) < 40
-    np.testing.assert_array_equal(module._alike(images), expected)
+    originals = generator.choice([0, 60, 128, 200, 255], (300, 17, 17), p=[0.4, 0.05, 0.1, 0.05, 0.4])
+    noise = generator.integers(-1, 2, (2, 300, 17, 17)) * generator.choice([1, 24, 47, 48, 49], (2, 300, 1, 1))
+    images = np.concatenate([originals, *(originals + noise)]).clip(0, 255).astype(np.uint8)
+    images[:100] = images[0]  # no cut tells them apart
+    rows = np.flatnonzero(generator.random(len(images)) < 0.8)
+    difference = np.stack([np.abs(images.astype(int) - image).max(axis=(1, 2)) for image in images])
+    expected = np.argwhere(np.triu(difference <= look_alikes.TOLERANCE, 1))
+    expected = expected[np.isin(expected, rows).all(axis=1)]
+    found = look_alikes.alike(images, rows)
+    assert 2500 < len(expected) < 5000 and len(np.unique(expected)) > 250
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,7 @@ def test_characters_merge_when_alike_in_half_of_their_fonts(alike_in: tuple[int,
     """Character 0 is in fonts 0 to 4, character 1 in fonts 0 to 3 (images 5 to 8): they share four."""
     character, fonts = np.array([0] * 5 + [1] * 4), np.array([0, 1, 2, 3, 4, 0, 1, 2, 3])
     pairs = np.array([(font, min(5 + font, 8)) for font in alike_in], dtype=int).reshape(-1, 2)
-    identity = module._identities(character, fonts, pairs)
+    identity = look_alikes.identities(character, fonts, pairs)
     assert (identity[0] == identity[1]) == merged
 
 

@@ -41,7 +41,7 @@ def test_learns(dataset):
     log = train(backbone, head, dataset, TrainingConfig(epochs=6, batch_size=32), augment=unchanged)
     assert log.losses.shape == (30,) and log.images_per_second > 0
     assert log.losses[-5:].mean() < 0.5 * log.losses[:5].mean()
-    embeddings = torch.nn.functional.normalize(embed(backbone, dataset.images), dim=1)
+    embeddings = torch.nn.functional.normalize(embed(backbone, dataset), dim=1)
     similarity = embeddings @ embeddings.T
     same = dataset.labels[:, None] == dataset.labels
     assert similarity[same].mean() > similarity[~same].mean() + 0.5
