@@ -15,13 +15,14 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#55
 DPI = 130
 
 
-def figure(width: float = 6.4, height: float = 4.2) -> tuple[Figure, Any]:
-    """A figure of width x height inches with one axes."""
+def figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure of width x height inches with one axes, or an array of several side by side."""
     drawing = Figure(figsize=(width, height), layout="constrained")
-    axes = drawing.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return drawing, axes
+    panels = drawing.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return drawing, panels[0] if columns == 1 else panels
 
 
 def save_figure(drawing: Figure, path: str | Path) -> None:

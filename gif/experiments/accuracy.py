@@ -2,96 +2,126 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from rich.table import Table
 
-from gif.evaluation import Roc, plot_roc
-from gif.experiments.glyph_bench import BATCH_SIZE, HEADS, GlyphBench, bench_settings, folder_name
-from gif.files import load_tensors, save_tensors, write_text
-from gif.progress import console, say
-from gif.resume import claim_folder
-from gif.training import TrainingConfig
+from gif.data import DataName
+from gif.documents import markdown_table, replace_block, require_block
+from gif.evaluation import plot_roc
+from gif.experiments.comparison import (
+    MEASURES,
+    Budget,
+    Comparison,
+    Rows,
+    compare,
+    mean_and_spread,
+    settings_of,
+    show,
+)
+from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS
+from gif.files import write_text
+from gif.plotting import COLORS, figure, save_figure
+from gif.progress import say
 
-ROC_FORMAT = "gif.roc/1"
-MEASURES = {"rank1": "rank-1", "0.001": "TAR@0.001", "0.0001": "TAR@0.0001", "pair_accuracy": "pairs"}
+RARITY = {"held-out": "tar", "training": "tar", "centres": "nearest_cosine"}
+RARITY_TITLES = {
+    "held-out": "held-out identities: TAR@FAR=0.001",
+    "training": "training identities: TAR@FAR=0.001",
+    "centres": "centres or code vectors: cosine to the nearest of the group",
+}
 
 
 def accuracy(
     output: Path = Path("runs/accuracy"),
     *,
-    heads: Sequence[str] = tuple(HEADS),
+    data: DataName = "glyphs",
+    identities: int | None = None,
+    heads: Sequence[str] = tuple(CONTENDERS),
     seeds: int = 3,
     epochs: int = 4,
+    batch_size: int = BATCH_SIZE,
     split: int = 1,
+    docs: Path | None = None,
 ) -> None:
     """Train every head with every seed, judge each on held-out identities, and write a table with mean and spread.
 
     All runs have the same identities, backbone, images and steps; a seed decides initial values, order of images and
-    augmentation. An interrupted run continues when the same command is given again.
+    augmentation. An interrupted run continues when the same command is given again. Also by the number of images an
+    identity has: two images each of equally many identities, so that only their rarity differs.
 
     Args:
-        output: folder for accuracy.md, roc.png and the runs.
+        output: folder for accuracy.md, roc.png, rarity.png and the runs.
+        data: the data set; its held-out identities judge.
+        identities: how many of the data set's identities there are, at random; all where not given.
         heads: which heads; all of them by default.
         seeds: runs of each head.
         epochs: passes over the training images in each run.
-        split: seed of the split into training and held-out identities. Scales and margins were chosen on split 0.
+        batch_size: images a step.
+        split: seed of the split into training and held-out identities.
+        docs: a document whose block "accuracy NAME OF THE DATA" gets the tables; the pictures go into its folder
+            pictures.
     """
-    unknown = [head for head in heads if head not in HEADS]
-    if unknown or not heads or seeds < 1:
-        raise ValueError(
-            f"wanted at least one seed and heads among {list(HEADS)}, got seeds={seeds}, heads={list(heads)}"
-        )
-    chosen = {name: HEADS[name] for name in heads}
-    claim_folder(output, {"command": "accuracy", "epochs": epochs, "split": split, **bench_settings(HEADS)})
-    runs = {(name, seed): output / folder_name(name) / f"seed-{seed}" for name in chosen for seed in range(seeds)}
-    missing = [run for run, folder in runs.items() if not (folder / "result.json").exists()]
-    if missing:
-        bench = GlyphBench.prepare(split)
-        for number, (name, seed) in enumerate(missing, 1):
-            say(f"run {number} of {len(missing)}: {name}, seed {seed}")
-            training = TrainingConfig(epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
-            result = bench.run(name, chosen[name], training, runs[name, seed])
-            roc = result.judgement.roc
-            curve = {"fpr": roc.fpr, "tpr": roc.tpr, "thresholds": roc.thresholds}
-            save_tensors(runs[name, seed] / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
-            write_text(runs[name, seed] / "result.json", json.dumps(result.judgement.to_dict(), indent=2))
+    unknown = [head for head in heads if head not in CONTENDERS]
+    if unknown or not heads:
+        raise ValueError(f"wanted heads among {list(CONTENDERS)}, got {list(heads)}")
+    if docs is not None:
+        require_block(docs, f"accuracy {data}")
+    budget = Budget(
+        data=data,
+        identities=identities,
+        split=split,
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    chosen = {name: CONTENDERS[name] for name in heads}
+    found = compare(output, chosen, budget, settings_of("accuracy", budget, CONTENDERS))
 
-    scores = {name: [_measures(runs[name, seed]) for seed in range(seeds)] for name in chosen}
-    plot_roc({name: _curve(runs[name, 0]) for name in chosen}, output / "roc.png")
-    rows = [
-        (name, *(_spread([score[measure] for score in found]) for measure in MEASURES))
-        for name, found in scores.items()
-    ]
-    columns = ("head", *MEASURES.values())
-    table = Table(*columns, title=f"held-out glyphs, mean ± deviation of {seeds} seeds, {epochs} epochs")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
-    write_text(output / "accuracy.md", "\n".join(lines) + "\n")
-    say(f"wrote {output / 'accuracy.md'} and {output / 'roc.png'}")
-
-
-def _measures(folder: Path) -> dict[str, float]:
-    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    scores = {**found["tar"], "rank1": found["rank1"], "pair_accuracy": found["pair_accuracy"]}
-    return {name: math.nan if score is None else score for name, score in scores.items()}
+    columns, rows = ("head", *MEASURES.values()), found.rows()
+    show(columns, rows, f"held-out identities of {data}, mean ± deviation of {seeds} seeds, {epochs} epochs")
+    parts = [markdown_table(columns, rows)]
+    for what, title in RARITY_TITLES.items():
+        columns, rows = _by_images(found, what)
+        show(columns, rows, title)
+        parts.append(f"{title[0].upper()}{title[1:]}.\n\n{markdown_table(columns, rows)}")
+    tables = "\n".join(parts)
+    write_text(output / "accuracy.md", tables)
+    curves = {name: found.curve(name) for name in chosen}
+    plot_roc(curves, output / "roc.png")
+    _plot_rarity(found, output / "rarity.png")
+    say(f"wrote {output / 'accuracy.md'}, drew {output / 'roc.png'} and {output / 'rarity.png'}")
+    if docs is not None:
+        pictures = f"pictures/accuracy-{data}"
+        replace_block(docs, f"accuracy {data}", f"{tables}\n![ROC]({pictures}-roc.png)\n\n![]({pictures}-rarity.png)")
+        plot_roc(curves, docs.parent / f"{pictures}-roc.png")
+        _plot_rarity(found, docs.parent / f"{pictures}-rarity.png")
+        say(f"wrote the tables into {docs}")
 
 
-def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in arrays.items()}
+def _scores(found: Comparison, name: str, what: str) -> dict[str, list[float]]:
+    """One measure of rarity of a head by group, a value a seed."""
+    results = [result["rarity"][what] for result in found.results(name)]
+    return {group: [result[group][RARITY[what]] for result in results] for group in results[0]}
 
 
-def _curve(folder: Path) -> Roc:
-    tensors, _ = load_tensors(folder / "roc.safetensors", format=ROC_FORMAT)
-    return Roc(**{name: values.numpy() for name, values in tensors.items()})
+def _by_images(found: Comparison, what: str) -> tuple[tuple[str, ...], Rows]:
+    scores = {name: _scores(found, name, what) for name in found.folders}
+    columns = ("head", *next(iter(scores.values())))
+    return columns, [(name, *map(mean_and_spread, groups.values())) for name, groups in scores.items()]
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+def _plot_rarity(found: Comparison, path: Path) -> None:
+    drawing, panels = figure(13.0, 4.2, columns=len(RARITY))
+    for axes, (what, title) in zip(panels, RARITY_TITLES.items(), strict=True):
+        for number, name in enumerate(found.folders):
+            groups = _scores(found, name, what)
+            means = np.array([np.mean(values) for values in groups.values()])
+            spread = np.array([np.std(values) for values in groups.values()])
+            color = COLORS[number % len(COLORS)]
+            axes.errorbar(list(groups), means, spread, marker="o", capsize=2, color=color, label=name)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("images an identity has")
+    panels[0].legend(fontsize="small")
+    save_figure(drawing, path)

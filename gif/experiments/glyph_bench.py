@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, tokenize
-from gif.data import GlyphSplit, glyphs
+from gif.data import DataName, GlyphSplit, load_data, split_identities
 from gif.encoders import PixelEncoder
-from gif.evaluation import Judgement, judge
-from gif.losses import RECIPES, HeadConfig
+from gif.evaluation import Judgement, groups_by_images, judge, judge_group, spread_of_centers
+from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
 from gif.progress import say
 from gif.training import TrainingConfig, TrainingLog, embed, train
 from gif.vectors import CodeVectors, SpreadReport, initial_code_vectors, spread_code_vectors
@@ -22,29 +23,46 @@ from gif_kernels import AngularMargin
 
 VOCAB_SIZE = 12
 BATCH_SIZE = 128
-SPREAD_EPOCHS = 10  # an epoch is a single step here
+SPREAD_EPOCHS = 10
 BACKBONE = BackboneConfig(embedding_size=128, width=16)
+VALIDATION = 0.2  # of the training identities
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A head, and the peak learning rate it is trained with."""
+
+    head: HeadConfig
+    lr: float = 0.1
+
+
+def _gif(**overrides: float | AngularMargin) -> Contender:
+    return Contender(HeadConfig(kind="gif", overrides=overrides))
+
 
 TOKEN_MARGIN = AngularMargin(m2=0.0, m3=0.1)
 SOFTMAX_MARGIN = AngularMargin(m2=0.0, m3=0.2)
-HEADS = {
-    "GIF": HeadConfig(kind="gif"),
-    "GIF, no siblings": HeadConfig(kind="gif", overrides={"siblings": 0}),
-    "GIF, fixed vectors": HeadConfig(kind="gif", overrides={"vector_lr": 0.0}),
-    "GIF, no tokens": HeadConfig(kind="gif", overrides={"code_weight": 0.0}),
-    "GIF, published": HeadConfig(kind="gif", recipe="paper", overrides={"scale": 16.0, "margin": TOKEN_MARGIN}),
-    "full softmax": HeadConfig(kind="softmax", scale=16.0, margin=SOFTMAX_MARGIN),
-    "Partial FC 0.1": HeadConfig(kind="partial_fc", scale=16.0, margin=SOFTMAX_MARGIN, sample_rate=0.1),
+CONTENDERS = {
+    "GIF": _gif(),
+    "GIF, no siblings": _gif(siblings=0),
+    "GIF, fixed vectors": _gif(vector_lr=0.0),
+    "GIF, no tokens": _gif(code_weight=0.0),
+    "GIF, published": Contender(
+        HeadConfig(kind="gif", recipe="paper", overrides={"scale": 16.0, "margin": TOKEN_MARGIN})
+    ),
+    "full softmax": Contender(HeadConfig(kind="softmax", scale=16.0, margin=SOFTMAX_MARGIN)),
+    "Partial FC 0.1": Contender(HeadConfig(kind="partial_fc", scale=16.0, margin=SOFTMAX_MARGIN, sample_rate=0.1)),
 }
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """One head's training and its judgement on held-out identities."""
+    """One head's training, its judgement on the other identities, and what it did to rare ones (`rarity`)."""
 
     log: TrainingLog
     judgement: Judgement
     parameters: int
+    rarity: dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -57,37 +75,79 @@ class GlyphBench:
     codes: IdentityCodes
 
     @classmethod
-    def prepare(cls, seed: int) -> GlyphBench:
-        """Load glyphs, make code vectors and spread them, cut codes; all from one seed."""
-        data = glyphs(seed=seed)
+    def prepare(
+        cls, seed: int, *, data: DataName = "glyphs", identities: int | None = None, validation: bool = False
+    ) -> GlyphBench:
+        """Load glyphs, make code vectors and spread them, cut codes; all from one seed.
+
+        ``identities`` is how many of the data set's there are, at random, all where None. For ``validation`` the
+        identities to judge on are a fifth of those to train on, and the held-out ones are put away: settings are chosen
+        there.
+
+        Raises ValueError where the data set has no more identities than are asked for.
+        """
+        split = load_data(data, seed=seed)
+        if identities is not None:
+            share = identities / (split.train.num_identities + split.held_out.num_identities)
+            split = GlyphSplit(*(split_identities(part, share, seed)[1] for part in (split.train, split.held_out)))
+        if validation:
+            split = GlyphSplit(*split_identities(split.train, VALIDATION, seed))
+        judged = "to validate on" if validation else "held out"
         say(
-            f"glyphs: {data.train.num_identities:,} identities to train on ({len(data.train):,} images), "
-            f"{data.held_out.num_identities:,} held out ({len(data.held_out):,} images)"
+            f"{data}: {split.train.num_identities:,} identities to train on ({len(split.train):,} images), "
+            f"{split.held_out.num_identities:,} {judged} ({len(split.held_out):,} images)"
         )
-        vectors = initial_code_vectors(data.train, PixelEncoder(BACKBONE.embedding_size))
+        vectors = initial_code_vectors(split.train, PixelEncoder(BACKBONE.embedding_size))
         spread = spread_code_vectors(vectors, epochs=SPREAD_EPOCHS, seed=seed)
         say(f"code vectors before: {spread.before}\ncode vectors after:  {spread.after}")
         codes = tokenize(vectors, vocab_size=VOCAB_SIZE, seed=seed)
         say(f"identity codes: {codes}")
-        return cls(data, vectors, spread, codes)
+        return cls(split, vectors, spread, codes)
 
-    def run(self, name: str, head: HeadConfig, training: TrainingConfig, folder: Path) -> HeadResult:
-        """Train a backbone with ``head``, keep it in ``folder``, judge it; continues a run that was interrupted."""
+    def run(self, name: str, contender: Contender, training: TrainingConfig, folder: Path) -> HeadResult:
+        """Train a backbone with a head, keep it in ``folder``, judge it; continues a run that was interrupted."""
         torch.manual_seed(training.seed)
         backbone = BACKBONE.build()
         own_vectors = CodeVectors(self.vectors.table.clone(), normalized=True)  # the head may move them
-        loss_fn = head.build(self.data.train.num_identities, BACKBONE.embedding_size, self.codes, own_vectors)
+        loss_fn = contender.head.build(self.data.train.num_identities, BACKBONE.embedding_size, self.codes, own_vectors)
         log = train(
             backbone,
             loss_fn,
             self.data.train,
-            training,
+            replace(training, lr=contender.lr),
             checkpoints=folder / "checkpoints",
             description=f"training with {name}",
         )
         save_backbone(folder / "backbone.safetensors", backbone, BACKBONE)
-        judgement = judge(embed(backbone, self.data.held_out.images), self.data.held_out.labels)
-        return HeadResult(log, judgement, sum(parameter.numel() for parameter in loss_fn.parameters()))
+        embeddings = embed(backbone, self.data.held_out)
+        judgement = judge(embeddings, self.data.held_out.labels)
+        parameters = sum(parameter.numel() for parameter in loss_fn.parameters())
+        return HeadResult(log, judgement, parameters, self.rarity(backbone, embeddings, _centers(loss_fn)))
+
+    def rarity(
+        self, backbone: nn.Module, embeddings: Tensor, centers: Tensor
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores by the number of images an identity has: of held-out and training images, and of the centres (m, d).
+
+        ``embeddings`` (n, d) are the held-out images'. Keys: what, group, measure.
+        """
+        held_out, train = self.data.held_out, self.data.train
+        found: dict[str, dict[str, dict[str, float]]] = {"held-out": {}, "training": {}, "centres": {}}
+        for group in groups_by_images(held_out.labels):
+            found["held-out"][group.name] = judge_group(embeddings, held_out.labels, group)
+        for group in groups_by_images(train.labels):
+            part = train.of_identities(group.identities)
+            found["training"][group.name] = judge_group(embed(backbone, part), group.identities[part.labels], group)
+            found["centres"][group.name] = spread_of_centers(centers, group)
+        return found
+
+
+def _centers(loss_fn: nn.Module) -> Tensor:
+    """What stands for each training identity, (m, d): a softmax's centres, GIF's code vectors."""
+    if isinstance(loss_fn, MarginSoftmax):
+        return loss_fn.weight.detach()
+    assert isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None
+    return loss_fn.vectors.table
 
 
 def folder_name(head: str) -> str:
@@ -95,13 +155,12 @@ def folder_name(head: str) -> str:
     return head.lower().replace(",", "").replace(" ", "-")
 
 
-def bench_settings(heads: Mapping[str, HeadConfig]) -> dict[str, Any]:
-    """What decides the results of ``heads``, beside a seed and the epochs."""
+def bench_settings(contenders: Mapping[str, Contender]) -> dict[str, Any]:
+    """What decides the results of ``contenders``, beside the data, a seed and the epochs."""
     return {
         "backbone": asdict(BACKBONE),
         "vocab_size": VOCAB_SIZE,
-        "batch_size": BATCH_SIZE,
         "spread_epochs": SPREAD_EPOCHS,
-        "heads": {name: asdict(head) for name, head in heads.items()},
+        "contenders": {name: asdict(contender) for name, contender in contenders.items()},
         "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
     }

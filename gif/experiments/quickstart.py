@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.table import Table
 
 from gif.codes.picture import plot_code_tree
+from gif.documents import markdown_table
 from gif.evaluation import plot_roc
-from gif.experiments.glyph_bench import BATCH_SIZE, HEADS, GlyphBench, HeadResult, bench_settings, folder_name
+from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, GlyphBench, HeadResult, bench_settings, folder_name
 from gif.files import write_text
 from gif.progress import console, say
 from gif.resume import claim_folder
@@ -35,7 +36,7 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 4, seed:
     """
     begin = time.monotonic()
     training = TrainingConfig(epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
-    heads = {name: HEADS[name] for name in SHOWN}
+    heads = {name: CONTENDERS[name] for name in SHOWN}
     claim_folder(output, {"command": "quickstart", **asdict(training), **bench_settings(heads)})
     report = output / "report.md"
     if report.exists():
@@ -84,8 +85,6 @@ def _table(results: dict[str, HeadResult]) -> Table:
 
 def _report(bench: GlyphBench, results: dict[str, HeadResult], training: TrainingConfig) -> str:
     data, codes, spread = bench.data, bench.codes, bench.spread
-    columns = _columns(results)
-    rows = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *_rows(results))]
     judgement = next(iter(results.values())).judgement
     return f"""# Quickstart: identity codes beside a full softmax, on glyphs
 
@@ -94,8 +93,7 @@ Identity = character, image = the character in one font.
 {data.held_out.num_identities:,} others ({len(data.held_out):,} images) judge the backbone.
 All heads had the same backbone, images, order, augmentation and {training.epochs} epochs.
 
-{chr(10).join(rows)}
-
+{markdown_table(_columns(results), _rows(results))}
 Rank-1: the nearest other image shows the same identity. TAR@f: true-accept rate at false-accept rate f, over all
 pairs of held-out images ({judgement.genuine:,} genuine, {judgement.impostor:,} impostor). Pairs: accuracy in ten folds
 of balanced pairs. Parameters: of the head.

@@ -9,9 +9,9 @@ from gif import cli
 from gif.backbones import load_backbone
 from gif.codes import IdentityCodes
 from gif.data import GlyphSplit, IdentityImages
-from gif.experiments import accuracy as accuracy_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
+from gif.experiments import sweep as sweep_module
 from gif.progress import console
 from gif.vectors import CodeVectors
 
@@ -31,7 +31,7 @@ def tiny_images(identities, seed):
 def tiny_data(monkeypatch):
     split = GlyphSplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
     monkeypatch.setattr(cli, "load_data", lambda name: split)
-    monkeypatch.setattr(glyph_bench, "glyphs", lambda seed=0: split)
+    monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
     return split
 
 
@@ -83,27 +83,64 @@ def tiny_bench(tiny_data, monkeypatch):
     backbone = cli.BackboneConfig(embedding_size=16, image_size=16, width=4)
     monkeypatch.setattr(glyph_bench, "BACKBONE", backbone)
     monkeypatch.setattr(glyph_bench, "VOCAB_SIZE", 5)
-    for module in (glyph_bench, quickstart_module, accuracy_module):
-        monkeypatch.setattr(module, "BATCH_SIZE", 16)
+    monkeypatch.setattr(quickstart_module, "BATCH_SIZE", 16)
+    return tiny_data
 
 
 def test_accuracy(tiny_bench, gif, tmp_path):
-    heads = list(glyph_bench.HEADS)
-    code, printed = gif(
-        "accuracy", "--output", tmp_path / "a", "--seeds=2", "--epochs=1", f"--heads={json.dumps(heads)}"
-    )
+    heads = list(glyph_bench.CONTENDERS)
+    command = ["accuracy", "--output", tmp_path / "a", "--seeds=2", "--batch_size=16"]
+    code, printed = gif(*command, "--epochs=1", f"--heads={json.dumps(heads)}")
     assert code == 0 and "Partial FC" in printed
     report = (tmp_path / "a" / "accuracy.md").read_text()
-    assert all(f"| {head} |" in report for head in heads)
-    assert "±" in report and (tmp_path / "a" / "roc.png").exists()
+    assert all(report.count(f"| {head} |") == 4 for head in heads)  # all images, and three tables by their number
+    assert "±" in report and "| 4-7 images |" in report
+    for picture in ("roc.png", "rarity.png"):
+        assert (tmp_path / "a" / picture).read_bytes()[:4] == b"\x89PNG"
     results = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("result.json")}
     assert len(results) == 2 * len(heads)
-    assert gif("accuracy", "--output", tmp_path / "a", "--seeds=2", "--epochs=1")[0] == 0  # continues: nothing to do
+    docs = tmp_path / "docs" / "accuracy.md"
+    (docs.parent / "pictures").mkdir(parents=True)
+    docs.write_text("<!-- begin accuracy glyphs -->\n<!-- end accuracy glyphs -->\n")
+    assert gif(*command, "--epochs=1", "--docs", docs)[0] == 0  # continues: nothing to do
+    assert report in docs.read_text()
+    assert gif(*command, "--epochs=3", "--output", tmp_path / "c", "--docs", tmp_path / "nothing.md")[0] == 1
+    assert not (tmp_path / "c").exists()  # said before any work
+    assert (docs.parent / "pictures" / "accuracy-glyphs-rarity.png").exists()
     assert results == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("result.json")}
-    code, printed = gif("accuracy", "--output", tmp_path / "a", "--seeds=2", "--epochs=2")
+    code, printed = gif(*command, "--epochs=2")
     assert code == 1 and "other settings" in printed
     code, printed = gif("accuracy", "--output", tmp_path / "b", '--heads=["arcface"]')
     assert code == 1 and "arcface" in printed and "full softmax" in printed
+
+
+def test_sweep_tries_settings_on_identities_it_keeps_from_training(tiny_bench, gif, tmp_path, monkeypatch):
+    trained, judged = set(), set()
+    spy = glyph_bench.train
+    monkeypatch.setattr(glyph_bench, "train", lambda *args, **k: trained.update(args[2].names) or spy(*args, **k))
+    spy_judge = glyph_bench.embed
+    monkeypatch.setattr(glyph_bench, "embed", lambda net, data: judged.add(tuple(data.names)) or spy_judge(net, data))
+    monkeypatch.setitem(sweep_module.KNOBS, "full softmax", {"lr": (0.05, 0.1), "margin": (0.2, 0.3)})
+    command = ["sweep", "--output", tmp_path / "s", '--heads=["full softmax"]', "--seeds=1", "--epochs=1"]
+    code, _ = gif(*command, "--batch_size=16")
+    assert code == 0
+    report = (tmp_path / "s" / "sweep.md").read_text()
+    assert all(f"| full softmax{setting} |" in report for setting in ("", ", lr=0.05", ", margin=0.3"))
+    assert report.count("best |") == 2  # the column, and one setting
+    names = set(tiny_bench.train.names)
+    assert len(trained) == 19 and trained < names
+    assert all(set(part) == names - trained or set(part) <= trained for part in judged)
+    code, printed = gif("sweep", "--output", tmp_path / "b", '--heads=["GIF, no tokens"]')
+    assert code == 1 and "GIF, no tokens" in printed
+
+
+@pytest.mark.parametrize("head", list(sweep_module.KNOBS))
+def test_every_head_of_the_sweep_gets_as_many_trials(head):
+    trials = dict(sweep_module.variations(head))
+    assert len(trials) == 10
+    contenders = list(trials.values())
+    assert all(a != b for i, a in enumerate(contenders) for b in contenders[:i])
+    assert contenders[0] == glyph_bench.CONTENDERS[head]
 
 
 def test_quickstart(tiny_bench, gif, tmp_path):
@@ -135,9 +172,9 @@ def test_doctor_says_what_runs_and_why(gif):
     assert "blocked" in printed or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", [*(name for name in cli.COMMANDS if name != "data"), "data glyphs"])
 def test_help(gif, command, capsys):
-    code, _ = gif(command, "--help")
+    code, _ = gif(*command.split(), "--help")
     assert code == 0
     printed = capsys.readouterr().out
     assert "options:" in printed

@@ -1,0 +1,131 @@
+"""Settings tried one at a time around each head's own, on a validation split of identities.
+
+What is chosen here is written into `CONTENDERS` by hand; the held-out identities, which `gif accuracy` judges on, take
+no part. Every head gets the same number of trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gif.data import DataName
+from gif.documents import markdown_table, replace_block, require_block
+from gif.experiments.comparison import MEASURES, Budget, compare, settings_of, show
+from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender
+from gif.files import write_text
+from gif.losses import RECIPES
+from gif.progress import say
+from gif_kernels import AngularMargin
+
+CHOSEN_BY = ("0.001", "0.0001")  # the mean of both, which is less noisy than either
+SOFTMAX_KNOBS = {"lr": (0.05, 0.1, 0.2, 0.4), "scale": (8, 12, 16, 24, 32), "margin": (0.1, 0.2, 0.3)}
+KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
+    "GIF": {
+        "lr": (0.05, 0.1, 0.2),
+        "contrast_scale": (12, 16, 24, 32),
+        "contrast_margin": (0.1, 0.2, 0.3),
+        "vector_lr": (1, 2, 4),
+    },
+    "full softmax": SOFTMAX_KNOBS,
+    "Partial FC 0.1": SOFTMAX_KNOBS,
+}
+"""Values of each setting; margins are CosFace's m3. The head's own value is among them."""
+SETTINGS = tuple(dict.fromkeys(setting for knobs in KNOBS.values() for setting in knobs))
+
+
+def sweep(
+    output: Path = Path("runs/sweep"),
+    *,
+    data: DataName = "glyphs",
+    identities: int | None = None,
+    heads: Sequence[str] = tuple(KNOBS),
+    settings: Sequence[str] = SETTINGS,
+    seeds: int = 2,
+    epochs: int = 4,
+    batch_size: int = BATCH_SIZE,
+    split: int = 1,
+    docs: Path | None = None,
+) -> None:
+    """Try each head's settings one at a time on validation identities, and say which was best.
+
+    A fifth of the training identities is set apart to judge on; the held-out ones are never seen. An interrupted run
+    continues when the same command is given again.
+
+    Args:
+        output: folder for sweep.md and the runs.
+        data: the data set.
+        identities: how many of the data set's identities there are, at random; all where not given.
+        heads: which heads.
+        settings: which settings, all of them by default; a head's that it does not have are passed over.
+        seeds: runs of each setting.
+        epochs: passes over the training images in each run.
+        batch_size: images a step.
+        split: seed of the split into training and held-out identities, the same as of `gif accuracy`.
+        docs: a document whose block "sweep NAME OF THE DATA" gets the table.
+    """
+    unknown = [head for head in heads if head not in KNOBS]
+    if unknown or not heads:
+        raise ValueError(f"wanted heads among {list(KNOBS)}, got {list(heads)}")
+    if (strange := set(settings) - set(SETTINGS)) or not settings:
+        raise ValueError(f"wanted settings among {list(SETTINGS)}, got {sorted(strange)}")
+    if docs is not None:
+        require_block(docs, f"sweep {data}")
+    budget = Budget(
+        data=data,
+        identities=identities,
+        split=split,
+        validation=True,
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    trials = {head: dict(variations(head, settings)) for head in heads}
+    everything = {name: contender for head in KNOBS for name, contender in variations(head)}
+    chosen = {name: contender for found in trials.values() for name, contender in found.items()}
+    found = compare(output, chosen, budget, settings_of("sweep", budget, everything))
+
+    def score(name: str) -> float:
+        return float(np.mean([found.values(name, measure) for measure in CHOSEN_BY]))
+
+    best = {max(names, key=score) for names in trials.values()}
+    columns = ("head", *MEASURES.values(), "best")
+    rows = [(*row, "best" if row[0] in best else "") for row in found.rows()]
+    show(columns, rows, f"validation identities of {data}, mean ± deviation of {seeds} seeds, {epochs} epochs")
+    table = markdown_table(columns, rows)
+    write_text(output / "sweep.md", table)
+    if docs is not None:
+        replace_block(docs, f"sweep {data}", table)
+    say(f"wrote {output / 'sweep.md'}; best by TAR: {', '.join(sorted(best))}")
+
+
+def variations(head: str, settings: Sequence[str] = SETTINGS) -> Iterator[tuple[str, Contender]]:
+    """A head as it is, and with each of ``settings`` at each other value: names and contenders."""
+    base = CONTENDERS[head]
+    yield head, base
+    for knob, values in KNOBS[head].items():
+        for value in values if knob in settings else ():
+            setting: Any = AngularMargin(m2=0.0, m3=value) if knob.endswith("margin") else float(value)
+            if setting != _setting(base, knob):
+                yield f"{head}, {knob}={value:g}", _turned(base, knob, setting)
+
+
+def _setting(contender: Contender, knob: str) -> Any:
+    if knob == "lr":
+        return contender.lr
+    head = contender.head
+    if head.kind == "gif":
+        return head.overrides.get(knob, getattr(RECIPES[head.recipe], knob))
+    return getattr(head, knob)
+
+
+def _turned(base: Contender, knob: str, setting: Any) -> Contender:
+    if knob == "lr":
+        return replace(base, lr=setting)
+    head = base.head
+    change = {"overrides": {**head.overrides, knob: setting}} if head.kind == "gif" else {knob: setting}
+    return replace(base, head=replace(head, **change))
