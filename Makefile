@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
+BENCH_DIR ?= runs/bench
+SAVED ?= runs/bench/saved.json
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench bench-full bench-compare clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -24,8 +26,14 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+# Small sizes, minutes; bench-full: the whole grid. Each writes a report; bench-compare says what became slower since SAVED.
+bench bench-full: $(VENV)/.installed
+	mkdir -p $(BENCH_DIR)
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q --benchmark-json=$(BENCH_DIR)/$@.json $(if $(filter bench-full,$@),--full)
+	$(BIN)/python -m benchmarks.report $(BENCH_DIR)/$@.json --output $(BENCH_DIR)
+
+bench-compare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compare $(SAVED) $(BENCH_DIR)/bench.json
 
 clean:
 	rm -rf $(VENV) runs
