@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -31,11 +38,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of a tensor that every process has in the same shape; the same bits on each."""
-    if world_size() == 1:
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
+    return values if world_size() == 1 else sum_over_processes(values) / world_size()
 
 
 def shared_seed(device: torch.device) -> int:
@@ -45,3 +48,99 @@ def shared_seed(device: torch.device) -> int:
         seed = seed.to(device)
         dist.broadcast(seed, 0)
     return int(seed)
+
+
+def rank() -> int:
+    """Which of the processes this one is: 0 where no process group is initialised."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor that every process has in the same shape; the same bits on each."""
+    if world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: T) -> list[T]:
+    """Each process's value, in the order of their ranks."""
+    values: list[T] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def least_of_processes(value: int) -> int:
+    """The least of the processes' values."""
+    return min(gather_objects(value))
+
+
+@torch.no_grad()
+def replicate(module: nn.Module) -> None:
+    """Keep a module the same on every process: rank 0's values now, the mean gradient in each backward pass from now.
+
+    Call it once, on a loss with parameters that is not wrapped in DistributedDataParallel, before training:
+
+        backbone = DistributedDataParallel(backbone)
+        replicate(loss_fn)
+
+    The mean is taken in each backward pass, so accumulated gradients are right too; inside of DistributedDataParallel
+    it does no harm, for it is the mean of what is equal. Every process must do the same backward passes.
+    """
+    if world_size() == 1:
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor, 0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.copy_(mean_over_processes(parameter.grad))
+
+
+def exchange_rows(rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    """Give the first ``send[0]`` rows to rank 0, the next ``send[1]`` to rank 1, and so on; get ``receive[r]`` of r.
+
+    ``rows`` (sum of send, d). Returns what was got, (sum of receive, d), in the order of the ranks. What a rank sends
+    to another must be what that one receives.
+    """
+    if world_size() == 1:
+        return rows
+    got = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(_bytes(got), _bytes(rows.contiguous()), receive, send)
+    return got
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """The rows as bytes: a group need not know their dtype to move them."""
+    return rows.view(torch.uint8)
+
+
+def wait_for_all() -> None:
+    """Return once every process has called this."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the processes that torchrun announces, if it does, and leave them in the end; yields this one's device.
+
+    ``device``: "cpu" joins by gloo; "cuda" by nccl, and the device is the process's own.
+    """
+    if not dist.is_torchelastic_launched():
+        yield torch.device(device)
+        return
+    own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()

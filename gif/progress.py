@@ -26,11 +26,12 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int, unit: str = "items") -> Iterator[Callable[..., None]]:
+def progress(description: str, total: int, unit: str = "items", *, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show a progress bar with rate and ETA; yields ``advance(n, note="")``.
 
     On a terminal it is one live line. In a log file it is a line every few seconds, so that a log stays readable.
-    ``note`` is a short text shown after the bar: a loss, an optimality gap.
+    ``note`` is a short text shown after the bar: a loss, an optimality gap. ``done`` were done by a run before: they
+    are shown, and do not count as speed.
     """
     if console.is_terminal:
         columns = (
@@ -42,12 +43,12 @@ def progress(description: str, total: int, unit: str = "items") -> Iterator[Call
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(description, total=total, unit=unit, note="")
+            task = bar.add_task(description, total=total, completed=done, unit=unit, note="")
             yield lambda n, note="": bar.update(task, advance=n, note=note)
         return
 
     start = last = time.monotonic()
-    done = 0
+    before = done
 
     def advance(n: int, note: str = "") -> None:
         nonlocal done, last
@@ -55,7 +56,7 @@ def progress(description: str, total: int, unit: str = "items") -> Iterator[Call
         now = time.monotonic()
         if now - last >= PLAIN_INTERVAL or done >= total:
             last = now
-            rate = done / max(now - start, 1e-9)
+            rate = (done - before) / max(now - start, 1e-9)
             left = max(total - done, 0) / max(rate, 1e-9)
             say(f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left {note}".rstrip())
 

@@ -16,7 +16,7 @@ from gif.vectors.store import CodeVectors
 from gif_kernels import AngularMargin
 
 _GIF_OPTIONS = ("recipe", "overrides", "projection", "token_weights")
-_SOFTMAX_OPTIONS = ("scale", "margin", "sample_rate")
+_SOFTMAX_OPTIONS = ("scale", "margin", "sample_rate", "centers")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class HeadConfig:
         scale: softmax and partial_fc: s of the logits.
         margin: softmax and partial_fc: of the target logit.
         sample_rate: partial_fc: share of the identities in a step.
+        centers: softmax and partial_fc: what the centres start from, random directions or the code vectors.
 
     Raises ValueError for an option that does not belong to the kind, or an override that is no field of `Recipe`.
     """
@@ -44,6 +45,7 @@ class HeadConfig:
     scale: float = 64.0
     margin: AngularMargin = AngularMargin()  # noqa: RUF009 (frozen)
     sample_rate: float = 0.1
+    centers: Literal["random", "vectors"] = "random"
 
     def __post_init__(self) -> None:
         foreign = _SOFTMAX_OPTIONS if self.kind == "gif" else _GIF_OPTIONS
@@ -64,8 +66,16 @@ class HeadConfig:
         Raises ValueError where they are missing or are for another number of identities.
         """
         if self.kind != "gif":
-            rate = self.sample_rate if self.kind == "partial_fc" else 1.0
-            return MarginSoftmax(num_identities, embedding_size, margin=self.margin, scale=self.scale, sample_rate=rate)
+            if self.centers == "vectors" and vectors is None:
+                raise ValueError('centers "vectors" need code vectors; make them with `gif vectors`, or take "random"')
+            return MarginSoftmax(
+                num_identities,
+                embedding_size,
+                margin=self.margin,
+                scale=self.scale,
+                sample_rate=self.sample_rate if self.kind == "partial_fc" else 1.0,
+                centers=vectors.table if vectors is not None and self.centers == "vectors" else None,
+            )
         if codes is None:
             raise ValueError("head kind gif needs codes; make them with `gif tokenize` and give --codes")
         if len(codes) != num_identities:

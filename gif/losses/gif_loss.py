@@ -13,8 +13,9 @@ from gif.distributed import gather_rows, mean_over_processes, shared_seed
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.vectors.store import CodeVectors
-from gif_kernels import checks, code_contrast_loss, code_regression_loss, token_margin_loss
-from gif_kernels.reduction import reduce_rows
+from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regression_loss, token_margin_loss
+from gif_kernels.autograd import with_row_gradients
+from gif_kernels.reduction import Reduction, reduce_rows
 
 
 class GIFLoss(nn.Module):
@@ -37,6 +38,11 @@ class GIFLoss(nn.Module):
         projection: "linear" gives each token its own projection P_j (d x d); "none" compares the embedding itself.
         token_weights: lambda, a pattern's name or (l,) weights, which are normalised to sum 1.
         overrides: fields of `Recipe` to set, such as ``scale=32.0`` or ``regression_weight=0.0``.
+
+    Attributes:
+        step_share: what share of an optimizer's step one forward pass is, 1 / k where gradients accumulate over k
+            micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
+        moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
 
     Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other.
     """
@@ -72,6 +78,8 @@ class GIFLoss(nn.Module):
         self.codes = codes
         self.vectors = vectors
         self.embedding_size = embedding_size
+        self.step_share = 1.0
+        self.moved: Tensor | None = None
         length, vocab = codes.length, codes.vocab_size
         self.centers = nn.Parameter(torch.randn(length, vocab, embedding_size) / embedding_size**0.5)
         self.projections = None
@@ -82,38 +90,59 @@ class GIFLoss(nn.Module):
         self.register_buffer("token_weights", _weights(token_weights, length), persistent=False)
         self.token_weights: Tensor
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""
+    def forward(self, embeddings: Tensor, labels: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+        """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored.
+
+        With reduction "none" it is the loss of each row, (B,), to be weighted; the code vectors step by the mean's.
+        """
         checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
         recipe = self.recipe
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if recipe.code_weight > 0:
-            loss = loss + recipe.code_weight * self.code_loss(embeddings, labels)
-        if recipe.regression_weight > 0:
-            loss = loss + recipe.regression_weight * self.regression_loss(embeddings, labels)
+            regression = None
+            if recipe.regression_weight > 0:
+                regression = CodeRegression(*self._targets(labels), recipe.regression_weight / recipe.code_weight)
+            loss = loss + recipe.code_weight * self.code_loss(embeddings, labels, reduction, regression)
+        elif recipe.regression_weight > 0:
+            loss = loss + recipe.regression_weight * self.regression_loss(embeddings, labels, reduction)
         if recipe.contrast_weight > 0:
-            loss = loss + recipe.contrast_weight * self.contrast_loss(embeddings, labels)
+            loss = loss + recipe.contrast_weight * self.contrast_loss(embeddings, labels, reduction)
         return loss
 
-    def code_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """L_C (): cross entropy of the tokens, unweighted."""
+    def code_loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        reduction: Reduction = "mean",
+        regression: CodeRegression | None = None,
+    ) -> Tensor:
+        """L_C (): cross entropy of the tokens, unweighted; and the pull of ``regression``, in one pass."""
         return token_margin_loss(
             embeddings,
             self.centers,
             self.codes.lookup(labels),
             projections=self.projections,
             token_weights=self.token_weights,
+            regression=regression,
             margin=self.recipe.margin,
             scale=self.recipe.scale,
+            reduction=reduction,
         )
 
-    def regression_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def regression_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_AR (): squared distance of the cosine to the own code vector from 1, halved, unweighted."""
-        assert self.vectors is not None  # checked at construction
-        rows = code_regression_loss(embeddings, self.vectors.lookup(labels.clamp(min=0)), reduction="none")
-        return reduce_rows(rows, labels >= 0, "mean")
+        targets, rows = self._targets(labels)
+        return code_regression_loss(embeddings, targets, rows=rows, reduction=reduction)
 
-    def contrast_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The code vectors and the row of each label in them: the table itself, or, if it moves, a copy of its rows."""
+        assert self.vectors is not None  # checked at construction
+        if self.vectors.table.device == labels.device and not self.recipe.moves_vectors:
+            return self.vectors.table, labels
+        rows = torch.arange(len(labels), device=labels.device)
+        return self.vectors.lookup(labels.clamp(min=0)), torch.where(labels >= 0, rows, -1)
+
+    def contrast_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
 
         In training with gradients, those code vectors then take their step: h <- normalise(h - vector_lr dL_CC/dh).
@@ -128,26 +157,35 @@ class GIFLoss(nn.Module):
         candidates = torch.cat([own, self.codes.siblings(own, recipe.siblings).flatten()])
         if self.training:
             candidates = gather_rows(candidates)
+        counted = labels >= 0
         if len(candidates) == 0:
-            return embeddings.sum(dtype=torch.float32)  # of nothing: zero, and differentiable
+            nothing = embeddings.sum(1, dtype=torch.float32)
+            return reduce_rows(nothing, counted, reduction)  # zero, and differentiable
         vectors = self.vectors.lookup(candidates).float()  # steps are smaller than what a bfloat16 gradient tells apart
         moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
+        point = embeddings
         if moves:
             vectors.requires_grad_()
-        loss = code_contrast_loss(
-            embeddings,
+            point = embeddings.detach().requires_grad_()
+        losses = code_contrast_loss(
+            point,
             vectors,
             labels,
             candidates=candidates,
             margin=recipe.contrast_margin,
             scale=recipe.contrast_scale,
+            reduction="none",
         )
         if moves:
-            (gradient,) = torch.autograd.grad(loss, vectors, retain_graph=True)
+            of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
+            losses = with_row_gradients(losses.detach(), embeddings, of_embeddings)
+            gradient = mean_over_processes(of_vectors / counted.sum().clamp(min=1))
             rounds = self.vectors.table.dtype.itemsize < vectors.dtype.itemsize
             seed = shared_seed(labels.device) if rounds else 0
-            self.vectors.move_(candidates, mean_over_processes(gradient), recipe.vector_lr, seed=seed)
-        return loss
+            self.vectors.move_(candidates, gradient, recipe.vector_lr * self.step_share, seed=seed)
+            if self.moved is not None:
+                self.moved[candidates.to(self.moved.device)] = True
+        return reduce_rows(losses, counted, reduction)
 
     @torch.no_grad()
     def predict(self, embeddings: Tensor) -> Tensor:

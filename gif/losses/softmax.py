@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gif_kernels import AngularMargin, code_contrast_loss
+from gif_kernels import AngularMargin, checks, code_contrast_loss
+
+DEVIATION = 0.01  # of a random centre's coordinates
 
 
 class MarginSoftmax(nn.Module):
@@ -20,8 +22,9 @@ class MarginSoftmax(nn.Module):
         scale: s of the logits.
         sample_rate: share of the classes that take part in a step, in (0, 1]: the batch's own, and others at random
             (Partial FC; An et al., 2022). 1 is the full softmax.
+        centers: directions (m, d) that the centres start from; random where None. All start with the same length.
 
-    Raises ValueError for a sample rate outside (0, 1].
+    Raises ValueError for a sample rate outside (0, 1], or centres of another shape.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class MarginSoftmax(nn.Module):
         margin: AngularMargin = AngularMargin(),  # noqa: B008 (frozen)
         scale: float = 64.0,
         sample_rate: float = 1.0,
+        centers: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not 0 < sample_rate <= 1:
@@ -40,7 +44,11 @@ class MarginSoftmax(nn.Module):
         self.margin = margin
         self.scale = scale
         self.sample_rate = sample_rate
-        self.weight = nn.Parameter(torch.normal(0.0, 0.01, (num_classes, embedding_size)))
+        self.weight = nn.Parameter(torch.normal(0.0, DEVIATION, (num_classes, embedding_size)))
+        if centers is not None:
+            checks.floating("centers", centers, self.weight.shape)
+            length = DEVIATION * embedding_size**0.5
+            self.weight.data.copy_(length * nn.functional.normalize(centers.float(), dim=1))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler, autocast
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from gif.data.augment import RandomAffine, normalize_pixels
-from gif.data.images import IdentityImages
+from gif.data.images import IdentityDataset
+from gif.distributed import least_of_processes, mean_over_processes, rank, replicate, world_size
 from gif.losses import GIFLoss
-from gif.progress import progress
-from gif.training.checkpoint import Checkpoints
+from gif.resume import LARGEST_SHARE
+from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
+from gif.training.config import AUTOCAST, TrainingConfig
+from gif.training.health import health
+from gif.training.journal import TableJournal
+from gif.training.monitor import monitor
+from gif.training.order import EpochOrder, begin_epoch
 
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train: SGD with momentum, warm-up, then a cosine down to zero.
-
-    Args:
-        epochs: passes over the data set.
-        batch_size: images a step; the last, smaller batch of an epoch is dropped.
-        lr: peak learning rate.
-        momentum: of SGD.
-        weight_decay: of SGD, on backbone and head alike.
-        warmup: share of the steps in which the rate rises linearly from 0.
-        clip: largest gradient norm of the backbone.
-        seed: of initial values, order of images and augmentation.
-        device: where to train, "cpu" or "cuda".
-    """
-
-    epochs: int = 5
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.1
-    clip: float = 5.0
-    seed: int = 0
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 2 or self.lr <= 0 or not 0 <= self.warmup < 1:
-            raise ValueError(f"wanted epochs >= 1, batch_size >= 2, lr > 0 and warmup in [0, 1), got {self}")
 
 
 @dataclass(frozen=True)
@@ -63,91 +42,264 @@ class TrainingLog:
 def train(
     backbone: nn.Module,
     head: nn.Module,
-    dataset: IdentityImages,
+    dataset: IdentityDataset,
     config: TrainingConfig,
     *,
     augment: Callable[[Tensor], Tensor] = RandomAffine(),  # noqa: B008 (frozen)
+    validate: Callable[[nn.Module], float] | None = None,
     checkpoints: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     description: str = "training",
 ) -> TrainingLog:
     """Train ``backbone`` and ``head``, where head(backbone(images), labels) is the loss, in place.
 
     Code vectors that a `GIFLoss` moves are trained in place too.
 
-    With ``checkpoints``, a folder, the state is kept after each epoch, and a run that was killed continues there: the
-    same arguments give the same result as a run that was not.
+    In a `torch.distributed` process group, all processes call this with the same arguments, and train together: each
+    step's batch is divided among them, gradients are averaged, and rank 0's initial values are everyone's. The order of
+    images does not depend on how many processes there are.
 
-    Raises ValueError for a data set smaller than a batch, FloatingPointError when the loss is no longer finite.
+    Args:
+        backbone: images (B, c, h, w) in [-1, 1] to embeddings (B, d).
+        head: embeddings and labels (B,) to a loss ().
+        dataset: what to train on.
+        config: how.
+        augment: changes normalised images (B, c, h, w), on the device; draws from torch's generators alone.
+        validate: how good the backbone is, more is better; called on every process after each epoch, for the best
+            checkpoint.
+        checkpoints: folder in which the state is kept: a run that was killed continues there, and the same arguments
+            give the same result as a run that was not. The number of processes may change; then the losses do, by
+            rounding, and augmentation by other random numbers.
+        tensorboard: folder for TensorBoard's files.
+        description: what the progress line says.
+
+    Raises ValueError where data, batch, processes and packages do not fit, FloatingPointError when the loss is no
+    longer finite.
     """
+    device = torch.device(config.device)
+    keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), config.keep)
+    check_training(head, dataset, config, tensorboard=tensorboard)
+
+    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device).train()
+    if config.channels_last:
+        backbone.to(memory_format=torch.channels_last)
+    steps_an_epoch = len(dataset) // config.batch_size
+    steps = config.epochs * steps_an_epoch
+    state = TrainingState(
+        model,
+        config.make_optimizer(model.parameters()),
+        GradScaler(device.type, enabled=config.precision == "fp16"),
+        losses=torch.full((steps,), math.nan, device=device),
+        tables={} if checkpoints is None else _journals(head, Path(checkpoints)),
+    )
+    random = keeper.load(state) if keeper else {}
+    before = state.step
+    losses = _Losses(state.losses, state.step)
+    take_step = _Step(backbone, head, augment, state, config)
+    clock = _SaveClock(config)
+
+    with monitor(description, steps, before, config.batch_size, device, tensorboard) as (advance, report):
+        start = time.monotonic()
+        for epoch in range(before // steps_an_epoch, config.epochs):
+            loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
+            position = state.step % steps_an_epoch
+            if position:
+                restore_random(random, device)
+            for images, labels in _loader(dataset, config, position, loader_seed, order_seed):
+                lr = config.rate(state.step / steps)
+                images, labels = _full(images, labels, config.batch_size // world_size())
+                loss, embeddings, own_labels = take_step(images.to(device), labels.to(device), lr)
+                losses.add(loss)
+                state.step += 1
+                if state.step % REPORT_EVERY == 0:
+                    recent = losses.settle()[-REPORT_EVERY:].mean()
+                    measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
+                    report(state.step, {"learning rate": lr, **measures})
+                if keeper and state.step % steps_an_epoch and clock.due(state.step):
+                    losses.settle()
+                    with clock.saving():
+                        keeper.save(state)
+                advance()
+            losses.settle()
+            value = None if validate is None else validate(backbone)
+            if keeper:
+                with clock.saving():
+                    keeper.save(state, validation=value)
+        seconds = time.monotonic() - start
+    trained = (steps - before) * config.batch_size
+    return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan)
+
+
+class _Step:
+    """One step of the optimizer on a process's share of a batch."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        augment: Callable[[Tensor], Tensor],
+        state: TrainingState,
+        config: TrainingConfig,
+    ) -> None:
+        self._backbone, self._head, self._augment, self._state, self._config = backbone, head, augment, state, config
+        self._network = torch.compile(backbone) if config.compile else backbone
+        self._without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
+        if world_size() > 1:
+            replicas = DistributedDataParallel(self._network)
+            self._network, self._without_exchange = replicas, replicas.no_sync
+        replicate(head)
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss (), and embeddings and labels of the last micro-batch, for images (B, c, h, w) uint8."""
+        config, optimizer, scaler = self._config, self._state.optimizer, self._state.scaler
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=images.device)
+        parts = 1 if config.micro_batch_size is None else math.ceil(len(images) / config.micro_batch_size)
+        for part in range(parts):
+            some, own_labels = images.tensor_split(parts)[part], labels.tensor_split(parts)[part]
+            share = len(some) / len(images)
+            exchange = nullcontext if part == parts - 1 else self._without_exchange
+            with exchange(), _share_of_a_step(self._head, share):
+                embeddings = self._embed(self._augment(normalize_pixels(some)))
+                part_loss = self._head(embeddings, own_labels) * share
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(self._backbone.parameters(), config.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss, embeddings.detach(), own_labels
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        config = self._config
+        if config.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with autocast(pixels.device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
+            embeddings: Tensor = self._network(pixels)
+        return embeddings
+
+
+@contextmanager
+def _share_of_a_step(head: nn.Module, share: float) -> Iterator[None]:
+    """The code vectors that a `GIFLoss` moves in here take this share of their step."""
+    if not isinstance(head, GIFLoss):
+        yield
+        return
+    head.step_share = share
+    try:
+        yield
+    finally:
+        head.step_share = 1.0
+
+
+class _Losses:
+    """The loss of each step: each process's own at first, settled now and then to their mean."""
+
+    def __init__(self, losses: Tensor, done: int) -> None:
+        self._losses = losses
+        self._settled = self._done = done
+
+    def add(self, loss: Tensor) -> None:
+        self._losses[self._done] = loss
+        self._done += 1
+
+    def settle(self) -> Tensor:
+        """The losses so far, the same on every process; raises FloatingPointError if the last is not finite."""
+        fresh = self._losses[self._settled : self._done]
+        fresh.copy_(mean_over_processes(fresh))
+        self._settled = self._done
+        losses = self._losses[: self._done]
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the loss is {float(losses[-1])} after {len(losses)} steps; lower lr, lengthen warmup or lower the "
+                "scale"
+            )
+        return losses
+
+
+class _SaveClock:
+    """When the next checkpoint is due, decided alike on every process."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._steps, self._seconds = config.save_steps, 60 * config.save_minutes
+        self._due = time.monotonic() + self._seconds
+
+    def due(self, step: int) -> bool:
+        if self._steps and step % self._steps == 0:
+            return True
+        return step % REPORT_EVERY == 0 and bool(least_of_processes(time.monotonic() >= self._due))
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save: the next one in time is due when what this took has become a small share."""
+        begin = time.monotonic()
+        yield
+        end = time.monotonic()
+        self._due = end + max(self._seconds, (end - begin) / LARGEST_SHARE)
+
+
+def check_training(
+    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, *, tensorboard: str | Path | None = None
+) -> None:
+    """Raise ValueError where data, batch, processes and packages do not fit, as `train` does, before any work."""
     if len(dataset) < config.batch_size:
         raise ValueError(f"the data set has {len(dataset)} images, fewer than a batch of {config.batch_size}")
-    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(config.device).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    steps_an_epoch = len(dataset) // config.batch_size
-    total = config.epochs * steps_an_epoch
-    keeper = None if checkpoints is None else Checkpoints(Path(checkpoints))
-    losses = torch.full((total,), math.nan, device=config.device)
-    tables = {"losses": losses, **(head.tables() if isinstance(head, GIFLoss) else {})}
-    done = keeper.load(model, optimizer, tables) if keeper else 0
-    step = done * steps_an_epoch
-    start = time.monotonic()
-
-    note = ""
-    with progress(description, total * config.batch_size, "images") as advance:
-        advance(step * config.batch_size)
-        for epoch in range(done, config.epochs):
-            torch.manual_seed(config.seed * 1_000_003 + epoch)  # an epoch's randomness is its own: a run can resume
-            loader = DataLoader(
-                dataset, config.batch_size, shuffle=True, drop_last=True, collate_fn=IdentityImages.collate
-            )
-            for images, labels in loader:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * _rate(step / total, config.warmup)
-                images = augment(normalize_pixels(images.to(config.device)))
-                loss = head(backbone(images), labels.to(config.device))
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(backbone.parameters(), config.clip)
-                optimizer.step()
-                losses[step] = loss.detach()
-                step += 1
-                if step % REPORT_EVERY == 0:
-                    _check_finite(losses[:step])
-                    note = f"loss {float(losses[step - REPORT_EVERY : step].mean()):.3f}"
-                advance(len(images), note)
-            _check_finite(losses[:step])
-            if keeper:
-                keeper.save(model, optimizer, tables, epoch + 1)
-    trained = (config.epochs - done) * steps_an_epoch * config.batch_size
-    return TrainingLog(losses.cpu(), trained / (time.monotonic() - start) if trained else math.nan)
-
-
-def _rate(progress: float, warmup: float) -> float:
-    """Factor of the peak rate when ``progress`` in [0, 1] of the steps are done."""
-    if progress < warmup:
-        return progress / warmup
-    return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
-
-
-def _check_finite(losses: Tensor) -> None:
-    if not math.isfinite(losses[-1]):
-        raise FloatingPointError(
-            f"the loss is {float(losses[-1])} after {len(losses)} steps; lower lr, lengthen warmup or lower the scale"
+    processes = world_size()
+    if config.batch_size % processes or config.batch_size < 2 * processes:
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide among {processes} processes, at least 2 images to each; "
+            f"give a multiple of {processes}"
         )
+    if processes > 1 and isinstance(head, GIFLoss) and head.tables() and head.vectors and head.vectors.file:
+        raise ValueError(
+            f"each of {processes} processes would move the rows of {head.vectors.file}; load the code vectors without "
+            "writable=True: checkpoints keep what moved"
+        )
+    if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError('tensorboard is not installed; pip install "gif-recognition[tensorboard]", or train without')
 
 
-@torch.inference_mode()
-def embed(backbone: nn.Module, data: IdentityImages, *, batch_size: int = 512, device: str = "cpu") -> Tensor:
-    """Embeddings (n, d) float32 of a data set's images, on the CPU, not normalised; the backbone in eval mode."""
-    backbone = backbone.to(device)
-    was_training = backbone.training
-    backbone.eval()
-    batches = []
-    with progress("embedding", len(data), "images") as advance:
-        for batch in data.image_batches(batch_size):
-            batches.append(backbone(normalize_pixels(batch.to(device))).float().cpu())
-            advance(len(batch))
-    backbone.train(was_training)
-    return torch.cat(batches)
+def _journals(head: nn.Module, folder: Path) -> dict[str, TableJournal]:
+    if not isinstance(head, GIFLoss):
+        return {}
+    journals = {name: TableJournal(folder / name, table) for name, table in head.tables().items()}
+    head.moved = journals["vectors"].changed if journals else None
+    return journals
+
+
+def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A batch of ``count`` images: others of it take the places of those that could not be read.
+
+    Every process then does the same work. Raises ValueError for an empty batch.
+    """
+    if len(images) == count:
+        return images, labels
+    if len(images) == 0:
+        raise ValueError(f"none of the {count} images of a batch can be read; look at the data set")
+    places = torch.arange(count) % len(images)
+    return images[places], labels[places]
+
+
+def _loader(
+    dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """This process's share of each batch of an epoch, from a position in steps."""
+    order = EpochOrder(
+        len(dataset), config.batch_size, seed=order_seed, begin=position, rank=rank(), processes=world_size()
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=config.workers,
+        collate_fn=dataset.collate,
+        pin_memory=config.device == "cuda",
+        generator=torch.Generator().manual_seed(loader_seed),
+    )
+
+
+def _numbers(measures: dict[str, Tensor]) -> dict[str, float]:
+    """The measures' means over the processes, with one look at the device."""
+    means = mean_over_processes(torch.stack([value.float() for value in measures.values()]))
+    return dict(zip(measures, means.tolist(), strict=True))

@@ -1,12 +1,18 @@
 """Processes that train together: the same code vectors on each, and the step of the whole batch."""
 
+from contextlib import contextmanager, suppress
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
 
 from gif import CodeVectors, GIFLoss, IdentityCodes
-from gif.distributed import gather_rows, mean_over_processes, shared_seed, world_size
+from gif.data import IdentityImages
+from gif.distributed import gather_rows, mean_over_processes, replicate, shared_seed, world_size
+from gif.training import TrainingConfig
+from gif.training import train as train_network
 
 M, WIDTH, BATCH, PROCESSES = 27, 12, 8, 2
 
@@ -28,32 +34,19 @@ def batch():
     return torch.randn(BATCH, WIDTH, generator=generator), torch.randint(M, (BATCH,), generator=generator)
 
 
-def run(work, folder):
-    """``work(rank)`` in each of two processes; what they return, in the order of their ranks."""
-    spawn(_process, (work, folder), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
-
-
-def _process(rank, work, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
-    torch.save(work(rank), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+@contextmanager
+def group(folder, rank, processes):
+    """Be one of ``processes`` that train together."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group-{processes}", rank=rank, world_size=processes)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def shared_step(rank):
     embeddings, labels = (part.chunk(PROCESSES)[rank] for part in batch())
     return [train(dtype, embeddings, labels) for dtype in (torch.float32, torch.bfloat16)]
-
-
-def test_processes_take_the_step_of_the_whole_batch(tmp_path):
-    first, second = run(shared_step, tmp_path)
-    for (table, _), (other, _) in zip(first, second, strict=True):  # float32, bfloat16
-        assert torch.equal(table, other)
-    alone, gradient = train(torch.float32, *batch())
-    torch.testing.assert_close(first[0][0], alone, rtol=0, atol=1e-6)
-    shared = torch.cat([first[0][1], second[0][1]]) / PROCESSES
-    torch.testing.assert_close(shared, gradient, rtol=1e-5, atol=1e-6)
 
 
 def uneven(rank):
@@ -62,12 +55,6 @@ def uneven(rank):
     embeddings = torch.randn(3 * rank, WIDTH)
     table, _ = train(torch.float32, embeddings, torch.arange(3 * rank))
     return gather_rows(rows), mean_over_processes(torch.tensor([float(rank)])), shared_seed(rows.device), table
-
-
-def test_a_process_may_have_fewer_rows_or_none(tmp_path):
-    first, second = run(uneven, tmp_path)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True))
-    assert first[0].tolist() == [[10], [11], [12]] and first[1].item() == 0.5
 
 
 def test_one_process_needs_no_group():
@@ -79,3 +66,150 @@ def test_one_process_needs_no_group():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_a_group_a_step_is_reproducible(dtype):
     assert torch.equal(train(dtype, *batch())[0], train(dtype, *batch())[0])
+
+
+def unchanged(images):
+    return images
+
+
+def interrupted_in(step):
+    """Augmentation that changes nothing, and ends the run in ``step``."""
+    left = [step]
+
+    def augment(images):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return images
+
+    return augment
+
+
+def network():
+    """A backbone without batch normalisation, whose statistics would be each process's own, and a head."""
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
+    table = CodeVectors(torch.randn(M, WIDTH, generator=torch.Generator().manual_seed(1)))
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.GELU())
+    # A code vector's step multiplies rounding by contrast_scale * vector_lr: 32 by default, 1.6 here.
+    return backbone.append(torch.nn.Linear(16, WIDTH)), GIFLoss(codes, table, WIDTH, vector_lr=0.1)
+
+
+def long_run(rank, *, augment=unchanged, micro=None, checkpoints=None):
+    """Twenty steps of 12 images, which begin with rank 0's values; what they lead to."""
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 256, (120, 1, 8, 8), generator=generator).to(torch.uint8)
+    data = IdentityImages(images, torch.randint(M, (120,), generator=generator), [str(i) for i in range(M)])
+    torch.manual_seed(rank)
+    backbone, head = network()
+    config = TrainingConfig(epochs=2, batch_size=12, lr=0.01, save_steps=4, micro_batch_size=micro)
+    log = train_network(backbone, head, data, config, augment=augment, checkpoints=checkpoints)
+    return {**backbone.state_dict(), **head.state_dict(), "table": head.vectors.table, "losses": log.losses}
+
+
+def plain_loop(rank, wrap_head):
+    """Two accumulated backward passes as a user writes them; the gradients of the head."""
+    torch.manual_seed(rank)
+    backbone, head = network()
+    backbone = DistributedDataParallel(backbone)
+    replicate(head)
+    loss_fn = DistributedDataParallel(head) if wrap_head else head
+    for _ in range(2):
+        images, labels = torch.randn(4, 64) + rank, torch.arange(4) + rank
+        loss_fn(backbone(images), labels).backward()
+    return {name: parameter.grad for name, parameter in head.named_parameters()}
+
+
+def mean_of_lone_gradients(processes):
+    """The same as `plain_loop`, computed without processes: heads with rank 0's values, one for each."""
+    total = {}
+    for rank in range(processes):
+        torch.manual_seed(0)
+        backbone, head = network()
+        torch.manual_seed(rank)
+        network()  # what the process drew before its images
+        for _ in range(2):
+            images, labels = torch.randn(4, 64) + rank, torch.arange(4) + rank
+            head.code_loss(backbone(images), labels).mul(head.recipe.code_weight).backward()
+        for name, parameter in head.named_parameters():
+            total[name] = total.get(name, 0) + parameter.grad / processes
+    return total
+
+
+def together(rank, folder):
+    """Two processes, then one, then three, each going on where the others were stopped."""
+    torch.set_num_threads(1)
+    if rank < 2:
+        with group(folder, rank, 2):
+            found = {
+                "shared step": shared_step(rank),
+                "uneven": uneven(rank),
+                "whole": long_run(rank),
+                "accumulated": long_run(rank, micro=3),
+                "bare head": plain_loop(rank, wrap_head=False),
+                "wrapped head": plain_loop(rank, wrap_head=True),
+            }
+            torch.save(found, folder / f"{rank}.pt")
+            with suppress(KeyboardInterrupt):
+                long_run(rank, augment=interrupted_in(7), checkpoints=folder / "run")  # saved at 4
+    if rank == 0:
+        with suppress(KeyboardInterrupt):
+            long_run(5, augment=interrupted_in(10), checkpoints=folder / "run")  # in the second epoch; saved at 12
+    with group(folder, rank, 3):
+        torch.save(long_run(rank, checkpoints=folder / "run"), folder / f"{rank}-of-3.pt")
+
+
+@pytest.fixture(scope="module")
+def trained_together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    spawn(together, (folder,), nprocs=3)
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+def test_processes_take_the_step_of_the_whole_batch(trained_together):
+    first, second = (trained_together[rank]["shared step"] for rank in ("0", "1"))
+    for (table, _), (other, _) in zip(first, second, strict=True):  # float32, bfloat16
+        assert torch.equal(table, other)
+    alone, gradient = train(torch.float32, *batch())
+    torch.testing.assert_close(first[0][0], alone, rtol=0, atol=1e-6)
+    shared = torch.cat([first[0][1], second[0][1]]) / PROCESSES
+    torch.testing.assert_close(shared, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_may_have_fewer_rows_or_none(trained_together):
+    first, second = (trained_together[rank]["uneven"] for rank in ("0", "1"))
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True))
+    assert first[0].tolist() == [[10], [11], [12]] and first[1].item() == 0.5
+
+
+def assert_close(found, wanted):
+    for name, value in wanted.items():
+        tolerance = 1e-5 if name == "losses" else 1e-6  # losses are near 10, where float32 is that coarse
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+def test_two_processes_train_the_weights_of_one(trained_together):
+    alone = long_run(0)
+    for rank in ("0", "1"):
+        assert_close(trained_together[rank]["whole"], alone)
+    first, second = (trained_together[rank]["whole"] for rank in ("0", "1"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained_together):
+    alone = long_run(0)
+    for rank in range(3):
+        assert_close(trained_together[f"{rank}-of-3"], alone)
+
+
+def test_accumulated_gradients_are_the_same_on_each_process(trained_together):
+    first, second = (trained_together[rank]["accumulated"] for rank in ("0", "1"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["losses"].isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["bare head", "wrapped head"])
+def test_a_head_gets_the_mean_gradient_in_a_plain_loop(trained_together, how):
+    wanted = mean_of_lone_gradients(2)
+    for rank in ("0", "1"):
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(trained_together[rank][how][name], gradient, rtol=1e-5, atol=1e-6)

@@ -221,6 +221,14 @@ class TestMarginSoftmax:
         expected = F.cross_entropy(logits, labels, ignore_index=-1)
         torch.testing.assert_close(loss_fn(embeddings, labels), expected)
 
+    def test_centers_start_from_vectors_at_the_length_of_random_ones(self, vectors):
+        weight = MarginSoftmax(M, WIDTH, centers=vectors.table.double()).weight
+        torch.testing.assert_close(F.normalize(weight, dim=1), vectors.table)
+        random = MarginSoftmax(2000, WIDTH).weight.norm(dim=1).square().mean().sqrt()
+        torch.testing.assert_close(weight.norm(dim=1), random.expand(M), rtol=0.05, atol=0)
+        with pytest.raises(ValueError, match=r"centers must have shape \(30, 12\), got \(29, 12\)"):
+            MarginSoftmax(M, WIDTH, centers=vectors.table[:29])
+
     def test_sample_holds_the_batch_and_the_asked_share(self):
         loss_fn = MarginSoftmax(100, 5, sample_rate=0.2)
         labels = torch.tensor([99, 3, -1, 3])
@@ -260,6 +268,10 @@ def test_head_config(codes, vectors):
     partial = HeadConfig(kind="partial_fc", sample_rate=0.25).build(M, WIDTH, None, None)
     assert isinstance(partial, MarginSoftmax) and partial.sample_rate == 0.25
     assert HeadConfig(kind="softmax").build(M, WIDTH, None, None).sample_rate == 1
+    started = HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, vectors)
+    torch.testing.assert_close(F.normalize(started.weight, dim=1), vectors.table)
+    with pytest.raises(ValueError, match="need code vectors"):
+        HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, None)
     with pytest.raises(ValueError, match=r"kind gif does not use scale; set the recipe's in overrides"):
         HeadConfig(scale=32.0)
     with pytest.raises(ValueError, match="kind softmax does not use overrides; they are for kind gif"):

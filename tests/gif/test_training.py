@@ -1,19 +1,27 @@
 """The training loop, its checkpoints, the backbone it trains."""
 
 import math
+import re
+from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gif import CodeVectors, GIFLoss, IdentityCodes
+from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.losses import MarginSoftmax
+from gif.progress import console
 from gif.training import TrainingConfig, embed, plot_losses, train
 from gif.training import loop as loop_module
-from gif.training.loop import _rate
+from gif.training.health import health, summary
+from gif.training.order import EpochOrder, begin_epoch
 
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
 
 
@@ -47,100 +55,258 @@ def test_learns(dataset):
     assert similarity[same].mean() > similarity[~same].mean() + 0.5
 
 
-def test_a_killed_run_continues_to_the_same_weights(dataset, tmp_path, monkeypatch):
-    config = TrainingConfig(epochs=3, batch_size=32)
-    whole, head = fresh()
-    log = train(whole, head, dataset, config)
-
-    backbone, head = fresh()
-    steps = []
-
-    def interrupted(images):
-        steps.append(1)
-        if len(steps) == 13:  # in the third epoch
-            raise KeyboardInterrupt
-        return RandomAffine()(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(backbone, head, dataset, config, augment=interrupted, checkpoints=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00002"]
-    torch.manual_seed(123)
-    resumed, head = BACKBONE.build(), MarginSoftmax(8, 16, scale=16.0)
-    again = train(resumed, head, dataset, config, checkpoints=tmp_path)
-    assert torch.equal(again.losses, log.losses)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-
-    def never(images):
-        raise AssertionError("a finished run must not train again")
-
-    finished = train(*fresh(), dataset, config, augment=never, checkpoints=tmp_path)
-    assert torch.equal(finished.losses, log.losses)
+def perceptron():
+    """A backbone without batch normalisation: micro-batches do not change what it computes."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 16)), MarginSoftmax(8, 16, scale=16.0)
 
 
-def test_moved_code_vectors_are_part_of_the_state(dataset, tmp_path):
-    config = TrainingConfig(epochs=3, batch_size=32)
+def weights(*modules):
+    return {(i, name): value for i, module in enumerate(modules) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("micro", [3, 7, 32, 100])
+def test_accumulated_gradients_are_the_whole_batchs(dataset, micro):
+    whole, pieces = perceptron(), perceptron()
+    log = train(*whole, dataset, TrainingConfig(epochs=1, batch_size=32), augment=unchanged)
+    config = TrainingConfig(epochs=1, batch_size=32, micro_batch_size=micro)  # 11 of 3 or 2, 5 of 7 or 6, 1, 1
+    again = train(*pieces, dataset, config, augment=unchanged)
+    torch.testing.assert_close(again.losses, log.losses, rtol=1e-5, atol=1e-6)
+    for name, value in weights(*whole).items():
+        torch.testing.assert_close(weights(*pieces)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_micro_batch_takes_its_share_of_the_code_vectors_step():
     codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
-    start = CodeVectors(torch.randn(8, 16, generator=torch.Generator().manual_seed(5))).table
+    embeddings, labels = torch.randn(8, 16), torch.arange(8)
+    moved = {}
+    for share in (1.0, 0.25):
+        table = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+        head = GIFLoss(codes, CodeVectors(table), 16, vector_lr=1e-2)
+        before = head.vectors.table.clone()
+        head.step_share = share
+        head.contrast_loss(embeddings, labels)
+        moved[share] = head.vectors.table - before
+    torch.testing.assert_close(moved[0.25], moved[1.0] / 4, rtol=0, atol=0.03 * float(moved[1.0].abs().max()))
 
-    def fresh_gif():
-        torch.manual_seed(0)
-        vectors = CodeVectors(start.clone(), normalized=True)
-        return BACKBONE.build(), GIFLoss(codes, vectors, 16)
 
-    whole, whole_head = fresh_gif()
-    log = train(whole, whole_head, dataset, config)
-    assert not torch.equal(whole_head.vectors.table, start)
+def test_moved_rows_are_marked():
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
+    head = GIFLoss(codes, CodeVectors(torch.randn(27, 16)), 16)
+    before = head.vectors.table.clone()
+    head.moved = torch.zeros(27, dtype=torch.bool)
+    head(torch.randn(4, 16), torch.tensor([3, 20, -1, 3]))
+    changed = (head.vectors.table != before).any(1)
+    assert changed.sum() > 2 and not (changed & ~head.moved).any() and head.moved.sum() <= 6
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "adamw", "lr": 0.01}, {"schedule": "polynomial"}])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_every_way_to_train_learns(dataset, options, precision):
+    config = TrainingConfig(epochs=6, batch_size=32, precision=precision, channels_last=True, **options)
+    log = train(*fresh(), dataset, config, augment=unchanged)
+    assert log.losses[-5:].mean() < 0.6 * log.losses[:5].mean()
+
+
+def test_workers_read_the_same_images(dataset):
+    logs = [train(*fresh(), dataset, TrainingConfig(epochs=2, batch_size=32, workers=n)) for n in (0, 2)]
+    assert torch.equal(logs[0].losses, logs[1].losses)
+
+
+def test_order_of_images():
+    def rows(processes, begin):
+        parts = [EpochOrder(50, 12, seed=7, begin=begin, rank=r, processes=processes) for r in range(processes)]
+        assert all(len(part) == 4 - begin for part in parts)
+        return [list(chain(*shares)) for shares in zip(*parts, strict=True)]
+
+    alone = rows(1, 0)
+    images = list(chain(*alone))
+    assert len(set(images)) == 48 and images != sorted(images)
+    assert all(rows(processes, 0) == alone for processes in (2, 3, 6))
+    assert rows(3, 2) == alone[2:]
+
+
+def test_each_process_augments_by_itself_and_all_share_the_order():
+    seeds = [begin_epoch(1, 2, rank) for rank in range(3)]
+    assert seeds[0] == seeds[1] == seeds[2]
+    draws = {float(torch.rand(())) for rank in range(3) for _ in [begin_epoch(1, 2, rank)]}
+    assert len(draws) == 3
+
+
+class TestHealth:
+    def test_of_identity_codes(self):
+        codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
+        head = GIFLoss(codes, CodeVectors(torch.randn(27, 16)), 16, siblings=2)
+        embeddings, labels = torch.randn(5, 16), torch.tensor([4, 9, 9, -1, 26])
+        found = health(head, embeddings, labels)
+        kept = [0, 1, 2, 4]
+        hits = head.predict(embeddings)[kept] == codes.codes[labels[kept]].long()
+        assert [float(found[f"token accuracy/{j}"]) for j in (1, 2, 3)] == hits.double().mean(0).tolist()
+        assert float(found["code accuracy"]) == hits.all(1).double().mean()
+        candidates = {*labels[kept].tolist(), *codes.siblings(labels[kept], 2).flatten().tolist()}
+        self.check(found, embeddings[kept], labels[kept], head.vectors.table, candidates)
+        assert health(GIFLoss(codes, None, 16, regression_weight=0, contrast_weight=0), embeddings, labels).keys() == {
+            *(f"token accuracy/{j}" for j in (1, 2, 3)),
+            "code accuracy",
+        }
+
+    def test_of_a_softmax(self):
+        head = MarginSoftmax(9, 16)
+        embeddings, labels = torch.randn(4, 16), torch.tensor([3, 8, 3, 0])
+        self.check(health(head, embeddings, labels), embeddings, labels, head.weight.detach(), {3, 8, 0})
+
+    def check(self, found, embeddings, labels, vectors, candidates):
+        """Against the definition, image by image, in float64."""
+        own, impostor = [], []
+        for embedding, label in zip(embeddings.double(), labels.tolist(), strict=True):
+            cosines = torch.nn.functional.cosine_similarity(embedding[None], vectors.double())
+            own.append(float(cosines[label]))
+            impostor.append(max(float(cosines[other]) for other in candidates - {label}))
+        nearer = [a > b for a, b in zip(own, impostor, strict=True)]
+        assert float(found["cosine to own"]) == pytest.approx(sum(own) / len(own), abs=1e-6)
+        assert float(found["cosine to impostor"]) == pytest.approx(sum(impostor) / len(own), abs=1e-6)
+        assert float(found["batch accuracy"]) == pytest.approx(sum(nearer) / len(own))
+
+    def test_in_one_line(self):
+        measures = {"token accuracy/1": 0.5, "token accuracy/2": 0.25, "code accuracy": 0.1}
+        assert summary(measures) == "tokens 50/25 %, codes 10%"
+        assert summary({"cosine to own": 0.5, "cosine to impostor": 0.25}) == "own 0.50, impostor 0.25"
+        assert summary({}) == ""
+
+
+def test_what_a_run_tells(dataset, tmp_path):
+    config = TrainingConfig(epochs=8, batch_size=32, save_steps=12)
+
+    def told(folder):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    with console.capture() as capture:
+        log = train(*fresh(), dataset, config, tensorboard=tmp_path / "whole")
+    assert re.search(r"160/1,280 images|1,280/1,280 images, .*/s, 0 s left loss .*own .*impostor .* GB", capture.get())
+    whole = told(tmp_path / "whole")
+    assert [step for step, _ in whole["loss"]] == [10, 20, 30, 40]
+    assert whole["loss"][1][1] == pytest.approx(float(log.losses[10:20].mean()), rel=1e-6)
+    assert {"learning rate", "cosine to own", "batch accuracy", "images a second", "memory (GB)"} <= whole.keys()
+
     steps = []
 
     def interrupted(images):
         steps.append(1)
-        if len(steps) == 8:
+        if len(steps) == 24:  # told at 20, saved at 20: an epoch's end
             raise KeyboardInterrupt
         return RandomAffine()(images)
 
+    places = {"checkpoints": tmp_path / "checkpoints", "tensorboard": tmp_path / "resumed"}
     with pytest.raises(KeyboardInterrupt):
-        train(*fresh_gif(), dataset, config, augment=interrupted, checkpoints=tmp_path)
-    resumed, resumed_head = fresh_gif()
-    again = train(resumed, resumed_head, dataset, config, checkpoints=tmp_path)
-    assert torch.equal(again.losses, log.losses)
-    assert torch.equal(resumed_head.vectors.table, whole_head.vectors.table)
+        train(*fresh(), dataset, config, augment=interrupted, **places)
+    train(*fresh(), dataset, config, **places)
+    resumed = told(tmp_path / "resumed")
+    for name in ("loss", "learning rate", "cosine to own", "batch accuracy"):
+        assert resumed[name] == whole[name], name
 
 
-def test_a_kill_while_writing_leaves_the_checkpoint_before(dataset, tmp_path, monkeypatch):
-    config = TrainingConfig(epochs=2, batch_size=32)
-    save, calls = loop_module.Checkpoints.save, []
+def test_a_batch_stays_full_where_images_cannot_be_read(dataset):
+    class Broken(IdentityImages):
+        """Image i cannot be read where i is in ``missing``."""
 
-    def killed(self, *args):
-        calls.append(1)
-        if len(calls) == 2:
-            (self.folder / ".epoch-00002.tmp").mkdir()
-            (self.folder / ".epoch-00002.tmp" / "__0_0.distcp").write_bytes(b"half")
-            raise KeyboardInterrupt
-        save(self, *args)
+        missing = frozenset(range(0, 160, 9))
 
-    monkeypatch.setattr(loop_module.Checkpoints, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(*fresh(), dataset, config, checkpoints=tmp_path)
-    monkeypatch.setattr(loop_module.Checkpoints, "save", save)
-    log = train(*fresh(), dataset, config, checkpoints=tmp_path)
-    assert torch.equal(log.losses, train(*fresh(), dataset, config).losses)
+        def __getitems__(self, indices):
+            return super().__getitems__([i for i in indices if i not in self.missing])
+
+    sizes = []
+
+    def counting(images):
+        sizes.append(len(images))
+        return images
+
+    broken = Broken(dataset.images, dataset.labels, dataset.names)
+    log = train(*fresh(), broken, TrainingConfig(epochs=2, batch_size=32), augment=counting)
+    assert sizes == [32] * 10 and log.losses.isfinite().all()
+    broken.missing = frozenset(range(160))
+    with pytest.raises(ValueError, match="none of the 32 images of a batch can be read"):
+        train(*fresh(), broken, TrainingConfig(epochs=2, batch_size=32))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_a_recipe_that_builds(path, monkeypatch, capsys):
+    code, printed, _ = gif(monkeypatch, capsys, "train", f"--config={path}", "--print_config")
+    assert code == 0
+    given, found = yaml.safe_load(path.read_text()), yaml.safe_load(printed)
+    assert all(found["training"][name] == value for name, value in given["training"].items())
+    backbone = BackboneConfig(**found["backbone"])
+    with torch.device("meta"):
+        network = backbone.build()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    low, high = {"small": (0, 1e6), "iresnet100": (65e6, 66e6), "vit": (80e6, 90e6)}[backbone.name]
+    assert low < parameters < high
+    assert {"codes", "vectors", "output"}.isdisjoint(given)
+
+
+def test_one_line_overrides_a_field(monkeypatch, capsys):
+    config = f"--config={CONFIGS[0]}"
+    _, printed, _ = gif(monkeypatch, capsys, "train", config, "--training.lr=0.3", "--print_config")
+    assert yaml.safe_load(printed)["training"]["lr"] == 0.3
+    code, _, errors = gif(monkeypatch, capsys, "train", config, "--training.learning_rate=0.3")
+    assert code == 2 and "learning_rate" in errors
+    code, printed, _ = gif(monkeypatch, capsys, "train", config, "--training.batch_size=1", "--output=x")
+    assert code == 1 and printed.startswith("error: wanted batch_size >= 2, got batch_size=1")
+
+
+def gif(monkeypatch, capsys, *arguments):
+    """Run `gif arguments...`; the exit code and what was printed to the two outputs."""
+    monkeypatch.setattr("sys.argv", ["gif", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0, *capsys.readouterr()
 
 
 def test_rate():
-    assert _rate(0, 0.1) == 0
-    assert _rate(0.05, 0.1) == pytest.approx(0.5)
-    assert _rate(0.1, 0.1) == 1
-    assert _rate(0.55, 0.1) == pytest.approx(0.5)
-    assert _rate(1, 0.1) == pytest.approx(0)
-    assert _rate(0, 0) == 1
+    def rate(progress, warmup, schedule="cosine"):
+        return TrainingConfig(lr=0.5, warmup=warmup, schedule=schedule).rate(progress)
+
+    assert rate(0, 0.1) == 0
+    assert rate(0.05, 0.1) == pytest.approx(0.25)
+    assert rate(0.1, 0.1) == 0.5
+    assert rate(0.55, 0.1) == pytest.approx(0.25)
+    assert rate(1, 0.1) == pytest.approx(0)
+    assert rate(0, 0) == 0.5
+    assert rate(0.55, 0.1, "polynomial") == pytest.approx(0.125)
+    assert rate(1, 0.1, "polynomial") == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"epochs": 0}, {"batch_size": 1}, {"micro_batch_size": 2}, {"warmup": 1.0}, {"lr": math.nan}, {"keep": 0}),
+        *({"precision": "fp8"}, {"optimizer": "lion"}, {"schedule": "step"}, {"save_minutes": 0}, {"weight_decay": -1}),
+    ],
+)
+def test_a_wrong_field_is_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+        TrainingConfig(**wrong)
+
+
+def test_what_decides_a_result():
+    settings = TrainingConfig(device="cuda", workers=3, save_minutes=1).settings()
+    assert settings == TrainingConfig().settings()
+    assert settings != TrainingConfig(precision="bf16").settings()
 
 
 def test_errors(dataset):
     with pytest.raises(ValueError, match="160 images, fewer than a batch of 161"):
         train(*fresh(), dataset, TrainingConfig(batch_size=161))
-    with pytest.raises(ValueError, match="epochs=0"):
-        TrainingConfig(epochs=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"gif-recognition\[tensorboard\]"):
+            train(*fresh(), dataset, TrainingConfig(batch_size=32), tensorboard="logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "world_size", lambda: 3)
+        with pytest.raises(ValueError, match=r"32 does not divide among 3 processes, .*; give a multiple of 3"):
+            train(*fresh(), dataset, TrainingConfig(batch_size=32))
 
     class Diverging(torch.nn.Module):
         def forward(self, embeddings, labels):

@@ -1,0 +1,73 @@
+"""What a run tells of itself: the progress line, and TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from gif.distributed import rank
+from gif.progress import progress
+from gif.training.health import summary
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@contextmanager
+def monitor(
+    description: str, steps: int, done: int, batch_size: int, device: torch.device, tensorboard: str | Path | None
+) -> Iterator[tuple[Callable[[], None], Report]]:
+    """Yield ``advance()``, to be called after each step, and ``report(step, measures)``.
+
+    The progress line shows images a second, the time left, the loss, the head's health and memory; TensorBoard, all
+    measures. The first process tells; the others are silent.
+    """
+    if rank() > 0:
+        yield lambda: None, lambda step, measures: None
+        return
+    note = ""
+    with (
+        progress(description, steps * batch_size, "images", done=done * batch_size) as bar,
+        _summary_writer(tensorboard, done) as write,
+    ):
+        last_time, last_step = time.monotonic(), done
+
+        def report(step: int, measures: Mapping[str, float]) -> None:
+            nonlocal note, last_time, last_step
+            now = time.monotonic()
+            memory = memory_gb(device)
+            speed = (step - last_step) * batch_size / max(now - last_time, 1e-9)
+            last_time, last_step = now, step
+            write(step, {**measures, "images a second": speed, "memory (GB)": memory})
+            parts = (f"loss {measures['loss']:.3f}", summary(measures), f"{memory:.1f} GB")
+            note = ", ".join(part for part in parts if part)
+
+        yield lambda: bar(batch_size, note), report
+
+
+@contextmanager
+def _summary_writer(folder: str | Path | None, done: int) -> Iterator[Report]:
+    """``write(step, measures)`` to TensorBoard's files; what a killed run wrote after ``done`` steps is replaced."""
+    if folder is None:
+        yield lambda step, measures: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=done + 1) as writer:
+
+        def write(step: int, measures: Mapping[str, float]) -> None:
+            for name, value in measures.items():
+                writer.add_scalar(name, value, step)
+
+        yield write
+
+
+def memory_gb(device: torch.device) -> float:
+    """Memory of this process in GB (10^9 bytes): on CUDA the most that tensors took, otherwise what it holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

@@ -1,0 +1,54 @@
+"""The order in which images are trained on: a function of the seed and the epoch, whatever reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+_BETWEEN_EPOCHS = 1_000_003  # seeds of runs lie this far apart, so that no two runs share an epoch's
+_BETWEEN_RANKS = 500_000_003
+
+
+def begin_epoch(seed: int, epoch: int, rank: int) -> tuple[int, int]:
+    """Seed torch's generator with what is an epoch's own; returns the seeds of its loader and of its order.
+
+    These two are the same on every process. What is drawn afterwards, such as augmentation, is each process's own.
+    """
+    own = seed * _BETWEEN_EPOCHS + epoch
+    torch.manual_seed(own)
+    loader_seed, order_seed = (int(torch.empty((), dtype=torch.int64).random_()) for _ in range(2))
+    if rank > 0:
+        torch.manual_seed(own + rank * _BETWEEN_RANKS)
+    return loader_seed, order_seed
+
+
+class EpochOrder:
+    """The rows that one process reads in an epoch, batch by batch: a ``batch_sampler`` for a DataLoader.
+
+    All processes together read the batches that one process would: batch i is ``order[i * batch_size:][:batch_size]``
+    of one permutation, and process r of p takes its r-th p-th. A position in the epoch is therefore a number of steps,
+    or of images, and means the same to any number of processes and of loader workers.
+
+    Args:
+        images: n, how many there are; those that fill no batch are left out.
+        batch_size: of all processes together, a multiple of ``processes``.
+        seed: of the permutation.
+        begin: steps of the epoch that are done.
+        rank, processes: which process this is, and of how many.
+    """
+
+    def __init__(self, images: int, batch_size: int, *, seed: int, begin: int, rank: int, processes: int) -> None:
+        self._order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+        self._batch_size = batch_size
+        self._steps = range(begin, images // batch_size)
+        self._share = batch_size // processes
+        self._offset = rank * self._share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            first = step * self._batch_size + self._offset
+            yield self._order[first : first + self._share].tolist()
+
+    def __len__(self) -> int:
+        return len(self._steps)

@@ -1,0 +1,229 @@
+"""Checkpoints: killed at any step, a run continues bit by bit; a large table is kept by its changes."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.multiprocessing import get_context
+
+from gif import CodeVectors, GIFLoss, IdentityCodes
+from gif.backbones import BackboneConfig
+from gif.data import IdentityImages
+from gif.data.augment import RandomAffine
+from gif.losses import MarginSoftmax
+from gif.training import Checkpoints, TrainingConfig, train
+from gif.training import checkpoint as checkpoint_module
+from gif.training import journal as journal_module
+from gif.training.journal import TableJournal
+
+BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
+CONFIG = TrainingConfig(epochs=3, batch_size=8, save_steps=3)  # 5 steps an epoch: checkpoints at 3, 5, 6, 9, 10, ...
+STEPS = 15
+
+
+def dataset():
+    """Forty-three images: three a batch leaves out."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (43, 1, 16, 16), generator=generator).to(torch.uint8)
+    return IdentityImages(images, torch.randint(8, (43,), generator=generator), list("abcdefgh"))
+
+
+def fresh(seed=0, dtype=torch.float32):
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
+    table = CodeVectors(torch.randn(8, 16, generator=torch.Generator().manual_seed(5))).table.to(dtype)
+    torch.manual_seed(seed)
+    return BACKBONE.build(), GIFLoss(codes, CodeVectors(table, normalized=True), 16, siblings=0)
+
+
+class StopAt:
+    """Augmentation that ends the run in step ``step``."""
+
+    def __init__(self, step, end):
+        self.left, self.end = step, end
+
+    def __call__(self, images):
+        self.left -= 1
+        if self.left == 0:
+            self.end()
+        return RandomAffine()(images)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder, *, end=interrupt, stop_at=None, seed=0, config=CONFIG, **options):
+    """Train, or until step ``stop_at``; returns the log, the backbone and the head."""
+    backbone, head = fresh(seed)
+    augment = RandomAffine() if stop_at is None else StopAt(stop_at, end)
+    return train(backbone, head, dataset(), config, augment=augment, checkpoints=folder, **options), backbone, head
+
+
+def assert_same(first, second):
+    (log, backbone, head), (other_log, other_backbone, other_head) = first, second
+    assert torch.equal(log.losses, other_log.losses)
+    assert torch.equal(head.vectors.table, other_head.vectors.table)
+    for module, other in ((backbone, other_backbone), (head, other_head)):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run(None)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+@pytest.mark.parametrize("step", [4, 6, 8, 15])
+def test_interrupted_at_a_step_it_continues_bit_by_bit(step, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_at=step)
+    assert_same(run(tmp_path, seed=1), whole)
+    assert names(tmp_path) == [f"step-{STEPS:09d}"]
+
+
+def test_interrupted_again_and_again(whole, tmp_path):
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, stop_at=4)
+    assert_same(run(tmp_path, seed=1), whole)
+
+
+def killed_run(folder):
+    torch.set_num_threads(1)
+    run(folder, stop_at=8, end=kill)
+
+
+def test_killed_by_the_system_it_continues_bit_by_bit(whole, tmp_path):
+    process = get_context("spawn").Process(target=killed_run, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert names(tmp_path) == ["step-000000006"]
+    assert_same(run(tmp_path, seed=1), whole)
+
+
+def test_a_finished_run_trains_no_more(whole, tmp_path):
+    run(tmp_path)
+    assert_same(run(tmp_path, stop_at=1, seed=1), whole)
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(whole, tmp_path, monkeypatch):
+    save_tensors, calls = checkpoint_module.save_tensors, []
+
+    def killed(path, *args, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save_tensors(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint_module, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert names(tmp_path) == ["step-000000005"]
+    monkeypatch.setattr(checkpoint_module, "save_tensors", save_tensors)
+    assert_same(run(tmp_path, seed=1), whole)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    values = iter([0.1, 0.9, 0.2, 0.3])
+    weights = []
+
+    def validate(backbone):
+        weights.append({name: value.clone() for name, value in backbone.state_dict().items()})
+        return next(values)
+
+    config = TrainingConfig(epochs=4, batch_size=8, save_steps=3, keep=2)
+    log, *_ = run(tmp_path, config=config, validate=validate)
+    assert names(tmp_path) == [f"step-{step:09d}" for step in (10, 18, 20)]
+    backbone, _ = fresh(seed=1)
+    assert Checkpoints(tmp_path).load_best(backbone) == 10
+    assert all(torch.equal(value, weights[1][name]) for name, value in backbone.state_dict().items())
+    assert torch.equal(run(tmp_path, config=config)[0].losses, log.losses)
+    with pytest.raises(FileNotFoundError, match="validate"):
+        Checkpoints(tmp_path / "none").load_best(backbone)
+
+
+def test_optimizer_state_of_adamw_is_exact(tmp_path):
+    config = TrainingConfig(epochs=2, batch_size=8, save_steps=3, optimizer="adamw", lr=1e-3)
+
+    def softmax():
+        torch.manual_seed(0)
+        return BACKBONE.build(), MarginSoftmax(8, 16, scale=16.0)
+
+    log = train(*softmax(), dataset(), config)
+    with pytest.raises(KeyboardInterrupt):
+        train(*softmax(), dataset(), config, augment=StopAt(8, interrupt), checkpoints=tmp_path)
+    again = train(*softmax(), dataset(), config, checkpoints=tmp_path)
+    assert torch.equal(again.losses, log.losses)
+
+
+def test_another_run_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="run of 15 steps, this one has 20"):
+        run(tmp_path, config=TrainingConfig(epochs=4, batch_size=8))
+
+
+class TestTableJournal:
+    @pytest.fixture(params=[torch.float32, torch.bfloat16])
+    def table(self, request, monkeypatch):
+        monkeypatch.setattr(journal_module, "_ROWS_A_BLOCK", 7)
+        return torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).to(request.param)
+
+    def change(self, journal, table, rows):
+        table[rows] = torch.randn(len(rows), 3).to(table.dtype)
+        journal.changed[rows] = True
+
+    def test_every_saved_state_comes_back(self, table, tmp_path):
+        journal = TableJournal(tmp_path, table)
+        states = []
+        for step in range(12):
+            self.change(journal, table, torch.randperm(50)[: 13 if step % 3 else 1])
+            states.append((journal.save(step), table.clone()))
+        assert len({files[0] for files, _ in states}) > 1, "the table was never copied again"
+        assert all(len(files) <= 8 for files, _ in states)
+        for files, wanted in states:
+            other = torch.zeros_like(table)
+            TableJournal(tmp_path, other).load(files)
+            assert torch.equal(other, wanted)
+
+    def test_a_restored_journal_goes_on(self, table, tmp_path):
+        journal = TableJournal(tmp_path, table)
+        files = journal.save(0)
+        other = torch.zeros_like(table)
+        journal = TableJournal(tmp_path, other)
+        self.change(journal, other, torch.arange(5))  # a run that went on after its checkpoint
+        journal.load(files)
+        assert journal.save(1) == files, "nothing changed, so nothing is written"
+        self.change(journal, other, torch.arange(3))
+        last = journal.save(2)
+        assert last == [*files, "000000002-rows.safetensors"]
+        again = torch.zeros_like(table)
+        TableJournal(tmp_path, again).load(last)
+        assert torch.equal(again, other)
+
+    def test_a_save_costs_what_changed(self, tmp_path):
+        table = torch.randn(4096, 64)
+        journal = TableJournal(tmp_path, table)
+        (whole,) = journal.save(0)
+        journal.changed[:40] = True
+        _, change = journal.save(1)
+        size = {name: (tmp_path / name).stat().st_size for name in (whole, change)}
+        assert size[change] < 40 * (64 * 4 + 8) + 500 < size[whole] / 90
+
+    def test_files_that_no_checkpoint_needs_go(self, table, tmp_path):
+        journal = TableJournal(tmp_path, table)
+        first = journal.save(0)
+        self.change(journal, table, torch.arange(5))
+        journal.save(1)
+        journal.remove_others(first)
+        assert [path.name for path in tmp_path.iterdir()] == first
