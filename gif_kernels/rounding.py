@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-_MANTISSA_BITS = {torch.bfloat16: 8, torch.float16: 11}  # the implicit one counted
+SIGNIFICAND_BITS = {torch.bfloat16: 8, torch.float16: 11}
+"""Of the dtypes that are rounded to; the implicit one counted."""
 _LOWEST_EXPONENT = {torch.bfloat16: -125, torch.float16: -13}  # frexp's, of the smallest normal number
 _MASK = 0xFFFFFFFF
+_Integers = TypeVar("_Integers", int, Tensor)
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: int) -> Tensor:
@@ -17,11 +21,11 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: 
     (n,) int64 name the rows, so the result does not depend on the order in which they are rounded. A dtype that holds
     float32 passes unrounded.
     """
-    if dtype not in _MANTISSA_BITS:
+    if dtype not in SIGNIFICAND_BITS:
         return values.to(dtype)
     _, exponent = torch.frexp(values)
     exponent = exponent.clamp(min=_LOWEST_EXPONENT[dtype])
-    unit = torch.ldexp(torch.ones_like(values), exponent - _MANTISSA_BITS[dtype])
+    unit = torch.ldexp(torch.ones_like(values), exponent - SIGNIFICAND_BITS[dtype])
     columns = torch.arange(values.shape[1], device=values.device)
     noise = uniform(row_ids.unsqueeze(1), columns, seed)
     scaled = values / unit
@@ -32,11 +36,16 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: 
 
 def uniform(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
     """Uniform float32 in [0, 1) for each pair of int64 ``rows`` and ``columns``, broadcast: a counter-based RNG."""
-    state = _mix(rows ^ _mix(torch.full_like(rows, seed & _MASK))) ^ _mix(rows >> 32)
+    state = _mix(rows ^ mixed_seed(seed)) ^ _mix(rows >> 32)
     return (_mix(state + columns * 0x9E3779B1) >> 8).float() * 2.0**-24
 
 
-def _mix(x: Tensor) -> Tensor:
+def mixed_seed(seed: int) -> int:
+    """What a seed adds to the hash, of 32 bits."""
+    return _mix(seed)
+
+
+def _mix(x: _Integers) -> _Integers:
     """A bijective hash of 32 bits, held in int64 (lowbias32, constants by C. Wellons, 2018)."""
     x = x & _MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK

@@ -10,9 +10,14 @@ from torch import Tensor
 from gif_kernels.sphere import compute_dtype, unit
 
 
-def gaussian_potential(vectors: Tensor, t: float) -> Tensor:
-    """log mean_{i != j} exp(-t ||h_i - h_j||^2), ()."""
+def gaussian_potential(vectors: Tensor, others: Tensor | None, offset: int, t: float) -> Tensor:
+    """log mean_{i != j} exp(-t ||h_i - h_j||^2), (); with ``others`` (m, d), the share of rows [offset, offset + n)."""
     h = unit(vectors.to(compute_dtype(vectors)))
-    squared_distance = 2 - 2 * h @ h.T  # (m, m)
-    pairs = torch.exp(-t * squared_distance).masked_fill(torch.eye(len(h), dtype=torch.bool, device=h.device), 0)
-    return pairs.sum().log() - math.log(len(h) * (len(h) - 1))
+    columns = h if others is None else unit(others.detach().to(h.dtype))
+    squared_distance = 2 - 2 * h @ columns.T  # (n, m)
+    row, column = torch.arange(len(h), device=h.device), torch.arange(len(columns), device=h.device)
+    pairs = torch.exp(-t * squared_distance).masked_fill(row.unsqueeze(1) + offset == column, 0)
+    total = pairs.sum()
+    if others is not None:  # a pair counts for both of its ends, and others stand still here: the slope twice
+        total = 2 * total - total.detach()
+    return total.log() - math.log(len(columns) * (len(columns) - 1))

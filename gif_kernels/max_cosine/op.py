@@ -11,7 +11,12 @@ from gif_kernels.max_cosine import blocked, reference
 from gif_kernels.sphere import compute_dtype
 
 OP = "max_cosine"
-dispatch.register(OP, reference=reference.max_cosine, blocked=blocked.max_cosine)
+dispatch.register(
+    OP,
+    reference=reference.max_cosine,
+    blocked=blocked.max_cosine,
+    triton="gif_kernels.max_cosine.kernels:max_cosine",
+)
 
 
 def max_cosine(vectors: Tensor, others: Tensor | None = None, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
@@ -43,7 +48,7 @@ def max_cosine(vectors: Tensor, others: Tensor | None = None, *, impl: Impl = "a
 
 @torch.no_grad()
 def _max_cosine(vectors: Tensor, others: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor]:
-    implementation = dispatch.select(OP, impl, vectors.device)
+    implementation = dispatch.select(OP, impl, vectors.device, compute_dtype(vectors, others))
     with dispatch.full_precision(vectors.device):
         found: tuple[Tensor, Tensor] = implementation(vectors, others)
     return found

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
-from gif_kernels.rounding import stochastic_round
-from gif_kernels.sphere import compute_dtype, unit
+from gif_kernels.sphere import compute_dtype
 from gif_kernels.uniformity_step import blocked, reference
 
 OP = "uniformity_step_"
-dispatch.register(OP, reference=reference.moved_rows, blocked=blocked.moved_rows)
+dispatch.register(
+    OP,
+    reference=reference.step_,
+    blocked=blocked.step_,
+    triton="gif_kernels.uniformity_step.kernels:step_",
+)
 
 
 def uniformity_step_(
@@ -56,13 +60,10 @@ def uniformity_step_(
 
 @torch.no_grad()
 def _step(table: Tensor, index: Tensor, lr: float, t: float, seed: int, impl: Impl) -> Tensor:
-    moved_rows = dispatch.select(OP, impl, table.device)
-    rows = checks.floating("the rows of table", table[index], ("n", "d"))
+    implementation = dispatch.select(OP, impl, table.device, compute_dtype(table))
     with dispatch.full_precision(table.device):
-        moved, loss = moved_rows(unit(rows.to(compute_dtype(table))), lr, t)
-    table[index] = stochastic_round(moved, table.dtype, index, seed)
-    result: Tensor = loss
-    return result
+        loss: Tensor = implementation(table, index, lr, t, seed)
+    return loss
 
 
 @torch.library.custom_op("gif_kernels::uniformity_step_", mutates_args=("table",))

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from gif_kernels.sphere import inverse_norm, tangent, unit
+from gif_kernels.uniformity_step import in_rows
+
+
+def step_(table: Tensor, index: Tensor, lr: float, t: float, seed: int) -> Tensor:
+    """Move the rows of ``table`` (m, d) that ``index`` (n,) names; returns the loss before, ()."""
+    return in_rows.step_(table, index, lr, t, seed, moved_rows)
 
 
 def moved_rows(rows: Tensor, lr: float, t: float) -> tuple[Tensor, Tensor]:

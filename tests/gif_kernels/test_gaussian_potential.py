@@ -137,12 +137,14 @@ def test_incoming_gradient_scales(impl):
 
 
 def test_memory_does_not_grow_with_the_pairs(peak_bytes):
-    m, d = 4 * blocked.TILE, 4
+    m, d = 4 * blocked.TILE, 64
     vectors = torch.randn(m, d, requires_grad=True)
-    tiles = 4 * blocked.TILE**2
-    tables = 8 * 4 * m * d  # unit rows, the gradient, and what normalising and projecting them takes
+    tiles = 4 * (blocked.TILE**2 + 6 * blocked.TILE * d)  # the pairs; two tiles of unit rows, and what projecting takes
+    gradients = 2 * 4 * m * d  # what forward keeps and what backward returns
     peak = peak_bytes(lambda: gaussian_potential(vectors, impl="blocked").backward())
-    assert peak <= tiles + tables
+    assert peak <= tiles + gradients + 2**16
+    peak = peak_bytes(lambda: gaussian_potential(vectors.detach(), impl="blocked"))
+    assert peak <= tiles + 2**16
     assert peak_bytes(lambda: gaussian_potential(vectors, impl="reference")) >= 4 * m * m  # the measure sees it
 
 
@@ -158,7 +160,65 @@ def test_compiled_takes_other_sizes_and_widths_of_the_kernel(compiled, agree):
         agree(potential(vectors, t=t), gaussian_potential(vectors, t=t))
 
 
+@pytest.mark.parametrize("others", [False, True])
 @pytest.mark.parametrize("want_gradient", [True, False])
-def test_custom_op_keeps_its_promises(want_gradient, small_tiles):
-    rows = F.normalize(torch.randn(9, 5))
-    torch.library.opcheck(torch.ops.gif_kernels.pair_sums.default, (rows, 2.0, want_gradient))
+def test_custom_op_keeps_its_promises(want_gradient, others, small_tiles):
+    vectors = torch.randn(9, 5)
+    arguments = (vectors[2:7], vectors, 2) if others else (vectors, None, 0)
+    torch.library.opcheck(torch.ops.gif_kernels.gaussian_potential_blocked.default, (*arguments, 2.0, want_gradient))
+
+
+# ---- shares of several processes
+
+
+def share(vectors: Tensor, gathered: Tensor, offset: int, impl: str) -> Tensor:
+    return gaussian_potential(vectors, gathered, offset=offset, impl=impl)
+
+
+@pytest.mark.parametrize("sizes", [(13,), (1, 12), (5, 4, 4), (4, 3, 6)], ids=str)
+def test_shares_sum_to_what_one_process_has(sizes, impl, dtype, small_tiles, differentiate, agree):
+    vectors = torch.randn(13, 6, dtype=dtype)
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def in_shares(vectors: Tensor) -> Tensor:
+        shares = zip(vectors.split(sizes), offsets, strict=True)
+        return torch.stack([share(x, vectors.detach(), i, impl) for x, i in shares]).logsumexp(0)
+
+    truth = differentiate(partial(gaussian_potential, impl="reference"), vectors.double())
+    value, gradient = differentiate(in_shares, vectors)
+    agree(value, truth[0])
+    agree(gradient, truth[1], noise=8 * torch.finfo(dtype).eps / vectors.norm(dim=1).min().item())
+
+
+def test_a_process_needs_no_more_of_the_others_than_their_values(impl):
+    """As on several processes: the others' shares are numbers that arrive, and only one's own has a gradient."""
+    vectors = torch.randn(9, 4, dtype=torch.float64)
+    whole = vectors.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(gaussian_potential(whole, impl="reference"), whole)
+    own = vectors[3:7].clone().requires_grad_()
+    arrived = [share(vectors[rows], vectors, rows.start, impl) for rows in (slice(0, 3), slice(7, 9))]
+    loss = torch.stack([share(own, vectors, 3, impl), *arrived]).logsumexp(0)
+    torch.testing.assert_close(torch.autograd.grad(loss, own)[0], expected[3:7])
+
+
+def test_a_share_compiled_equals_eager(impl, small_tiles, compiles):
+    vectors = torch.randn(9, 5)
+    compiles(lambda x: share(x, vectors, 2, impl), vectors[2:7])
+
+
+@pytest.mark.parametrize(
+    ("offset", "change", "error", "message"),
+    [
+        (6, lambda x: x, ValueError, r"offset must lie in \[0, 5\]"),
+        (-1, lambda x: x, ValueError, r"offset must lie in \[0, 5\]"),
+        (2, lambda x: x, ValueError, "others must hold the vectors from row 2"),
+        (1, lambda x: x.double(), TypeError, "others must have the vectors' dtype"),
+        (1, lambda x: x[:, :3], ValueError, r"others must have shape \(m, 4\)"),
+        (1, lambda x: None, ValueError, "got 1 without others"),
+        (1.0, lambda x: x, TypeError, "offset must be an int"),
+    ],
+)
+def test_what_is_not_a_share(offset, change, error, message):
+    vectors = torch.randn(9, 4)
+    with pytest.raises(error, match=message):
+        gaussian_potential(vectors[1:5], change(vectors), offset=offset)

@@ -1,0 +1,418 @@
+"""Gaussian potential in Triton: two designs of the sweep over pairs, fused and in blocks. Derivation in README.md.
+
+Both take unit rows of the vectors' dtype, with float32 products, exponentials and sums, and leave the numerators
+sum_j P_ij h_j and partial sums of Z to `tangent_gradient`, which projects and scales them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gif_kernels.gaussian_potential import one_sweep
+from gif_kernels.primitives import (
+    SIGNATURE,
+    block_size,
+    has_tf32,
+    inside,
+    inverse_norm,
+    load_block,
+    tf32_allowed,
+)
+from gif_kernels.tuning import (
+    FUSED_POTENTIAL,
+    Configuration,
+    MatrixUnits,
+    Tile,
+    architecture,
+    fused_potential_tile,
+    multiprocessors,
+    tile,
+)
+
+BLOCK = 4096
+"""Rows of a block in the second design: 32 MiB of bfloat16 pairs, which an L2 cache of 40 MiB or more keeps."""
+SYMMETRY_PAYS = 2 * BLOCK
+"""Rows beyond which half of the pairs, written and read again, cost less than all of them at once."""
+WIDEST_ROWS = 64
+"""Rows that a warp group multiplies at once on sm_90 (and sm_100)."""
+ONE_WARP, MOST_WARPS = 256, 8
+"""Elements of a row that one warp takes in the kernels of a row a program, and warps at most."""
+
+
+@triton.jit
+def gaussian_potential_unit(
+    p_vectors,  # (n, WIDTH), or the table whose rows p_index names; any strides
+    p_index,  # (n,) int64
+    p_unit,  # (n, WIDTH)
+    vectors_stride,
+    WIDTH: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # >= WIDTH
+):
+    """Rows over their norms."""
+    i = tl.program_id(0).to(tl.int64)
+    i_row = tl.load(p_index + i) if GATHER else i
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = inside(o_d, WIDTH, BLOCK_D)
+    p_vectors += i_row * vectors_stride
+    b_row = tl.load(p_vectors + o_d * COLUMN_STRIDE, mask=m_d, other=0.0).to(tl.float32)
+    tl.store(p_unit + i * WIDTH + o_d, b_row * inverse_norm(tl.sum(b_row * b_row, 0)), mask=m_d)
+
+
+@triton.jit
+def _pair_terms(b_cosine, sharpness, m_column, o_row, o_column):
+    """P_ij = exp2(sharpness (cosine - 1)); 0 outside the mask and of a row with itself."""
+    m_pair = m_column[None, :] & (o_row[:, None] != o_column[None, :])
+    return tl.where(m_pair, tl.exp2(b_cosine * sharpness - sharpness), 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "offset", "split_columns"])
+def gaussian_potential_fused(
+    p_rows,  # (rows, WIDTH), unit
+    p_columns,  # (columns, WIDTH), unit
+    p_sums,  # (splits, rows): sum_j P_ij
+    p_numerators,  # (splits, rows, WIDTH): sum_j P_ij h_j
+    rows,
+    columns,
+    offset,
+    split_columns,
+    sharpness,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # divides WIDTH
+):
+    """A block of rows against one part of the columns; the rows and their numerators stay, in chunks of the width."""
+    CHUNKS: tl.constexpr = WIDTH // BLOCK_D
+    i_start = tl.program_id(0) * BLOCK_M
+    i_split = tl.program_id(1)
+    first = i_split * split_columns
+    p_rows += i_start.to(tl.int64) * WIDTH
+    p_columns += first.to(tl.int64) * WIDTH
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = o_m < rows - i_start
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = inside(o_d, BLOCK_D, BLOCK_D)
+    o_own = i_start + offset - first + o_m
+    columns = tl.minimum(split_columns, columns - first)
+    b_rows: tl.tuple = ()
+    b_numerators: tl.tuple = ()
+    for k in tl.static_range(CHUNKS):
+        b_rows += (load_block(p_rows + k * BLOCK_D, o_m, m_m, o_d, m_d, WIDTH),)
+        b_numerators += (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)
+    b_sums = tl.zeros((BLOCK_M,), tl.float32)
+    for j in range(0, columns, BLOCK_N):
+        m_n = o_n < columns - j
+        b_columns: tl.tuple = ()
+        b_cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in tl.static_range(CHUNKS):
+            b_columns += (load_block(p_columns + k * BLOCK_D, o_n, m_n, o_d, m_d, WIDTH),)
+            b_cosine = tl.dot(b_rows[k], tl.trans(b_columns[k]), acc=b_cosine, input_precision=PRECISION)
+        b_pairs = _pair_terms(b_cosine, sharpness, m_n, o_own, j + o_n)
+        b_sums += tl.sum(b_pairs, 1)
+        b_pairs = b_pairs.to(b_columns[0].dtype)
+        b_added: tl.tuple = ()
+        for k in tl.static_range(CHUNKS):
+            b_added += (tl.dot(b_pairs, b_columns[k], acc=b_numerators[k], input_precision=PRECISION),)
+        b_numerators = b_added
+        p_columns += BLOCK_N * WIDTH
+    i_out = i_split.to(tl.int64) * rows + i_start
+    tl.store(p_sums + i_out + o_m, b_sums, mask=m_m)
+    p_numerators += i_out * WIDTH
+    for k in tl.static_range(CHUNKS):
+        o_out = o_m[:, None] * WIDTH + k * BLOCK_D + o_d[None, :]
+        tl.store(p_numerators + o_out, b_numerators[k], mask=m_m[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "offset"])
+def gaussian_potential_pairs(
+    p_rows,  # (rows, WIDTH), unit
+    p_columns,  # (columns, WIDTH), unit
+    p_pairs,  # (rows, columns): P_ij
+    p_sums,  # (blocks of rows, blocks of columns): its sum over a block
+    rows,
+    columns,
+    offset,
+    sharpness,
+    WIDTH: tl.constexpr,
+    STORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A product whose epilogue is the exponential."""
+    i_start = tl.program_id(0) * BLOCK_M
+    j_start = tl.program_id(1) * BLOCK_N
+    p_rows += i_start.to(tl.int64) * WIDTH
+    p_columns += j_start.to(tl.int64) * WIDTH
+    o_m = tl.arange(0, BLOCK_M)
+    m_m = o_m < rows - i_start
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < columns - j_start
+    b_cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i_d in range(0, WIDTH, BLOCK_D):
+        o_d = i_d + tl.arange(0, BLOCK_D)
+        m_d = inside(o_d, WIDTH, BLOCK_D)
+        b_rows = load_block(p_rows, o_m, m_m, o_d, m_d, WIDTH)
+        b_columns = load_block(p_columns, o_n, m_n, o_d, m_d, WIDTH)
+        b_cosine = tl.dot(b_rows, tl.trans(b_columns), acc=b_cosine, input_precision=PRECISION)
+    b_pairs = _pair_terms(b_cosine, sharpness, m_n, i_start + offset + o_m, j_start + o_n)
+    b_pairs = tl.where(m_m[:, None], b_pairs, 0.0)
+    tl.store(p_sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(b_pairs, 1), 0))
+    if STORE:
+        p_pairs += i_start.to(tl.int64) * columns + j_start
+        tl.store(p_pairs + o_m[:, None] * columns + o_n[None, :], b_pairs, mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
+def tangent_gradient(
+    p_row,
+    p_numerators,
+    p_total,
+    rows,
+    splits,
+    slope,
+    WIDTH: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dL/dh at h = x / ||x|| on the tangent space, h, and 1 / ||x||, of the row at p_row; parts are added in order.
+
+    dL/dh = slope / Z sum_j P_ij h_j, slope = 4t. A row of zeros gets none.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = inside(o_d, WIDTH, BLOCK_D)
+    b_row = tl.load(p_row + o_d * COLUMN_STRIDE, mask=m_d, other=0.0).to(tl.float32)
+    inverse = inverse_norm(tl.sum(b_row * b_row, 0))
+    b_unit = b_row * inverse
+    b_gradient = tl.zeros((BLOCK_D,), tl.float32)
+    for _ in range(splits):
+        b_gradient += tl.load(p_numerators + o_d, mask=m_d, other=0.0)
+        p_numerators += rows.to(tl.int64) * WIDTH
+    b_gradient *= (slope / tl.load(p_total)).to(tl.float32)
+    b_gradient -= tl.sum(b_gradient * b_unit, 0) * b_unit
+    return tl.where(inverse > 0, b_gradient, 0.0), b_unit, inverse
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def gaussian_potential_gradient(
+    p_vectors,  # (rows, WIDTH), any strides
+    p_numerators,  # (splits, rows, WIDTH)
+    p_total,  # () float64: Z
+    p_gradient,  # (rows, WIDTH)
+    rows,
+    splits,
+    slope,
+    vectors_stride,
+    WIDTH: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # >= WIDTH
+):
+    """dL/dx of one row."""
+    i = tl.program_id(0).to(tl.int64)
+    p_vectors += i * vectors_stride
+    b_gradient, _, inverse = tangent_gradient(
+        p_vectors, p_numerators + i * WIDTH, p_total, rows, splits, slope, WIDTH, COLUMN_STRIDE, BLOCK_D
+    )
+    o_d = tl.arange(0, BLOCK_D)
+    tl.store(p_gradient + i * WIDTH + o_d, b_gradient * inverse, mask=inside(o_d, WIDTH, BLOCK_D))
+
+
+def gaussian_potential(vectors: Tensor, others: Tensor | None, offset: int, t: float) -> Tensor:
+    """log mean_{i != j} exp(-t ||h_i - h_j||^2), (); with ``others`` (m, d), the share of rows [offset, offset + n)."""
+    return one_sweep.gaussian_potential(vectors, others, offset, t, potential_and_gradient)
+
+
+def potential_and_gradient(
+    vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss () and its gradient (n, d) at ``vectors``, empty unless wanted; float32."""
+    if torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.gaussian_potential_triton(
+            vectors, others, offset, t, want_gradient
+        )
+        return found
+    return _potential_and_gradient(vectors, others, offset, t, want_gradient)
+
+
+# ---- launches
+
+
+def _potential_and_gradient(
+    vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    n, width = vectors.shape
+    gradient = torch.empty((n, width) if want_gradient else 0, dtype=torch.float32, device=vectors.device)
+    with torch.cuda.device_of(vectors):
+        rows = unit_rows(vectors)
+        columns = None if others is None else unit_rows(others)
+        total, numerators = pair_sums(rows, columns, offset, t, want_gradient)
+        if want_gradient:
+            gaussian_potential_gradient[(n,)](
+                vectors, numerators, total, gradient, n, len(numerators), 4 * t, vectors.stride(0),
+                **row_constants(width, vectors.stride(1)),
+            )  # fmt: skip
+    return one_sweep.log_mean(total, n if others is None else len(others)).float(), gradient
+
+
+def unit_rows(vectors: Tensor, index: Tensor | None = None) -> Tensor:
+    """``vectors`` (n, d), or the rows of it that ``index`` names, over their norms, in their dtype."""
+    n, width = len(vectors if index is None else index), vectors.shape[1]
+    unit = torch.empty((n, width), dtype=vectors.dtype, device=vectors.device)
+    gather = index is not None
+    gaussian_potential_unit[(n,)](
+        vectors, index if gather else vectors, unit, vectors.stride(0), GATHER=gather,
+        **row_constants(width, vectors.stride(1)),
+    )  # fmt: skip
+    return unit
+
+
+def pair_sums(
+    rows: Tensor, others: Tensor | None, offset: int, t: float, want_numerators: bool
+) -> tuple[Tensor, Tensor]:
+    """Z () float64 and sum_j P_ij h_j in parts (splits, n, d) to be added, empty unless wanted, of unit rows."""
+    if not want_numerators:
+        return _pair_sums_in_blocks(rows, others, offset, t, False)
+    m = len(rows if others is None else others)
+    limits = None if others is None and m > SYMMETRY_PAYS else _fused_tile(rows)
+    if limits is None:
+        return _pair_sums_in_blocks(rows, others, offset, t, True)
+    return _pair_sums_fused(rows, rows if others is None else others, offset, t, limits)
+
+
+def _fused_tile(rows: Tensor) -> Tile | None:
+    return fused_potential_tile(rows.dtype, rows.shape[1], architecture(rows.device))
+
+
+def _pair_sums_fused(rows: Tensor, others: Tensor, offset: int, t: float, limits: Tile) -> tuple[Tensor, Tensor]:
+    """Every row's sums in one launch; the columns in as many parts as fill the device where the rows are few."""
+    n, width = rows.shape
+    row_blocks, column_blocks = triton.cdiv(n, limits.rows), triton.cdiv(len(others), limits.columns)
+    blocks_a_split = triton.cdiv(column_blocks, max(1, multiprocessors(rows.device) // row_blocks))
+    splits = triton.cdiv(column_blocks, blocks_a_split)
+    sums = torch.empty((splits, n), dtype=torch.float32, device=rows.device)
+    numerators = torch.empty((splits, n, width), dtype=torch.float32, device=rows.device)
+    gaussian_potential_fused[(row_blocks, splits)](
+        rows, others, sums, numerators, n, len(others), offset, blocks_a_split * limits.columns, _sharpness(t),
+        **_product_constants(limits, width, limits.width, _precision(rows)),
+    )  # fmt: skip
+    return sums.sum(dtype=torch.float64), numerators
+
+
+def _pair_sums_in_blocks(
+    rows: Tensor, others: Tensor | None, offset: int, t: float, want_numerators: bool
+) -> tuple[Tensor, Tensor]:
+    """Pairs of blocks, one at a time: P is written, then multiplied by a library for both of its sides."""
+    n, width = rows.shape
+    columns = rows if others is None else others
+    constants = _pairs_constants(rows.dtype, width, want_numerators, _precision(rows), architecture(rows.device))
+    pairs_dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32  # float16 cannot hold exp(-4t)
+    workspace = torch.empty(
+        min(n, BLOCK) * min(len(columns), BLOCK) if want_numerators else 0, dtype=pairs_dtype, device=rows.device
+    )
+    numerators = torch.zeros((1, n, width) if want_numerators else 0, dtype=torch.float32, device=rows.device)
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for i in range(0, n, BLOCK):
+        left = rows[i : i + BLOCK]
+        for j in range(i if others is None else 0, len(columns), BLOCK):
+            right = columns[j : j + BLOCK]
+            mirrored = others is None and i != j
+            grid = (triton.cdiv(len(left), constants["BLOCK_M"]), triton.cdiv(len(right), constants["BLOCK_N"]))
+            sums = torch.empty(grid, dtype=torch.float32, device=rows.device)
+            gaussian_potential_pairs[grid](
+                left, right, workspace, sums, len(left), len(right), i + offset - j, _sharpness(t), **constants
+            )
+            total += sums.sum(dtype=torch.float64) * (2 if mirrored else 1)
+            if want_numerators:
+                pairs = workspace[: len(left) * len(right)].view(len(left), len(right))
+                _add_product(numerators[0, i : i + BLOCK], pairs, right)
+                if mirrored:
+                    _add_product(numerators[0, j : j + BLOCK], pairs.T, left)
+    return total, numerators
+
+
+def _add_product(numerators: Tensor, pairs: Tensor, rows: Tensor) -> None:
+    """numerators += pairs @ rows, summed in float32 whatever the pairs' dtype."""
+    if pairs.dtype == torch.float32:
+        numerators.addmm_(pairs, rows.float())
+    else:
+        torch.addmm(numerators, pairs, rows, out_dtype=torch.float32, out=numerators)
+
+
+def _sharpness(t: float) -> float:
+    """exp(2t (s - 1)) = exp2(sharpness (s - 1))."""
+    return 2 * t / math.log(2)
+
+
+def _precision(rows: Tensor) -> str:
+    return "tf32" if tf32_allowed() and has_tf32(architecture(rows.device)) else "ieee"
+
+
+def row_constants(width: int, column_stride: int) -> dict[str, Any]:
+    """Of the kernels that take a row a program."""
+    block = triton.next_power_of_2(width)
+    warps = max(1, min(MOST_WARPS, block // ONE_WARP))
+    return {"WIDTH": width, "COLUMN_STRIDE": column_stride, "BLOCK_D": block, "num_warps": warps}
+
+
+def _product_constants(limits: Tile, width: int, chunk: int, precision: str) -> dict[str, Any]:
+    return {
+        "WIDTH": width,
+        "PRECISION": precision,
+        "BLOCK_M": limits.rows,
+        "BLOCK_N": limits.columns,
+        "BLOCK_D": chunk,
+        "num_warps": limits.warps,
+        "num_stages": limits.stages,
+    }
+
+
+@functools.cache
+def _pairs_constants(dtype: torch.dtype, width: int, store: bool, precision: str, architecture: str) -> dict[str, Any]:
+    limits = tile("gaussian_potential_pairs", dtype, architecture)
+    return {**_product_constants(limits, width, block_size(width, limits.width), precision), "STORE": store}
+
+
+_op = torch.library.custom_op("gif_kernels::gaussian_potential_triton", _potential_and_gradient, mutates_args=())
+
+
+@_op.register_fake
+def _(vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    shape = vectors.shape if want_gradient else 0
+    return vectors.new_empty((), dtype=torch.float32), vectors.new_empty(shape, dtype=torch.float32)
+
+
+# ---- ahead of time
+
+
+def shipped(architecture: str) -> Iterator[Configuration]:
+    """What `gif_kernels.aot` compiles for ``architecture``: every fused tile at the largest width, and the products."""
+    sizes = dict.fromkeys(["rows", "columns", "offset", "split_columns", "splits", "vectors_stride"], "i32")
+    common = {**sizes, "sharpness": "fp32", "slope": "fp32", "p_sums": "*fp32", "p_numerators": "*fp32"}
+    bf16 = {**common, **dict.fromkeys(["p_rows", "p_columns", "p_vectors", "p_unit"], SIGNATURE[torch.bfloat16])}
+    for width, limits in FUSED_POTENTIAL.get(architecture, {}).items():
+        constants = _product_constants(limits, width, limits.width, "ieee")
+        units: MatrixUnits = "widest" if limits.rows >= WIDEST_ROWS else "any"
+        yield Configuration(f"{width} bfloat16", gaussian_potential_fused, bf16, constants, units)
+    for dtype, width in ((torch.bfloat16, 768), (torch.float32, 400)):
+        pointers = dict.fromkeys(["p_rows", "p_columns", "p_pairs"], SIGNATURE[dtype])
+        constants = _pairs_constants(dtype, width, True, "ieee", architecture)
+        units = "widest" if dtype == torch.bfloat16 else "none"
+        label = f"{width} {str(dtype).removeprefix('torch.')}"
+        yield Configuration(label, gaussian_potential_pairs, {**common, **pointers}, constants, units)
+    rows = row_constants(768, 1)
+    signature = {**bf16, "p_index": "*i64", "p_total": "*fp64", "p_gradient": "*fp32"}
+    yield Configuration("768 bfloat16", gaussian_potential_unit, signature, {**rows, "GATHER": True})
+    yield Configuration("768 bfloat16", gaussian_potential_gradient, signature, rows)

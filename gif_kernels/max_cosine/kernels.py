@@ -1,0 +1,176 @@
+"""Largest cosine in Triton: a running best beside the products, never n x m similarities. Choices in README.md."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gif_kernels.primitives import (
+    SIGNATURE,
+    TRITON_DTYPE,
+    block_size,
+    has_tf32,
+    inside,
+    inverse_norm,
+    load_block,
+    operand_dtype,
+    tf32_allowed,
+)
+from gif_kernels.tuning import Configuration, MatrixUnits, architecture, multiprocessors, tile
+
+
+@triton.jit
+def max_cosine_norms(
+    p_vectors,  # (n, WIDTH)
+    p_inverse,  # (n,): 1 / norm
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # >= WIDTH
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    b_row = tl.load(p_vectors + i_row * WIDTH + o_d, mask=inside(o_d, WIDTH, BLOCK_D), other=0.0).to(tl.float32)
+    tl.store(p_inverse + i_row, inverse_norm(tl.sum(b_row * b_row, 0)))
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "split_columns"])
+def max_cosine_search(
+    p_vectors,  # (rows, WIDTH)
+    p_others,  # (columns, WIDTH)
+    p_vectors_inverse,  # (rows,)
+    p_others_inverse,  # (columns,)
+    p_cosine,  # (splits, rows): the largest of one part of the columns
+    p_index,  # (splits, rows): whose it is
+    rows,
+    columns,
+    split_columns,
+    WIDTH: tl.constexpr,
+    AMONG_THEMSELVES: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_start = tl.program_id(0) * BLOCK_M
+    i_split = tl.program_id(1)
+    first = i_split * split_columns
+    last = tl.minimum(first + split_columns, columns)
+    o_m = i_start + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    o_row = tl.arange(0, BLOCK_M)
+    o_column = tl.arange(0, BLOCK_N)
+    p_vectors += i_start.to(tl.int64) * WIDTH
+    p_others += first.to(tl.int64) * WIDTH
+    b_inverse = tl.load(p_vectors_inverse + o_m, mask=m_m, other=0.0)
+    b_best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    b_index = tl.zeros((BLOCK_M,), tl.int32)
+    for j in range(first, last, BLOCK_N):
+        o_n = j + o_column
+        m_n = o_n < last
+        b_cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i_d in range(0, WIDTH, BLOCK_D):
+            o_d = i_d + tl.arange(0, BLOCK_D)
+            m_d = inside(o_d, WIDTH, BLOCK_D)
+            b_rows = load_block(p_vectors, o_row, m_m, o_d, m_d, WIDTH).to(OPERAND)
+            b_columns = load_block(p_others, o_column, m_n, o_d, m_d, WIDTH).to(OPERAND)
+            b_cosine = tl.dot(b_rows, tl.trans(b_columns), acc=b_cosine, input_precision=PRECISION)
+        b_others = tl.load(p_others_inverse + o_n, mask=m_n, other=0.0)
+        b_cosine = b_cosine * b_inverse[:, None] * b_others[None, :]
+        m_pair = m_n[None, :] & (o_m[:, None] != o_n[None, :]) if AMONG_THEMSELVES else m_n[None, :]
+        b_cosine = tl.where(m_pair, b_cosine, -float("inf"))
+        b_found, b_where = tl.max(b_cosine, 1, return_indices=True, return_indices_tie_break_left=True)
+        b_better = b_found > b_best  # strictly: of equals the first stays
+        b_index = tl.where(b_better, j + b_where, b_index)
+        b_best = tl.where(b_better, b_found, b_best)
+        p_others += BLOCK_N * WIDTH
+    i_out = i_split.to(tl.int64) * rows
+    tl.store(p_cosine + i_out + o_m, b_best, mask=m_m)
+    tl.store(p_index + i_out + o_m, b_index, mask=m_m)
+
+
+def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosine (m,) and index (m,) int64 of the nearest row of ``others``, or of the nearest other row of ``vectors``."""
+    if len(vectors) == 0:
+        return vectors.new_empty(0, dtype=torch.float32), vectors.new_empty(0, dtype=torch.int64)
+    vectors = vectors.contiguous()
+    columns = vectors if others is None else others.contiguous()
+    n, width = vectors.shape
+    constants = _constants(
+        vectors.dtype, columns.dtype, width, others is None, tf32_allowed(), architecture(vectors.device)
+    )
+    row_blocks = triton.cdiv(n, constants["BLOCK_M"])
+    column_blocks = triton.cdiv(len(columns), constants["BLOCK_N"])
+    side_by_side = max(1, multiprocessors(vectors.device) // row_blocks)
+    blocks_a_split = triton.cdiv(column_blocks, side_by_side)
+    splits = triton.cdiv(column_blocks, blocks_a_split)
+    cosine = torch.empty((splits, n), dtype=torch.float32, device=vectors.device)
+    index = torch.empty((splits, n), dtype=torch.int32, device=vectors.device)
+    with torch.cuda.device_of(vectors):
+        inverse = _inverse_norms(vectors)
+        max_cosine_search[(row_blocks, splits)](
+            vectors, columns, inverse, inverse if others is None else _inverse_norms(columns), cosine, index,
+            n, len(columns), blocks_a_split * constants["BLOCK_N"], **constants,
+        )  # fmt: skip
+    best = cosine.amax(0)
+    lowest = torch.where(cosine == best, index, len(columns) - 1).amin(0)  # of equals, in whichever part
+    return best, lowest.long()
+
+
+# ---- launches
+
+
+def _inverse_norms(vectors: Tensor) -> Tensor:
+    inverse = torch.empty(len(vectors), dtype=torch.float32, device=vectors.device)
+    max_cosine_norms[(len(vectors),)](vectors, inverse, **_norm_constants(vectors.shape[1]))
+    return inverse
+
+
+def _norm_constants(width: int) -> dict[str, Any]:
+    return {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)}
+
+
+@functools.cache
+def _constants(
+    row_dtype: torch.dtype,
+    column_dtype: torch.dtype,
+    width: int,
+    among_themselves: bool,
+    tf32: bool,
+    architecture: str,
+) -> dict[str, Any]:
+    operand = operand_dtype(row_dtype, column_dtype)
+    limits = tile("max_cosine", operand, architecture)
+    return {
+        "WIDTH": width,
+        "AMONG_THEMSELVES": among_themselves,
+        "OPERAND": TRITON_DTYPE[operand],
+        "PRECISION": "tf32" if tf32 and has_tf32(architecture) else "ieee",
+        "BLOCK_M": limits.rows,
+        "BLOCK_N": limits.columns,
+        "BLOCK_D": block_size(width, limits.width),
+        "num_warps": limits.warps,
+        "num_stages": limits.stages,
+    }
+
+
+def shipped(architecture: str) -> Iterator[Configuration]:
+    """What `gif_kernels.aot` compiles for ``architecture``: matrix units and exact products."""
+    common = {
+        **dict.fromkeys(["p_vectors_inverse", "p_others_inverse", "p_inverse", "p_cosine"], "*fp32"),
+        "p_index": "*i32",
+        **dict.fromkeys(["rows", "columns", "split_columns"], "i32"),
+    }
+    for dtype, width in ((torch.bfloat16, 768), (torch.float32, 400)):
+        signature = {**common, **dict.fromkeys(["p_vectors", "p_others"], SIGNATURE[dtype])}
+        constants = _constants(dtype, dtype, width, dtype == torch.bfloat16, False, architecture)
+        units: MatrixUnits = "widest" if dtype == torch.bfloat16 else "none"
+        label = f"{width} {str(dtype).removeprefix('torch.')}"
+        yield Configuration(label, max_cosine_search, signature, constants, units)
+    bf16 = {**common, "p_vectors": SIGNATURE[torch.bfloat16]}
+    yield Configuration("768 bfloat16", max_cosine_norms, bf16, _norm_constants(768))

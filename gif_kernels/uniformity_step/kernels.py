@@ -1,0 +1,112 @@
+"""Uniformity step in Triton: the rows are read, moved, rounded and written back in the table itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gif_kernels.gaussian_potential import one_sweep
+from gif_kernels.gaussian_potential.kernels import pair_sums, row_constants, tangent_gradient, unit_rows
+from gif_kernels.primitives import SIGNATURE, inside, inverse_norm
+from gif_kernels.rounding import SIGNIFICAND_BITS, mixed_seed
+from gif_kernels.tuning import Configuration
+
+LOWEST_EXPONENT = {torch.bfloat16: 8, torch.float16: 113}
+"""Biased by 127: numbers below it share its unit in the last place. float16's is its own, 2^-24; bfloat16's is kept a
+normal float32, 2^-126, for coordinates below 2^-119."""
+
+
+@triton.jit
+def _mix(x):
+    """As `gif_kernels.rounding` does it, on 32 bits."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _stochastic_round(x, row, column, mixed_seed, DIGITS: tl.constexpr, LOWEST: tl.constexpr):
+    """``x`` rounded to DIGITS significant bits, with the random numbers of `gif_kernels.rounding`."""
+    low, high = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    state = _mix(low ^ mixed_seed.to(tl.uint32, bitcast=True)) ^ _mix(high)
+    noise = (_mix(state + column.to(tl.uint32) * 0x9E3779B1) >> 8).to(tl.float32) * (1.0 / 16777216)
+    exponent = (x.to(tl.uint32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.maximum(exponent, LOWEST) - (DIGITS - 1)  # of the unit in the last place, biased
+    scaled = x * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    below = tl.floor(scaled)
+    rounded = below + tl.where(noise < scaled - below, 1.0, 0.0)
+    return rounded * (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "mixed_seed"])
+def uniformity_step(
+    p_table,  # (m, WIDTH), any strides
+    p_index,  # (rows,) int64
+    p_numerators,  # (splits, rows, WIDTH)
+    p_total,  # () float64: Z
+    rows,
+    splits,
+    slope,
+    rate,
+    mixed_seed,
+    table_stride,
+    WIDTH: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    DIGITS: tl.constexpr,  # 0: what is computed is stored
+    LOWEST: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # >= WIDTH
+):
+    """h <- normalise(h - rate dL/dh) of one row."""
+    i = tl.program_id(0).to(tl.int64)
+    i_row = tl.load(p_index + i)
+    p_table += i_row * table_stride
+    b_gradient, b_unit, _ = tangent_gradient(
+        p_table, p_numerators + i * WIDTH, p_total, rows, splits, slope, WIDTH, COLUMN_STRIDE, BLOCK_D
+    )
+    b_moved = b_unit - rate * b_gradient
+    b_moved *= inverse_norm(tl.sum(b_moved * b_moved, 0))
+    o_d = tl.arange(0, BLOCK_D)
+    if DIGITS > 0:
+        b_moved = _stochastic_round(b_moved, i_row, o_d, mixed_seed, DIGITS, LOWEST)
+    tl.store(p_table + o_d * COLUMN_STRIDE, b_moved, mask=inside(o_d, WIDTH, BLOCK_D))
+
+
+def step_(table: Tensor, index: Tensor, lr: float, t: float, seed: int) -> Tensor:
+    """Move the rows of ``table`` (m, d) that ``index`` (n,) names; returns the loss before, ()."""
+    n = len(index)
+    index = index.contiguous()
+    with torch.cuda.device_of(table):
+        total, numerators = pair_sums(unit_rows(table, index), None, 0, t, True)
+        uniformity_step[(n,)](
+            table, index, numerators, total, n, len(numerators), 4 * t, lr * n, _signed(mixed_seed(seed)),
+            table.stride(0), **_constants(table.dtype, table.shape[1], table.stride(1)),
+        )  # fmt: skip
+    return one_sweep.log_mean(total, n).float()
+
+
+def _signed(bits: int) -> int:
+    """32 bits as the signed integer that Triton takes them for."""
+    return bits - (bits >> 31 << 32)
+
+
+def _constants(dtype: torch.dtype, width: int, column_stride: int) -> dict[str, Any]:
+    rounding = {"DIGITS": SIGNIFICAND_BITS.get(dtype, 0), "LOWEST": LOWEST_EXPONENT.get(dtype, 0)}
+    return {**row_constants(width, column_stride), **rounding}
+
+
+def shipped(architecture: str) -> Iterator[Configuration]:
+    """What `gif_kernels.aot` compiles for ``architecture``."""
+    signature = {
+        "p_table": SIGNATURE[torch.bfloat16],
+        "p_index": "*i64",
+        "p_numerators": "*fp32",
+        "p_total": "*fp64",
+        **dict.fromkeys(["rows", "splits", "mixed_seed", "table_stride"], "i32"),
+        **dict.fromkeys(["slope", "rate"], "fp32"),
+    }
+    yield Configuration("768 bfloat16", uniformity_step, signature, _constants(torch.bfloat16, 768, 1))
