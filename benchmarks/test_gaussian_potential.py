@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.memory import peak_bytes
+from benchmarks.harness import DEVICE, measure
 from gif_kernels import gaussian_potential
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 2.0
 CHUNK = 1024
 """Rows of pairs that the chunked form holds at once."""
@@ -157,8 +156,7 @@ def test_gaussian_potential(benchmark, shape: Shape, provider: str) -> None:
     if PAIRS_HELD.get(provider, 0) * 4 * shape.m**2 > memory():
         pytest.skip(f"{provider} holds about {PAIRS_HELD[provider]} arrays of {shape.m} x {shape.m}, more than is free")
     vectors = inputs(shape)
-    benchmark.group = f"gaussian_potential {shape}"
-    benchmark.extra_info |= {"kernel": "gaussian_potential", "provider": provider, "shape": str(shape)}
+    facts: dict[str, float] = {}
     if provider == "products":
         call = functools.partial(products, vectors.detach())
     else:
@@ -168,17 +166,19 @@ def test_gaussian_potential(benchmark, shape: Shape, provider: str) -> None:
             error = float((found.double() - wanted).norm() / wanted.norm())
             assert error < allowed, f"{provider} is wrong by {error:.1e}, so its speed means nothing"
             assert math.isfinite(error)
-            benchmark.extra_info[f"{name}_error"] = error
+            facts[f"{name}_error"] = error
         call = functools.partial(step, loss, vectors)
-    benchmark.extra_info["peak_bytes"] = peak_bytes(call, DEVICE)
     large = shape.m >= LARGE and DEVICE == "cpu"
-    benchmark.pedantic(_synchronized(call), rounds=3 if large else 15, warmup_rounds=0 if large else 2)
-
-
-def _synchronized(call: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+    measure(
+        benchmark,
+        call,
+        kernel="gaussian_potential",
+        provider=provider,
+        mode="loss+gradient",
+        shape=f"m{shape.m}-d{shape.d}",
+        dtype=str(shape.dtype).removeprefix("torch."),
+        rounds=3 if large else 15,
+        warmup_rounds=0 if large else 2,
+        flops=3 * shape.m**2 * shape.d,
+        **facts,
+    )

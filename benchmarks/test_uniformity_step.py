@@ -12,14 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak_bytes
+from benchmarks.harness import DEVICE, measure
 from gif_kernels import uniformity_step_
 
 D, N, LR = 512, 2048, 0.1
 MILLION = 1_000_000
 STEPS = 15
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-"""On which the rows are stepped if the table is there; a mapped table is stepped on the CPU."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -60,7 +58,15 @@ def test_uniformity_step(benchmark, millions: int, where: str, tmp_path: Path) -
         if where == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"uniformity_step_ {where}, {N} of m rows, d = {D}, bfloat16"
-    benchmark.extra_info |= {"kernel": "uniformity_step_", "mode": where, "shape": f"m{m}-n{N}-d{D}-bfloat16"}
-    benchmark.extra_info["peak_bytes"] = peak_bytes(step, table.device.type)
-    benchmark.pedantic(step, rounds=STEPS, warmup_rounds=2)
+    measure(
+        benchmark,
+        step,
+        kernel="uniformity_step",
+        provider=where,
+        mode=f"step of {N} rows",
+        shape=f"m{m}-d{D}",
+        dtype="bfloat16",
+        rounds=STEPS,
+        warmup_rounds=2,
+        flops=3 * N * N * D,
+    )
