@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gif.backbones.shapes import map_size
+
 
 class SmallConvNet(nn.Module):
     """Four residual stages, each halving the image, then one linear layer on the flattened map, as IResNet ends.
@@ -22,8 +24,6 @@ class SmallConvNet(nn.Module):
 
     def __init__(self, embedding_size: int = 128, channels: int = 1, image_size: int = 32, width: int = 24) -> None:
         super().__init__()
-        if image_size % 16 or image_size < 16:
-            raise ValueError(f"image_size must be a multiple of 16, got {image_size}; resize the images")
         widths = (width, 2 * width, 4 * width, 6 * width)
         stages: list[nn.Module] = []
         inputs = channels
@@ -31,7 +31,7 @@ class SmallConvNet(nn.Module):
             stages += [_conv(inputs, outputs, stride=2), _Residual(outputs)]
             inputs = outputs
         self.features = nn.Sequential(*stages)
-        flat = widths[-1] * (image_size // 16) ** 2
+        flat = widths[-1] * map_size(image_size) ** 2
         self.embed = nn.Sequential(
             nn.Flatten(), nn.Linear(flat, embedding_size, bias=False), nn.BatchNorm1d(embedding_size)
         )

@@ -4,43 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from gif.evaluation.identification import Identification
 from gif.evaluation.open_set import Judgement
+from gif.evaluation.templates import TemplateVerification
 from gif.evaluation.verification import Roc, tar_at
 from gif.plotting import COLORS, figure, save_figure
 
 LOWEST_FAR = 1e-6
+LOWEST_MISS = 1e-3
 LEGEND_FAR = 1e-4
+LEGEND_FPIR = 1e-2
 WIDTH = 8.0  # inches, legend included
 LINE_STYLES = ("-", "--", ":", "-.")
 
+Verified = Judgement | TemplateVerification | Roc
 
-def plot_roc(curves: Mapping[str, Judgement | Roc], path: str | Path) -> None:
+
+def plot_roc(curves: Mapping[str, Verified], path: str | Path) -> None:
     """Draw TAR against FAR, from 1e-6 on a logarithmic axis, for each named judgement or ROC, with its TAR@FAR=1e-4.
 
     A curve begins at the smallest FAR its impostor pairs can show. Raises ValueError without a curve.
     """
-    if not curves:
-        raise ValueError("there is no curve to draw; give at least one judgement or ROC")
-    drawing, axes = figure(WIDTH)
-    for place, (name, curve) in enumerate(curves.items()):
-        points = curve.roc if isinstance(curve, Judgement) else curve
-        shown = points.fpr > 0
-        axes.step(
-            points.fpr[shown],
-            points.tpr[shown],
-            where="post",  # between two FARs that occur, the lower one's threshold is the one to use
-            color=COLORS[place % len(COLORS)],
-            linestyle=LINE_STYLES[place // len(COLORS) % len(LINE_STYLES)],
-            label=f"{_legend_tar(curve):.3f}  {name}",
-        )
+    drawing, axes = _draw({name: _roc_of(curve) for name, curve in curves.items()}, _legend_tars(curves))
     axes.set(xlabel="false-accept rate (FAR)", ylabel="true-accept rate (TAR)", title="Verification")
     axes.set(xscale="log", xlim=(LOWEST_FAR, 1), ylim=(0, 1.01))
     drawing.legend(frameon=False, loc="outside right upper", title="TAR at FAR $10^{-4}$", alignment="left")
     save_figure(drawing, path)
 
 
-def _legend_tar(curve: Judgement | Roc) -> float:
+def plot_det(curves: Mapping[str, Verified], path: str | Path) -> None:
+    """Draw the detection error trade-off: 1 - TAR against FAR on logarithmic axes, for what `plot_roc` takes."""
+    drawing, axes = _draw({name: _roc_of(curve) for name, curve in curves.items()}, _legend_tars(curves), missed=True)
+    axes.set(xlabel="false-accept rate (FAR)", ylabel="false-reject rate (1 - TAR)", title="Verification")
+    axes.set(xscale="log", yscale="log", xlim=(LOWEST_FAR, 1), ylim=(LOWEST_MISS, 1))
+    drawing.legend(frameon=False, loc="outside right upper", title="TAR at FAR $10^{-4}$", alignment="left")
+    save_figure(drawing, path)
+
+
+def plot_identification(results: Mapping[str, Identification], path: str | Path) -> None:
+    """Draw 1 - TPIR against FPIR on logarithmic axes, for each named result with unmated probes.
+
+    Raises ValueError without a curve.
+    """
+    curves = {name: result.curve for name, result in results.items() if result.curve is not None}
+    drawing, axes = _draw(curves, {name: tar_at(curve, LEGEND_FPIR) for name, curve in curves.items()}, missed=True)
+    axes.set(xlabel="false-positive identification rate (FPIR)", ylabel="miss rate (1 - TPIR)", title="Identification")
+    axes.set(xscale="log", yscale="log", xlim=(LOWEST_MISS, 1), ylim=(LOWEST_MISS, 1))
+    drawing.legend(frameon=False, loc="outside right upper", title="TPIR at FPIR $10^{-2}$", alignment="left")
+    save_figure(drawing, path)
+
+
+def _draw(curves: Mapping[str, Roc], legend: Mapping[str, float], *, missed: bool = False) -> tuple[Any, Any]:
+    """Each curve in its own colour and style, with the number its legend begins with.
+
+    Where ``missed`` it is 1 - tpr, which lies on the axis where it is 0.
+    """
+    if not curves:
+        raise ValueError("there is no curve to draw; give at least one judgement or ROC")
+    drawing, axes = figure(WIDTH)
+    for place, (name, points) in enumerate(curves.items()):
+        shown = points.fpr > 0
+        axes.step(
+            points.fpr[shown],
+            np.maximum(1 - points.tpr[shown], LOWEST_MISS) if missed else points.tpr[shown],
+            where="post",  # between two rates that occur, the lower one's threshold is the one to use
+            color=COLORS[place % len(COLORS)],
+            linestyle=LINE_STYLES[place // len(COLORS) % len(LINE_STYLES)],
+            label=f"{legend[name]:.3f}  {name}",
+        )
+    return drawing, axes
+
+
+def _roc_of(curve: Verified) -> Roc:
+    return curve if isinstance(curve, Roc) else curve.roc
+
+
+def _legend_tars(curves: Mapping[str, Verified]) -> dict[str, float]:
+    return {name: _legend_tar(curve) for name, curve in curves.items()}
+
+
+def _legend_tar(curve: Verified) -> float:
     if isinstance(curve, Roc):
         return tar_at(curve, LEGEND_FAR)
     return curve.tar[LEGEND_FAR] if LEGEND_FAR in curve.tar else tar_at(curve.roc, LEGEND_FAR)

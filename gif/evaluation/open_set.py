@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gif.evaluation.identification import labelled, rank1
-from gif.evaluation.verification import FOLDS, Roc, check_fars, require_both, tar_at, verify_pairs
+from gif.evaluation.verification import FOLDS, Roc, check_fars, require_both, tar_at, thin, verify_pairs
 from gif.progress import progress
 
 ROWS, COLUMNS = 512, 8192
 PENDING = 1 << 20  # scores waiting before the highest are sorted out of them
 BINS = 20_000
-ROC_POINTS = 2_000
 
 Floats = NDArray[np.floating]
 Integers = NDArray[np.int64]
@@ -134,7 +133,7 @@ def judge(
         pair_std=std,
         genuine=genuine,
         impostor=impostor,
-        roc=_thin(exact, kept.binned_roc(), impostor),
+        roc=thin(_joined(exact, kept.binned_roc()), impostor),
     )
 
 
@@ -227,12 +226,10 @@ def _draw(rng: np.random.Generator, half: int, partners: Integers, first: Intege
     return np.stack([row, first[row] + chosen - (ends - partners)[row]], axis=-1)
 
 
-def _thin(exact: Roc, binned: Roc, impostors: int) -> Roc:
-    """``exact`` as far as it goes and ``binned`` from there on, at FPR 0 and at FPRs evenly spaced in the logarithm."""
+def _joined(exact: Roc, binned: Roc) -> Roc:
+    """``exact`` as far as it goes and ``binned`` from there on."""
     rest = binned.fpr > exact.fpr[-1]
     fpr, tpr, thresholds = (
         np.concatenate([getattr(exact, name), getattr(binned, name)[rest]]) for name in ("fpr", "tpr", "thresholds")
     )
-    wanted = np.geomspace(1 / impostors, 1, ROC_POINTS - 1)
-    keep = np.unique(np.append(0, np.searchsorted(fpr, wanted)))
-    return Roc(fpr[keep], tpr[keep], thresholds[keep])
+    return Roc(fpr, tpr, thresholds)

@@ -1,0 +1,90 @@
+"""A trained backbone as ONNX, for any runtime: dynamic batch, one file, compared with PyTorch before it is kept."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from gif.backbones import BackboneConfig, load_backbone
+from gif.files import atomic_path
+from gif.progress import say
+
+INPUT, OUTPUT = "images", "embeddings"
+CONFIG_KEY = "gif.backbone"
+OPSET = 18
+BATCHES = (1, 2, 5)  # that are compared
+TOLERANCE = 1e-4
+"""Largest difference of an entry of a unit embedding: float32 sums in another order, through a hundred layers."""
+
+
+def export_command(model: Path, output: Path) -> None:
+    """Write a trained backbone as ONNX, and compare it with PyTorch in ONNX Runtime.
+
+    The file takes any number of images at once: input "images" (B, channels, height, width) float32, RGB, in [-1, 1],
+    that is (x / 255 - 0.5) / 0.5; output "embeddings" (B, d) float32, not normalised. Its metadata say which backbone
+    it is. Needs onnx, onnxscript and onnxruntime: pip install 'gif-recognition[export]'.
+
+    Args:
+        model: backbone.safetensors, as `gif train` writes it, or an IResNet's state dict (.pt), as insightface does.
+        output: where to write the ONNX file.
+    """
+    backbone, config = load_backbone(model)
+    difference = export_onnx(backbone, config, output)
+    say(f"wrote {config.name} to {output}; unit embeddings differ from PyTorch's by at most {difference:.1e}")
+
+
+def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -> float:
+    """Write ``backbone`` as it evaluates to ``path`` as ONNX, and compare it with ONNX Runtime before it is kept.
+
+    Input "images" (B, channels, image_size, image_size) float32 in [-1, 1], RGB, any B; output "embeddings" (B, d)
+    float32, not normalised. The metadata key "gif.backbone" holds the configuration. The backbone is left in eval mode
+    on the CPU.
+
+    Returns the largest difference to PyTorch of an entry of a unit embedding. Raises ValueError, and leaves no file, if
+    it is above `TOLERANCE`; RuntimeError where the libraries are missing.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 (the exporter needs it)
+    except ImportError as error:
+        raise RuntimeError(f"export needs ONNX ({error}); run pip install 'gif-recognition[export]'") from error
+    backbone = backbone.cpu().eval()
+    shape = (config.channels, config.image_size, config.image_size)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(size, *shape, generator=generator) * 2 - 1 for size in BATCHES]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about its own insides
+        program = torch.onnx.export(
+            backbone,
+            (batches[-1],),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None  # it is for dynamo=False
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, {CONFIG_KEY: json.dumps(asdict(config))})
+    with atomic_path(path) as temporary:
+        onnx.save(proto, temporary)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        difference = max(_difference(backbone, session, images) for images in batches)
+        if not difference <= TOLERANCE:
+            raise ValueError(f"the ONNX model differs from PyTorch by {difference:.1e}, wanted at most {TOLERANCE:.0e}")
+    return difference
+
+
+@torch.no_grad()
+def _difference(backbone: nn.Module, session: Any, images: Tensor) -> float:
+    (found,) = session.run([OUTPUT], {INPUT: images.numpy()})
+    return float((normalize(torch.from_numpy(found), dim=1) - normalize(backbone(images), dim=1)).abs().max())

@@ -1,0 +1,1 @@
+"""GIF in the shapes that other trainers expect. Each module needs the library it is named after, or none."""

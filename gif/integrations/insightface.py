@@ -1,0 +1,126 @@
+"""The loss in the shape of insightface's PartialFC_V2, for training loops like arcface_torch's train_v2.py.
+
+Only the import changes:
+
+    # from partial_fc_v2 import PartialFC_V2
+    from functools import partial
+    from gif.integrations.insightface import PartialFC
+    PartialFC_V2 = partial(PartialFC, codes="codes.safetensors", vectors="vectors.safetensors")
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gif.codes import IdentityCodes
+from gif.distributed import replicate
+from gif.losses import RECIPES, GIFLoss, Recipe
+from gif.losses.recipes import RecipeName
+from gif.vectors.store import CodeVectors
+from gif_kernels import AngularMargin
+
+
+class PartialFC(nn.Module):
+    """GIFLoss with PartialFC_V2's constructor and forward pass; no process group is needed, and no CUDA.
+
+    Every process holds the whole head, a few million parameters whatever the number of classes: initial values come
+    from rank 0 and gradients are averaged, so it stays outside DistributedDataParallel as PartialFC_V2 does, and a
+    checkpoint does not depend on the number of processes. The state dict holds the parameters, the fingerprint of the
+    codes, and the code vectors where the recipe moves them.
+
+    Args:
+        margin_loss: insightface's CombinedMarginLoss, ArcFace or CosFace, or anything with their attributes. Its scale
+            and margins go where the recipe compares an embedding with identities: to L_CC of "live", to L_C of
+            "paper". ArcFace differentiates as it does there, straight through. None keeps the recipe's own.
+        embedding_size: d.
+        num_classes: m, which the codes must be for.
+        sample_rate: has no meaning here, since no class is left out: any rate is taken.
+        fp16: has no meaning here, since the loss chooses its own precision: either is taken.
+        codes: the identities' codes, or their file.
+        vectors: the identities' code vectors, or their file.
+        recipe: as for `GIFLoss`.
+
+    Raises TypeError for a margin loss of unknown form or with interclass filtering, ValueError where codes, vectors,
+    num_classes and embedding_size do not fit each other.
+    """
+
+    def __init__(
+        self,
+        margin_loss: Any,
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+        *,
+        codes: IdentityCodes | str | Path,
+        vectors: CodeVectors | str | Path | None,
+        recipe: RecipeName | Recipe = "live",
+    ) -> None:
+        super().__init__()
+        codes = codes if isinstance(codes, IdentityCodes) else IdentityCodes.load(codes)
+        vectors = CodeVectors.load(vectors) if isinstance(vectors, str | Path) else vectors
+        if num_classes != len(codes):
+            raise ValueError(
+                f"num_classes is {num_classes} and the codes are for {len(codes)} identities; make code vectors and "
+                "codes from the data set that is trained on"
+            )
+        recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        self.loss = GIFLoss(codes, vectors, embedding_size, recipe=_with_margin(recipe, margin_loss))
+        self._replicated = False
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """Loss () of this process's embeddings (B, d) and labels (B,) or (B, 1); a label of -1 is ignored.
+
+        It is the mean over the process's rows: with a backbone in DistributedDataParallel and batches of one size, the
+        gradient is that of the mean over all processes' rows.
+        """
+        if not self._replicated:  # here and not before: by now the parameters are on the process group's device
+            replicate(self.loss)
+            self._replicated = True
+        loss: Tensor = self.loss(local_embeddings, local_labels.view(-1).long())
+        return loss
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The code vectors, where training moves them: part of ``state_dict()``."""
+        return self.loss.tables()
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Restore them in place. Raises ValueError unless they fit the recipe and the table."""
+        tables = self.loss.tables()
+        shapes, given = ({name: tuple(table.shape) for name, table in each.items()} for each in (tables, state))
+        if shapes != given:
+            raise ValueError(f"this state has the tables {given}, wanted {shapes}; take the recipe it was trained with")
+        for name, table in tables.items():
+            table.copy_(state[name])
+
+
+def _with_margin(recipe: Recipe, margin_loss: Any) -> Recipe:
+    if margin_loss is None:
+        return recipe
+    margin, scale = _margin_of(margin_loss), float(margin_loss.s)
+    if recipe.contrast_weight > 0:
+        return replace(recipe, contrast_margin=margin, contrast_scale=scale)
+    return replace(recipe, margin=margin, scale=scale)
+
+
+def _margin_of(margin_loss: Any) -> AngularMargin:
+    """The margin of insightface's losses, by their attributes."""
+    if getattr(margin_loss, "interclass_filtering_threshold", 0):
+        raise TypeError("interclass filtering needs a logit for every class, and there are none; set it to 0")
+    if all(hasattr(margin_loss, name) for name in ("s", "m1", "m2", "m3")):  # CombinedMarginLoss
+        m1, m2, m3 = (float(getattr(margin_loss, name)) for name in ("m1", "m2", "m3"))
+        if m3 > 0:
+            return AngularMargin(m2=0.0, m3=m3)  # it leaves m1 and m2 out then
+        return AngularMargin(m1, m2, gradient="straight_through")
+    if all(hasattr(margin_loss, name) for name in ("s", "margin")):  # ArcFace
+        return AngularMargin(m2=float(margin_loss.margin), gradient="straight_through")
+    if all(hasattr(margin_loss, name) for name in ("s", "m")):  # CosFace
+        return AngularMargin(m2=0.0, m3=float(margin_loss.m))
+    raise TypeError(
+        f"cannot read scale and margin off {type(margin_loss).__name__}; give insightface's CombinedMarginLoss, "
+        "ArcFace or CosFace, or None and set them in the recipe"
+    )

@@ -1,0 +1,219 @@
+"""Backbones: their shapes by name, insightface's weights, files, and the order of colours."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gif.backbones import BackboneConfig, load_backbone, load_insightface, save_backbone
+from gif.backbones.files import FORMAT
+from gif.files import save_tensors
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
+SMALL = {
+    "small": BackboneConfig("small", 16, 1, 32, width=4),
+    "iresnet18": BackboneConfig("iresnet18", 16, 3, 32, dropout=0.1),
+    "mobilefacenet": BackboneConfig("mobilefacenet", 16, 3, 32),
+    "vit": BackboneConfig("vit", 16, 3, 32, model="vit_tiny_patch16_224"),
+}
+
+
+def norm(name, width):
+    yield from ((f"{name}.{part}", (width,)) for part in ("weight", "bias", "running_mean", "running_var"))
+    yield f"{name}.num_batches_tracked", ()
+
+
+def insightface_names(blocks, embedding_size=512, last_map=7):
+    """Names and shapes of the published checkpoints' tensors, in their order."""
+    yield "conv1.weight", (64, 3, 3, 3)
+    yield from norm("bn1", 64)
+    yield "prelu.weight", (64,)
+    inputs = 64
+    for stage, (width, count) in enumerate(zip((64, 128, 256, 512), blocks, strict=True), 1):
+        for block in range(count):
+            name = f"layer{stage}.{block}"
+            yield from norm(f"{name}.bn1", inputs)
+            yield f"{name}.conv1.weight", (width, inputs, 3, 3)
+            yield from norm(f"{name}.bn2", width)
+            yield f"{name}.prelu.weight", (width,)
+            yield f"{name}.conv2.weight", (width, width, 3, 3)
+            yield from norm(f"{name}.bn3", width)
+            if block == 0:
+                yield f"{name}.downsample.0.weight", (width, inputs, 1, 1)
+                yield from norm(f"{name}.downsample.1", width)
+            inputs = width
+    yield from norm("bn2", 512)
+    yield "fc.weight", (embedding_size, 512 * last_map**2)
+    yield "fc.bias", (embedding_size,)
+    yield from norm("features", embedding_size)
+
+
+class TestIResNet:
+    @pytest.mark.parametrize("depth", BLOCKS)
+    def test_names_and_shapes_are_insightfaces(self, depth):
+        with torch.device("meta"):
+            network = BackboneConfig(f"iresnet{depth}", 512, 3, 112).build()
+        ours = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
+        assert ours == list(insightface_names(BLOCKS[depth]))
+        assert not network.features.weight.requires_grad
+
+    @pytest.mark.parametrize(("depth", "millions"), [(18, 24.02), (50, 43.59), (100, 65.15)])
+    def test_parameters(self, depth, millions):
+        with torch.device("meta"):
+            network = BackboneConfig(f"iresnet{depth}", 512, 3, 112).build()
+        assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_is_the_network_written_out(self, training):
+        torch.manual_seed(0)
+        network = BackboneConfig("iresnet18", 8, 3, 32).build().double().train(training)
+        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        for tensor in state.values():  # no norm or slope at its initial value
+            if tensor.ndim == 1:
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.ndim == 4:
+                tensor.mul_((2 / tensor[0].numel()) ** 0.5 / 0.1)
+        network.load_state_dict(state)
+
+        def batch_norm(x, name):
+            statistics = (state[f"{name}.running_mean"].clone(), state[f"{name}.running_var"].clone())
+            return F.batch_norm(x, *statistics, state[f"{name}.weight"], state[f"{name}.bias"], training)
+
+        def conv(x, name, stride=1):
+            weight = state[f"{name}.weight"]
+            return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+        images = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+        x = F.prelu(batch_norm(conv(images, "conv1"), "bn1"), state["prelu.weight"])
+        for stage in range(1, 5):
+            for block in range(2):
+                name, stride = f"layer{stage}.{block}", 2 - block
+                y = conv(batch_norm(x, f"{name}.bn1"), f"{name}.conv1")
+                y = F.prelu(batch_norm(y, f"{name}.bn2"), state[f"{name}.prelu.weight"])
+                y = batch_norm(conv(y, f"{name}.conv2", stride), f"{name}.bn3")
+                if block == 0:
+                    x = batch_norm(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+                x = x + y
+        x = F.linear(batch_norm(x, "bn2").flatten(1), state["fc.weight"], state["fc.bias"])
+        expected = batch_norm(x, "features")
+        torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("prefix", ["", "module."])  # saved from inside DDP, or not
+    def test_checkpoints_go_both_ways(self, tmp_path, prefix):
+        torch.manual_seed(1)
+        state = {
+            prefix + name: torch.randn(shape) if shape else torch.tensor(3)
+            for name, shape in insightface_names(BLOCKS[18], 24, last_map=2)
+        }
+        torch.save(state, tmp_path / "model.pt")
+        network, config = load_backbone(tmp_path / "model.pt")
+        assert config == BackboneConfig("iresnet18", 24, 3, 32)
+        assert not network.training
+        assert all(torch.equal(tensor, state[prefix + name]) for name, tensor in network.state_dict().items())
+
+        torch.save(network.state_dict(), tmp_path / "ours.pt")
+        again = torch.load(tmp_path / "ours.pt", weights_only=True)
+        assert [(name, tuple(t.shape)) for name, t in again.items()] == list(insightface_names(BLOCKS[18], 24, 2))
+
+    def test_foreign_files(self, tmp_path):
+        path = tmp_path / "model.pt"
+        with pytest.raises(FileNotFoundError, match=r"no file .*model\.pt"):
+            load_insightface(path)
+        torch.save(BackboneConfig(width=4).build(), path)  # a whole module: code, not tensors alone
+        with pytest.raises(ValueError, match="more than tensors"):
+            load_insightface(path)
+        torch.save(BackboneConfig(width=4).build().state_dict(), path)
+        with pytest.raises(ValueError, match="no state dict of an IResNet"):
+            load_insightface(path)
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(ValueError, match="damaged"):
+            load_insightface(path)
+        shapes = dict(insightface_names((2, 2, 2, 1), 8, 1))
+        torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+        with pytest.raises(ValueError, match=r"has \(2, 2, 2, 1\) blocks a stage"):
+            load_insightface(path)
+        shapes = dict(insightface_names(BLOCKS[18], 8, 1)) | {"layer1.0.bn1.weight": (3,)}
+        torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+        with pytest.raises(ValueError, match="does not fit"):
+            load_insightface(path)
+
+    def test_embeddings_are_float32_under_autocast(self):
+        network = BackboneConfig("iresnet18", 8, 3, 16).build()
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = network(torch.rand(2, 3, 16, 16))
+        assert embeddings.dtype == torch.float32
+        embeddings.sum().backward()
+        assert network.conv1.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+class TestEveryBackbone:
+    def test_learns_with_every_parameter(self, name):
+        torch.manual_seed(2)
+        config = SMALL[name]
+        network = config.build()
+        embeddings = network(torch.rand(4, config.channels, 32, 32) * 2 - 1)
+        assert embeddings.shape == (4, 16)
+        embeddings.square().mul(torch.rand(4, 16)).sum().backward()
+        still = [key for key, value in network.named_parameters() if value.requires_grad and not value.grad.any()]
+        assert not still
+
+    def test_file_names_its_network(self, name, tmp_path):
+        config = SMALL[name]
+        network = config.build().eval()
+        save_backbone(tmp_path / "b.safetensors", network, config)
+        loaded, found = load_backbone(tmp_path / "b.safetensors")
+        images = torch.rand(2, config.channels, 32, 32)
+        assert found == config
+        assert torch.equal(loaded(images), network(images))
+
+
+def test_mobilefacenet_has_a_million_parameters():
+    with torch.device("meta"):
+        network = BackboneConfig("mobilefacenet", 128, 3, 112).build()
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(0.99e6, rel=0.02)  # the paper's table 2
+    assert network.embed[0].kernel_size == (7, 7)
+
+
+def test_bgr_turns_the_channels_round(tmp_path):
+    torch.manual_seed(3)
+    rgb, bgr = (BackboneConfig("mobilefacenet", 8, 3, 32, color=color) for color in ("rgb", "bgr"))
+    network = rgb.build().eval()
+    save_backbone(tmp_path / "b.safetensors", network, bgr)
+    turned, _ = load_backbone(tmp_path / "b.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(turned(images), network(images[:, [2, 1, 0]]))
+    assert not torch.equal(turned(images), network(images))
+    assert list(turned.state_dict()) == list(network.state_dict())
+
+
+def test_bad_configs():
+    for options, message in (
+        ({"width": 8, "name": "iresnet18"}, "iresnet18 does not use width"),
+        ({"model": "vit_x"}, "small does not use model"),
+        ({"dropout": 0.5, "name": "mobilefacenet"}, "does not use dropout"),
+        ({"color": "bgr"}, "with 3 channels"),
+        ({"color": "gbr", "channels": 3}, "color must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BackboneConfig(**options)
+    for name in ("iresnet18", "mobilefacenet", "small"):
+        with pytest.raises(ValueError, match="image_size must be a multiple of 16, got 100"):
+            BackboneConfig(name, image_size=100).build()
+    with pytest.raises(ValueError, match="unknown backbone 'resnet'"):
+        BackboneConfig("resnet").build()
+    with pytest.raises(ValueError, match=r"timm has no model 'vit_tiny_patch17'; there are .*vit_tiny_patch16_224"):
+        BackboneConfig("vit", model="vit_tiny_patch17").build()
+    with pytest.raises(ValueError, match="cannot be built for an image size"):
+        BackboneConfig("vit", model="resnet18").build()
+
+
+def test_files_of_other_versions(tmp_path):
+    config = {"name": "small", "embedding_size": 16, "channels": 1, "image_size": 32, "width": 4}
+    state = SMALL["small"].build().state_dict()
+    save_tensors(tmp_path / "old", state, format=FORMAT, config=json.dumps(config))
+    assert load_backbone(tmp_path / "old")[1] == SMALL["small"]
+    save_tensors(tmp_path / "new", state, format=FORMAT, config=json.dumps(config | {"flavour": 1}))
+    with pytest.raises(ValueError, match=r"unknown backbone .*flavour"):
+        load_backbone(tmp_path / "new")

@@ -1,0 +1,97 @@
+"""The loss as one of pytorch-metric-learning's, against the library itself."""
+
+import math
+
+import pytest
+import torch
+from pytorch_metric_learning.losses import ArcFaceLoss
+from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
+from pytorch_metric_learning.regularizers import LpRegularizer
+from torch import nn
+
+import gif
+from gif import CodeVectors, IdentityCodes
+from gif.integrations import metric_learning
+
+M, WIDTH, PIXELS, BATCH = 27, 12, 20, 16
+
+
+def tables():
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
+    return codes, CodeVectors(torch.randn(M, WIDTH, generator=torch.Generator().manual_seed(1)))
+
+
+def batches(count, size=BATCH):
+    """Images that look like their identity."""
+    generator = torch.Generator().manual_seed(2)
+    looks = torch.randn(M, PIXELS, generator=generator)
+    for _ in range(count):
+        labels = torch.randint(M, (size,), generator=generator)
+        yield looks[labels] + 0.3 * torch.randn(size, PIXELS, generator=generator), labels
+
+
+class TestMetricLearning:
+    @pytest.fixture
+    def batch(self):
+        generator = torch.Generator().manual_seed(5)
+        return torch.randn(6, WIDTH, generator=generator), torch.tensor([3, 1, 3, 26, 0, 1])
+
+    def rows(self, embeddings, labels, **options):
+        """The loss of each row by itself."""
+        torch.manual_seed(6)
+        loss_fn = gif.GIFLoss(*tables(), WIDTH, **options).eval()
+        return torch.stack([loss_fn(embeddings[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
+
+    def make(self, **options):
+        torch.manual_seed(6)
+        return metric_learning.GIFLoss(*tables(), WIDTH, **options)
+
+    def test_reducers(self, batch):
+        embeddings, labels = batch
+        rows = self.rows(embeddings, labels, recipe="paper")
+        torch.testing.assert_close(self.make(recipe="paper")(embeddings, labels), rows.mean())
+        weights = torch.linspace(0.1, 2, M)
+        weighted = self.make(recipe="paper", reducer=ClassWeightedReducer(weights))(embeddings, labels)
+        torch.testing.assert_close(weighted, (weights[labels] * rows).mean())
+        found = self.make(recipe="paper", reducer=DoNothingReducer())(embeddings, labels)["loss"]
+        torch.testing.assert_close(found["losses"], rows)
+        assert found["reduction_type"] == "element"
+
+    def test_miners_and_regularizers(self, batch):
+        embeddings, labels = batch
+        rows = self.rows(embeddings, labels, recipe="paper")
+        triplets = (torch.tensor([0, 0]), torch.tensor([2, 2]), torch.tensor([1, 3]))
+        counts = torch.tensor([2, 1, 2, 1, 0, 0]) / 2
+        found = self.make(recipe="paper")(embeddings, labels, triplets)
+        torch.testing.assert_close(found, (rows * counts).mean())
+        regular = self.make(recipe="paper", embedding_regularizer=LpRegularizer(), embedding_reg_weight=0.5)
+        expected = rows.mean() + 0.5 * embeddings.norm(dim=1).mean()
+        torch.testing.assert_close(regular(embeddings, labels), expected)
+        with pytest.raises(ValueError, match="ref_emb is not supported"):
+            self.make()(embeddings, labels, ref_emb=embeddings.clone(), ref_labels=labels)
+
+    @pytest.mark.parametrize("recipe", ["live", "paper"])
+    def test_is_the_projects_loss_in_training(self, batch, recipe):
+        embeddings, labels = batch
+        results = []
+        torch.manual_seed(6)
+        for loss_fn in (gif.GIFLoss(*tables(), WIDTH, recipe=recipe), self.make(recipe=recipe)):
+            z = embeddings.clone().requires_grad_()
+            loss_fn(z, labels).backward()
+            inner = getattr(loss_fn, "loss", loss_fn)
+            results.append((z.grad, inner.centers.grad, inner.vectors.table))
+        torch.testing.assert_close(*results)
+
+    def test_trains_like_the_librarys(self):
+        torch.manual_seed(7)
+        for loss_func in (self.make(), ArcFaceLoss(M, WIDTH)):
+            model = nn.Linear(PIXELS, WIDTH)
+            optimizer = torch.optim.SGD([*model.parameters(), *loss_func.parameters()], 0.1, momentum=0.9)
+            losses = []
+            for images, labels in batches(40):
+                optimizer.zero_grad()
+                loss = loss_func(model(images), labels)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            assert math.isfinite(losses[-1]) and sum(losses[-5:]) < 0.8 * sum(losses[:5])
