@@ -1,4 +1,4 @@
-"""A picture of the code tree: images of identities that share a prefix, a row a prefix."""
+"""Pictures of the code tree: what identities share a prefix, and how full its nodes are."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from matplotlib.figure import Figure
 
 from gif.codes.identity_codes import IdentityCodes
-from gif.data.images import IdentityImages
+from gif.data.images import IdentityDataset
 from gif.plotting import save_figure
 
 ROOTS, CHILDREN, MEMBERS = 4, 3, 14
 GAP = 6  # pixels between images
 
 
-def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Path) -> None:
+def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | Path) -> None:
     """Draw a few first tokens, a few second tokens under each, and images of identities below those.
 
     Identities that look alike share a prefix where the codes mean something.
@@ -40,7 +40,31 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityImages, path: str | Pa
     save_figure(drawing, path)
 
 
-def _first_images(dataset: IdentityImages) -> dict[int, int]:
+def plot_occupancy(codes: IdentityCodes, path: str | Path) -> None:
+    """Draw how full the nodes of two tokens are, and how often each position of the code takes each token.
+
+    Fullness is the share of a node's v^(l-2) codes that identities have; of one token, where codes are no longer.
+    """
+    v, depth = codes.vocab_size, min(2, codes.length)
+    _, offsets, paths = codes.nodes(depth)
+    fill = np.zeros(v**depth)
+    fill[paths.cpu().numpy()] = offsets.diff().cpu().numpy() / v ** (codes.length - depth)
+    use = np.stack([column.long().bincount(minlength=v).cpu().numpy() for column in codes.codes.unbind(1)])
+    drawing = Figure(figsize=(10.5, 4.2), layout="constrained")
+    tree, tokens = drawing.subplots(1, 2)
+    drawing.suptitle(f"{len(codes):,} identities in {v}^{codes.length} codes", fontsize=12)
+    shown = tree.imshow(fill.reshape(-1, v), vmin=0, vmax=max(fill.max(), 1e-9), aspect="auto", cmap="viridis")
+    tree.set(title="share of the codes below that are in use", xlabel=f"token {depth}")
+    tree.set_ylabel("token 1" if depth == 2 else "")
+    drawing.colorbar(shown, ax=tree)
+    shown = tokens.imshow(use / len(codes) * v, vmin=0, aspect="auto", cmap="viridis")
+    tokens.set(title="use of a token, 1 = even", xlabel="token", ylabel="position", yticks=range(codes.length))
+    tokens.set_yticklabels([str(position + 1) for position in range(codes.length)])
+    drawing.colorbar(shown, ax=tokens)
+    save_figure(drawing, path)
+
+
+def _first_images(dataset: IdentityDataset) -> dict[int, int]:
     """Each identity's first image."""
     found: dict[int, int] = {}
     for row, label in enumerate(dataset.labels.tolist()):

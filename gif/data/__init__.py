@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from gif.data.glyphs import GlyphSplit, glyphs
+from gif.data.decoding import BrokenImageError, ImageDecoder
+from gif.data.encoded import EncodedImages, broken_report
+from gif.data.glyphs import glyphs
 from gif.data.glyphs_80k import glyphs_80k
-from gif.data.images import IdentityImages, split_identities
+from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, split_identities
+from gif.data.loading import HELD_OUT, load_data, open_data
+from gif.data.pairs import ImagePairs, read_bin
 
-__all__ = ["DataName", "GlyphSplit", "IdentityImages", "glyphs", "glyphs_80k", "load_data", "split_identities"]
-
-DataName = Literal["glyphs", "glyphs-80k", "glyphs-80k-64"]
-
-
-def load_data(name: DataName, *, seed: int = 0) -> GlyphSplit:
-    """The data set called ``name``, split into training identities and held-out ones.
-
-    "glyphs" is drawn by matplotlib's fonts, "glyphs-80k" by Debian's, in 32 pixels, and "glyphs-80k-64" in 64.
-
-    ``seed`` decides which identities are held out.
-
-    Raises ValueError for an unknown name, FileNotFoundError where fonts are missing.
-    """
-    if name == "glyphs":
-        return glyphs(seed=seed)
-    if name == "glyphs-80k":
-        return glyphs_80k(seed=seed)
-    if name == "glyphs-80k-64":
-        return glyphs_80k(size=64, seed=seed)
-    raise ValueError(f"unknown data set {name!r}; there are: glyphs, glyphs-80k, glyphs-80k-64")
+__all__ = [
+    "HELD_OUT",
+    "BrokenImageError",
+    "EncodedImages",
+    "IdentityDataset",
+    "IdentityImages",
+    "IdentitySplit",
+    "ImageDecoder",
+    "ImagePairs",
+    "broken_report",
+    "glyphs",
+    "glyphs_80k",
+    "load_data",
+    "open_data",
+    "read_bin",
+    "split_identities",
+]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from gif.data.cache import cache_folder, checksum
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
-from gif.data.images import IdentityImages, check_held_out, split_identities
+from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, distinct
 from gif.files import load_tensors, save_tensors
 from gif.progress import progress, say
@@ -35,14 +34,6 @@ _UNUSABLE_FONTS = {"LastResortHE-Regular", "cmex10", "cmsy10"}
 _TEX_FONTS = {"cmb10", "cmmi10", "cmr10", "cmss10", "cmti10", "cmtt10"}  # only letters and digits have their own codes
 
 
-@dataclass(frozen=True)
-class GlyphSplit:
-    """Glyphs to train on, and glyphs of other characters to evaluate on; labels count from 0 in each."""
-
-    train: IdentityImages
-    held_out: IdentityImages
-
-
 def glyphs(
     *,
     size: int = 32,
@@ -50,13 +41,13 @@ def glyphs(
     held_out: float = 0.2,
     seed: int = 0,
     cache_dir: str | Path | None = None,
-) -> GlyphSplit:
+) -> IdentitySplit:
     """Render matplotlib's fonts into images of characters, split by identity.
 
     Arguments and errors are those of `all_glyphs` and `split_identities`.
     """
     check_held_out(held_out)
-    return GlyphSplit(
+    return IdentitySplit(
         *split_identities(all_glyphs(size=size, min_fonts=min_fonts, cache_dir=cache_dir), held_out, seed)
     )
 

@@ -29,8 +29,7 @@ from torch import Tensor
 from gif.data.cache import cache_folder, checksum
 from gif.data.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
-from gif.data.glyphs import GlyphSplit
-from gif.data.images import IdentityImages, check_held_out, split_identities
+from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, Integers, distinct
 from gif.files import allocate_tensors, atomic_path, fsync, locate_tensor, map_tensor
 from gif.progress import progress, say
@@ -56,7 +55,7 @@ def glyphs_80k(
     font_folder: str | Path = FONT_FOLDER,
     cache_dir: str | Path | None = None,
     workers: int | None = None,
-) -> GlyphSplit:
+) -> IdentitySplit:
     """Render Debian's fonts into images of characters, split by identity; the parts share one memory-mapped file.
 
     Arguments and errors are those of `all_glyphs_80k` and `split_identities`.
@@ -70,7 +69,7 @@ def glyphs_80k(
         cache_dir=cache_dir,
         workers=workers,
     )
-    return GlyphSplit(*split_identities(data, held_out, seed))
+    return IdentitySplit(*split_identities(data, held_out, seed))
 
 
 def all_glyphs_80k(

@@ -1,78 +1,84 @@
-"""Images of identities, in memory or memory-mapped, and parts of them that share the images."""
+"""Images of identities: what every data set offers, the one whose pixels are in memory, and parts that share images."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class IdentityImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images with the identity each shows.
+class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
+    """Images with the identity each shows, wherever they are: what training, encoding and evaluation read.
+
+    Which identity each image shows is known without reading an image. Indexing gives ``(image uint8 (channels, height,
+    width), label int64 ())``. A whole batch is read at once with ``__getitems__``, which a DataLoader uses when it is
+    given ``collate_fn=dataset.collate``; images that cannot be read may be missing there, see `broken`.
 
     Args:
-        images: (N, channels, height, width) uint8; may be memory-mapped.
         labels: (n,) integer, the identity of each image, in [0, len(names)).
         names: what each identity is called, for people and pictures.
-        rows: (n,) integer, which of ``images`` the data set consists of, in its order; all N where not given. Parts of
-            one data set share its images through their rows.
-
-    Indexing gives ``(image uint8 (channels, height, width), label int64 ())``. A whole batch is read at once with
-    ``__getitems__``, which a DataLoader uses when it is given ``collate_fn=IdentityImages.collate``.
+        rows: (n,) integer, which of ``stored`` images the data set consists of, in its order. Parts of one data set
+            share its images through their rows.
+        stored: N, how many images there are.
 
     Raises ValueError where shapes disagree, a label is outside [0, len(names)) or a row outside [0, N).
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
-        if images.ndim != 4 or images.dtype != torch.uint8:
-            raise ValueError(f"images must be (n, c, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
-        rows = torch.arange(len(images)) if rows is None else rows.long()
+    def __init__(self, labels: Tensor, names: Sequence[str], rows: Tensor | None, stored: int) -> None:
+        rows = torch.arange(stored) if rows is None else rows.long()
         if labels.shape != rows.shape:
             raise ValueError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
         _check_range("labels", labels, len(names), "number the identities from 0")
-        _check_range("rows", rows, len(images), "name images that there are")
-        self._images = images
+        _check_range("rows", rows, stored, "name images that there are")
         self._rows = rows
         self.labels = labels.long()
         self.names = list(names)
 
     @property
-    def images(self) -> Tensor:
-        """All images, (n, c, h, w), in the order of the labels; of a part a copy: `image_batches` needs less memory."""
-        if len(self) == len(self._images) and torch.equal(self._rows, torch.arange(len(self))):
-            return self._images
-        return self._images[self._rows]
-
-    @property
     def num_identities(self) -> int:
         return len(self.names)
-
-    def image_batches(self, size: int) -> Iterator[Tensor]:
-        """All images in their order, ``size`` at a time, the last batch smaller."""
-        return (self._images[rows] for rows in self._rows.split(size))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._images[self._rows[index]], self.labels[index]
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
 
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self._images[self._rows[indices]], self.labels[indices]
+        """The readable images (k, c, h, w) of some, in their order, and their labels (k,)."""
 
-    def of_identities(self, identities: Tensor) -> IdentityImages:
+    @abstractmethod
+    def broken(self, indices: Tensor) -> Tensor:
+        """Which of the images at ``indices`` (k,) were found to be unreadable so far, (k,) bool; looks at no image."""
+
+    @abstractmethod
+    def _part(self, labels: Tensor, names: list[str], rows: Tensor) -> Self:
+        """A data set of these images of this one."""
+
+    def image_batches(self, size: int) -> Iterator[Tensor]:
+        """All readable images in their order, of ``size`` at a time, no batch empty."""
+        batches = (self.__getitems__(indices.tolist())[0] for indices in torch.arange(len(self)).split(size))
+        return (images for images in batches if len(images))
+
+    def of_identities(self, identities: Tensor) -> Self:
         """The images of some identities (k,), numbered from 0 in the order they had; no image is copied."""
         identities = identities.sort().values
         numbers = torch.full((self.num_identities,), -1)
         numbers[identities] = torch.arange(len(identities))
         labels = numbers[self.labels]
         keep = labels >= 0
-        return IdentityImages(
-            self._images, labels[keep], [self.names[i] for i in identities.tolist()], self._rows[keep]
-        )
+        return self._part(labels[keep], [self.names[i] for i in identities.tolist()], self._rows[keep])
 
     @staticmethod
     def collate(batch: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +87,60 @@ class IdentityImages(Dataset[tuple[Tensor, Tensor]]):
         return images, labels
 
 
-def split_identities(data: IdentityImages, held_out: float, seed: int) -> tuple[IdentityImages, IdentityImages]:
+class IdentityImages(IdentityDataset):
+    """Images of identities that are pixels in memory, or memory-mapped.
+
+    Args:
+        images: (N, channels, height, width) uint8; may be memory-mapped.
+        labels, names, rows: as in `IdentityDataset`; all N images where ``rows`` are not given.
+
+    Raises ValueError as `IdentityDataset` does, and for images of another shape or dtype.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(f"images must be (n, c, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
+        super().__init__(labels, names, rows, len(images))
+        self._images = images
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self._images.shape[1:]
+        return channels, height, width
+
+    @property
+    def images(self) -> Tensor:
+        """All images, (n, c, h, w), in the order of the labels; of a part a copy: `image_batches` needs less memory."""
+        if len(self) == len(self._images) and torch.equal(self._rows, torch.arange(len(self))):
+            return self._images
+        return self._images[self._rows]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._images[self._rows[index]], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self._images[self._rows[indices]], self.labels[indices]
+
+    def broken(self, indices: Tensor) -> Tensor:
+        """None: (k,) of False."""
+        return torch.zeros(len(indices), dtype=torch.bool)
+
+    def _part(self, labels: Tensor, names: list[str], rows: Tensor) -> Self:
+        return type(self)(self._images, labels, names, rows)
+
+
+@dataclass(frozen=True)
+class IdentitySplit:
+    """Images to train on, and images of other identities to evaluate on; labels count from 0 in each."""
+
+    train: IdentityDataset
+    held_out: IdentityDataset
+
+
+Data = TypeVar("Data", bound=IdentityDataset)
+
+
+def split_identities(data: Data, held_out: float, seed: int) -> tuple[Data, Data]:
     """Split a data set by identity, at random: (the rest, the held-out part), sharing its images.
 
     Either part can be split again: the training identities into those to train on and those to validate with, or, with

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from gif.data.glyphs import all_glyphs
 from gif.data.glyphs_80k import all_glyphs_80k
-from gif.data.images import IdentityImages
+from gif.data.images import IdentityDataset, IdentityImages
 from gif.plotting import COLORS, figure, save_figure
 from gif.progress import console, say
 
@@ -61,13 +61,13 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def describe(data: IdentityImages) -> Table:
+def describe(data: IdentityDataset) -> Table:
     """The numbers of a data set: identities, images, and the quartiles of images an identity."""
     counts = data.labels.bincount(minlength=data.num_identities).double()
     table = Table("measure", "value")
     table.add_row("identities", f"{data.num_identities:,}")
     table.add_row("images", f"{len(data):,}")
-    table.add_row("image", " x ".join(map(str, data[0][0].shape)))
+    table.add_row("image", " x ".join(map(str, data.image_shape)))
     quartiles = counts.quantile(torch.linspace(0, 1, 5, dtype=torch.float64)).tolist()
     for name, value in zip(
         ("minimum", "first quartile", "median", "third quartile", "maximum"), quartiles, strict=True

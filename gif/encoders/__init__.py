@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from gif.encoders.base import Encoder
+from gif.encoders.base import Encoder, Precision
 from gif.encoders.clip import DEFAULT_MODEL as _CLIP_MODEL
 from gif.encoders.clip import DEFAULT_WEIGHTS as _CLIP_WEIGHTS
 from gif.encoders.clip import CLIPEncoder
@@ -14,7 +14,7 @@ from gif.encoders.dino import DEFAULT_MODEL as _DINO_MODEL
 from gif.encoders.dino import DINOEncoder
 from gif.encoders.pixels import PixelEncoder
 
-__all__ = ["CLIPEncoder", "DINOEncoder", "Encoder", "PixelEncoder", "make_encoder"]
+__all__ = ["CLIPEncoder", "DINOEncoder", "Encoder", "PixelEncoder", "Precision", "make_encoder"]
 
 
 def make_encoder(
@@ -24,6 +24,7 @@ def make_encoder(
     weights: str | None = None,
     model: str | None = None,
     device: str | torch.device | None = None,
+    precision: Precision = "fp32",
 ) -> Encoder:
     """Make an encoder by its name.
 
@@ -33,15 +34,19 @@ def make_encoder(
         weights: a weight file, or for "clip" a tag; None takes the default from the hub. "pixels" has none.
         model: the architecture, None for the default. "pixels" has none.
         device: where a network runs, None for the CPU; "pixels" work where the images are.
+        precision: of a network, "fp32" or "bf16"; "pixels" are always float32.
 
-    Raises ValueError for an unknown name, or weights or a model for "pixels"; and whatever the encoder's class raises.
+    Raises ValueError for an unknown name, or weights, a model or "bf16" for "pixels"; and whatever the encoder's class
+    raises.
     """
     if name == "clip":
-        return CLIPEncoder(model or _CLIP_MODEL, weights or _CLIP_WEIGHTS, device=device or "cpu")
+        return CLIPEncoder(model or _CLIP_MODEL, weights or _CLIP_WEIGHTS, device=device or "cpu", precision=precision)
     if name == "dino":
-        return DINOEncoder(model or _DINO_MODEL, weights, device=device or "cpu")
+        return DINOEncoder(model or _DINO_MODEL, weights, device=device or "cpu", precision=precision)
     if name != "pixels":
         raise ValueError(f"no encoder {name!r}; wanted 'clip', 'dino' or 'pixels'")
-    if weights is not None or model is not None:
-        raise ValueError("the encoder 'pixels' has no weights and no model; leave them out, or take 'clip' or 'dino'")
+    if weights is not None or model is not None or precision != "fp32":
+        raise ValueError(
+            "the encoder 'pixels' has no weights, no model and no precision; leave them out, or take 'clip' or 'dino'"
+        )
     return PixelEncoder(width)

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+Precision = Literal["fp32", "bf16"]
 _REASON_CHARACTERS = 300  # of a library's message, which may list every weight
 
 
@@ -87,6 +88,9 @@ class NetworkEncoder:
         network: (n, 3, h, w) float32 on ``device`` to features (n, d).
         preprocessing: raw images to the network's input.
         device: where the network is.
+        precision: "fp32", or "bf16" for autocast to bfloat16; features are float32 in either case.
+
+    Raises ValueError for another precision.
     """
 
     def __init__(
@@ -95,9 +99,13 @@ class NetworkEncoder:
         network: Callable[[Tensor], Tensor],
         preprocessing: Preprocessing,
         device: str | torch.device,
+        precision: Precision = "fp32",
     ) -> None:
-        self.name = name
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        self.name = name if precision == "fp32" else f"{name} {precision}"
         self.device = torch.device(device)
+        self._autocast = precision == "bf16"
         self._network = network
         self._preprocessing = preprocessing
         self.embedding_size = self(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).shape[1]
@@ -108,7 +116,9 @@ class NetworkEncoder:
 
         Raises ValueError for images of another shape or dtype.
         """
-        return self._network(self._preprocessing(images.to(self.device, non_blocking=True))).float()
+        pixels = self._preprocessing(images.to(self.device, non_blocking=True))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self._network(pixels).float()
 
     def finish(self, means: Tensor) -> Tensor:
         """The means (m, d) as they are."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gif.encoders.base import NetworkEncoder, Preprocessing, loading
+from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_WEIGHTS = "openai"
@@ -22,6 +22,7 @@ class CLIPEncoder(NetworkEncoder):
             .pt). A file does not say which activation or preprocessing it was trained with: those of ``model`` are
             used, so OpenAI's own weights want a "-quickgelu" model when they come from a file.
         device: where the network runs.
+        precision: "fp32", or "bf16" for autocast.
 
     Raises ValueError for an unknown model or a file that does not fit it, FileNotFoundError if ``pretrained`` is
     neither a tag nor a file, and RuntimeError if the hub cannot be reached.
@@ -33,6 +34,7 @@ class CLIPEncoder(NetworkEncoder):
         pretrained: str | Path = DEFAULT_WEIGHTS,
         *,
         device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
     ) -> None:
         import open_clip  # here, since it takes seconds that most commands need not wait
 
@@ -59,6 +61,7 @@ class CLIPEncoder(NetworkEncoder):
             partial(clip.encode_image, normalize=False),
             _preprocessing(open_clip.get_model_preprocess_cfg(clip)),
             device,
+            precision,
         )
 
 

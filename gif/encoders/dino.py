@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gif.encoders.base import NetworkEncoder, Preprocessing, loading
+from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
 
 DEFAULT_MODEL = "vit_base_patch16_224.dino"
 
@@ -19,6 +19,7 @@ class DINOEncoder(NetworkEncoder):
         model: a model of timm with its tag, "architecture.tag".
         weights: the path of a weight file (.safetensors, .pth); None fetches the tag's weights from the hub.
         device: where the network runs.
+        precision: "fp32", or "bf16" for autocast.
 
     Raises ValueError for an unknown model or a file that does not fit it, FileNotFoundError if there is no such
     file, and RuntimeError if the hub cannot be reached.
@@ -30,6 +31,7 @@ class DINOEncoder(NetworkEncoder):
         weights: str | Path | None = None,
         *,
         device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
     ) -> None:
         import timm  # here, since it takes seconds that most commands need not wait
 
@@ -49,6 +51,7 @@ class DINOEncoder(NetworkEncoder):
             network,
             _preprocessing(timm.data.resolve_model_data_config(network)),
             device,
+            precision,
         )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from gif.data import DataName
 from gif.documents import markdown_table, replace_block, require_block
 from gif.evaluation import plot_roc
 from gif.experiments.comparison import (
@@ -36,7 +35,7 @@ RARITY_TITLES = {
 def accuracy(
     output: Path = Path("runs/accuracy"),
     *,
-    data: DataName = "glyphs",
+    data: str = "glyphs",
     identities: int | None = None,
     heads: Sequence[str] = tuple(CONTENDERS),
     seeds: int = 3,

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from gif.data import DataName
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
 from gif.files import load_tensors, save_tensors, write_text
@@ -43,7 +42,7 @@ class Budget:
     Raises ValueError for fewer than one seed.
     """
 
-    data: DataName = "glyphs"
+    data: str = "glyphs"
     identities: int | None = None
     split: int = 1
     validation: bool = False
@@ -120,7 +119,9 @@ def settings_of(command: str, budget: Budget, contenders: Mapping[str, Contender
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, as text."""
+    """Mean ± standard deviation, as text; a single value as it is."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
 
 

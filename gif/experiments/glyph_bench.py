@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, tokenize
-from gif.data import DataName, GlyphSplit, load_data, split_identities
+from gif.data import IdentitySplit, load_data, split_identities
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, groups_by_images, judge, judge_group, spread_of_centers
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
@@ -40,8 +40,12 @@ def _gif(**overrides: float | AngularMargin) -> Contender:
     return Contender(HeadConfig(kind="gif", overrides=overrides))
 
 
+def _softmax(**options: Any) -> Contender:
+    """Scale and margin are those that `gif sweep` found best for both kinds."""
+    return Contender(HeadConfig(scale=12.0, margin=AngularMargin(m2=0.0, m3=0.2), **options))
+
+
 TOKEN_MARGIN = AngularMargin(m2=0.0, m3=0.1)
-SOFTMAX_MARGIN = AngularMargin(m2=0.0, m3=0.2)
 CONTENDERS = {
     "GIF": _gif(),
     "GIF, no siblings": _gif(siblings=0),
@@ -50,8 +54,9 @@ CONTENDERS = {
     "GIF, published": Contender(
         HeadConfig(kind="gif", recipe="paper", overrides={"scale": 16.0, "margin": TOKEN_MARGIN})
     ),
-    "full softmax": Contender(HeadConfig(kind="softmax", scale=16.0, margin=SOFTMAX_MARGIN)),
-    "Partial FC 0.1": Contender(HeadConfig(kind="partial_fc", scale=16.0, margin=SOFTMAX_MARGIN, sample_rate=0.1)),
+    "full softmax": _softmax(kind="softmax"),
+    "full softmax from code vectors": _softmax(kind="softmax", centers="vectors"),
+    "Partial FC 0.1": _softmax(kind="partial_fc", sample_rate=0.1),
 }
 
 
@@ -69,14 +74,14 @@ class HeadResult:
 class GlyphBench:
     """Glyphs, split by identity, with the training identities' code vectors and codes."""
 
-    data: GlyphSplit
+    data: IdentitySplit
     vectors: CodeVectors
     spread: SpreadReport
     codes: IdentityCodes
 
     @classmethod
     def prepare(
-        cls, seed: int, *, data: DataName = "glyphs", identities: int | None = None, validation: bool = False
+        cls, seed: int, *, data: str = "glyphs", identities: int | None = None, validation: bool = False
     ) -> GlyphBench:
         """Load glyphs, make code vectors and spread them, cut codes; all from one seed.
 
@@ -89,9 +94,9 @@ class GlyphBench:
         split = load_data(data, seed=seed)
         if identities is not None:
             share = identities / (split.train.num_identities + split.held_out.num_identities)
-            split = GlyphSplit(*(split_identities(part, share, seed)[1] for part in (split.train, split.held_out)))
+            split = IdentitySplit(*(split_identities(part, share, seed)[1] for part in (split.train, split.held_out)))
         if validation:
-            split = GlyphSplit(*split_identities(split.train, VALIDATION, seed))
+            split = IdentitySplit(*split_identities(split.train, VALIDATION, seed))
         judged = "to validate on" if validation else "held out"
         say(
             f"{data}: {split.train.num_identities:,} identities to train on ({len(split.train):,} images), "

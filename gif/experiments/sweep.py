@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from gif.data import DataName
 from gif.documents import markdown_table, replace_block, require_block
 from gif.experiments.comparison import MEASURES, Budget, compare, settings_of, show
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender
@@ -41,7 +40,7 @@ SETTINGS = tuple(dict.fromkeys(setting for knobs in KNOBS.values() for setting i
 def sweep(
     output: Path = Path("runs/sweep"),
     *,
-    data: DataName = "glyphs",
+    data: str = "glyphs",
     identities: int | None = None,
     heads: Sequence[str] = tuple(KNOBS),
     settings: Sequence[str] = SETTINGS,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from gif.data.encoded import broken_report
+from gif.data.images import IdentityDataset
+from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
-from gif.progress import progress
+from gif.progress import progress, say
 from gif.resume import UnfinishedWork
 from gif.vectors.store import CodeVectors
 
 CHECKPOINT_FORMAT = "gif.initial_checkpoint/1"
 _NAMED_IDENTITIES = 5  # in an error message
+_GATHERED_ROWS = 1 << 16  # of each process at a time
 
 
 def initial_code_vectors(
@@ -26,6 +33,7 @@ def initial_code_vectors(
     num_workers: int = 0,
     num_identities: int | None = None,
     checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> CodeVectors:
     """Code vectors h_y = normalise(finish(mean over y's images of E(image))), in one pass over ``dataset``.
 
@@ -33,18 +41,23 @@ def initial_code_vectors(
     of the images does not matter, nor how many an identity has. Images are never kept; the sums take m * e * 8 bytes
     (e: width of the encoder's features) on the CPU, and the means half as much again at the end.
 
+    In a `torch.distributed` process group, all processes call this with the same arguments and get the same vectors.
+    Each encodes the images of a range of identities, and sums only these; the ranges have about as many images.
+
     Args:
         dataset: of (image (1 or 3, h, w) uint8, label), labels in [0, m), with a length. If it has a ``collate``, as
-            `IdentityImages` does, batches are made with it.
+            every `IdentityDataset` does, batches are made with it. Its broken images are left out, and counted.
         encoder: the frozen E; `PixelEncoder` needs no weights.
         batch_size: images encoded at once, >= 1.
-        num_workers: processes that read images.
+        num_workers: processes that read images, for each process that encodes.
         num_identities: m; None takes ``dataset.num_identities``.
         checkpoint: file kept once a minute and on interruption; a later call with the same arguments continues from it
-            to the same result, and removes it when done.
+            to the same result, and removes it when done. Each of several processes keeps its own, named after it.
+        device: what the process group exchanges tensors on: CUDA for nccl.
 
-    Raises ValueError for bad values, a label outside [0, m), an identity without an image, features that are not
-    finite, or a checkpoint of another run.
+    Raises ValueError for bad values, a label outside [0, m), an identity without a readable image, features that are
+    not finite, or a checkpoint of another run; with several processes also for a dataset without ``labels``, or fewer
+    identities than processes.
     """
     m = getattr(dataset, "num_identities", None) if num_identities is None else num_identities
     if m is None or m < 1 or batch_size < 1:
@@ -52,34 +65,88 @@ def initial_code_vectors(
             f"wanted at least 1 identity and a batch of 1, got num_identities={m}, batch_size={batch_size}; give "
             "num_identities where the dataset has none"
         )
+    images = len(dataset)  # type: ignore[arg-type]
+    settings = f"{encoder.name} m={m} images={images} batch_size={batch_size}"
+    bounds, rows = [0, m], torch.arange(images)
     labels = getattr(dataset, "labels", None)
     if isinstance(labels, Tensor):  # known before the work starts
         _check_labels(labels, m)
         _check_counts(torch.bincount(labels, minlength=m))
-    images = len(dataset)  # type: ignore[arg-type]
-    settings = f"{encoder.name} m={m} images={images} batch_size={batch_size}"
-    work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
-    sums = _FeatureSums(m, work.load())
+        settings += f" labels={hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}"
+        bounds = _shares(labels, m)
+        rows = ((labels >= bounds[rank()]) & (labels < bounds[rank() + 1])).nonzero().flatten()
+    elif world_size() > 1:
+        raise ValueError(f"{world_size()} processes share the identities; give a dataset with `labels`")
+    begin, end = bounds[rank()], bounds[rank() + 1]
+
+    work = UnfinishedWork(_own_file(checkpoint), CHECKPOINT_FORMAT, settings)
+    sums = _FeatureSums(begin, end, work.load())
+    batches = rows[sums.images :].split(batch_size) if sums.images < len(rows) else ()
     loader = DataLoader(
-        Subset(dataset, range(sums.images, images)),
-        batch_size,
+        dataset,
+        batch_sampler=(batch.tolist() for batch in batches),
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collate", None),
+        pin_memory=torch.device(device).type == "cuda",
     )
-    with progress("encoding images", images - sums.images, "images") as advance:
+    with _own_progress(len(rows) - sums.images) as advance:
         try:
-            for batch, batch_labels in loader:
-                sums.add(encoder(batch).cpu(), batch_labels)
-                if work.due:
+            for places, (batch, batch_labels) in zip(batches, loader, strict=True):
+                read, done = len(places), sums.images + len(places)
+                if isinstance(dataset, IdentityDataset):
+                    places = places[~dataset.broken(places)]
+                if len(places):
+                    sums.add(encoder(batch).cpu(), batch_labels, places, done)
+                sums.images = done
+                advance(read)
+                if work.due and sums.whole:
                     work.save(sums.state())
-                advance(len(batch))
         except BaseException:
             if sums.whole:
                 work.save(sums.state())
             raise
-    vectors = CodeVectors(encoder.finish(sums.means()))
+    if isinstance(dataset, IdentityDataset) and (report := broken_report(dataset)):
+        say(report)
+    vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)))
     work.remove()
     return vectors
+
+
+def _shares(labels: Tensor, m: int) -> list[int]:
+    """Where each process's range of identities begins, and the end: ranges with about as many images, none empty."""
+    processes = world_size()
+    if m < processes:
+        raise ValueError(f"{processes} processes share {m} identities; start at most one process an identity")
+    images = labels.bincount(minlength=m).cumsum(0)
+    wanted = torch.arange(1, processes) * int(images[-1]) / processes
+    bounds = [0, *(torch.searchsorted(images, wanted.long()) + 1).tolist(), m]
+    for process in range(1, processes):
+        bounds[process] = min(max(bounds[process], bounds[process - 1] + 1), m - (processes - process))
+    return bounds
+
+
+def _own_file(path: str | Path | None) -> Path | None:
+    """Where this process keeps its state: ``path`` itself where it is the only one."""
+    if path is None or world_size() == 1:
+        return None if path is None else Path(path)
+    return Path(f"{path}-{rank() + 1}-of-{world_size()}")
+
+
+def _own_progress(images: int) -> AbstractContextManager[Any]:
+    """A bar of one process's share; shown by the first alone, since all shares are about as large."""
+    return progress("encoding images", images, "images") if rank() == 0 else nullcontext(lambda n: None)
+
+
+def _gather(means: Tensor, bounds: list[int], device: str | torch.device) -> Tensor:
+    """The rows of all processes, (m, e), from each one's own range; on the CPU."""
+    if world_size() == 1:
+        return means
+    table = means.new_empty(bounds[-1], means.shape[1])
+    ranges = [torch.arange(begin, end) for begin, end in pairwise(bounds)]
+    for done in range(0, max(map(len, ranges)), _GATHERED_ROWS):
+        some = slice(done, done + _GATHERED_ROWS)
+        table[torch.cat([identities[some] for identities in ranges])] = gather_rows(means[some].to(device)).cpu()
+    return table
 
 
 def _check_labels(labels: Tensor, m: int) -> None:
@@ -90,8 +157,8 @@ def _check_labels(labels: Tensor, m: int) -> None:
         )
 
 
-def _check_counts(counts: Tensor) -> None:
-    missing = (counts == 0).nonzero().flatten()
+def _check_counts(counts: Tensor, begin: int = 0) -> None:
+    missing = (counts == 0).nonzero().flatten() + begin
     if len(missing):
         first = ", ".join(str(label) for label in missing[:_NAMED_IDENTITIES].tolist())
         raise ValueError(
@@ -101,43 +168,46 @@ def _check_counts(counts: Tensor) -> None:
 
 
 class _FeatureSums:
-    """Sums and counts of the features of each identity over the first ``images`` images.
+    """Sums and counts of the features of identities [begin, end) over the first ``images`` images.
 
     ``whole`` says that there is something, and nothing half added.
     """
 
-    def __init__(self, m: int, saved: dict[str, Tensor] | None) -> None:
+    def __init__(self, begin: int, end: int, saved: dict[str, Tensor] | None) -> None:
         self.images = 0
         self.whole = False
-        self._counts = torch.zeros(m, dtype=torch.int64)
+        self._begin, self._end = begin, end
+        self._counts = torch.zeros(end - begin, dtype=torch.int64)
         self._sums: Tensor | None = None  # its width is known with the first features
         if saved is not None:
             self._sums, self._counts, self.images = saved["sums"], saved["counts"], int(saved["images"])
 
-    def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add features (n, e) of the next n images, which show identities ``labels`` (n,)."""
-        last = self.images + len(labels) - 1
+    def add(self, features: Tensor, labels: Tensor, rows: Tensor, done: int) -> None:
+        """Add features (n, e) of the images ``rows`` (n,) of the data set, which show identities ``labels`` (n,).
+
+        ``done`` images, some of which may be broken, are behind us then.
+        """
         if features.ndim != 2 or len(features) != len(labels):
             raise ValueError(f"the encoder must give ({len(labels)}, e) features, got {tuple(features.shape)}")
-        _check_labels(labels, len(self._counts))
+        _check_labels(labels, self._end)
         bad = (~features.isfinite().all(1)).nonzero().flatten()
         if len(bad):
             raise ValueError(
-                f"features of images {self.images} to {last} hold NaN or infinity, first in image "
-                f"{self.images + int(bad[0])}; check that image and the encoder's weights"
+                f"features of images {int(rows[0])} to {int(rows[-1])} hold NaN or infinity, first in image "
+                f"{int(rows[bad[0]])}; check that image and the encoder's weights"
             )
         if self._sums is None:
             self._sums = torch.zeros(len(self._counts), features.shape[1], dtype=torch.float64)
-        labels = labels.long()
+        labels = labels.long() - self._begin
         self.whole = False
         self._sums.index_add_(0, labels, features.double())
         self._counts.index_add_(0, labels, torch.ones_like(labels))
-        self.images = last + 1
+        self.images = done
         self.whole = True
 
     def means(self) -> Tensor:
         """The mean feature of each identity, (m, e) float32; the sums are used up."""
-        _check_counts(self._counts)
+        _check_counts(self._counts, self._begin)
         assert self._sums is not None  # every identity has an image
         sums, self._sums = self._sums, None
         return sums.div_(self._counts[:, None]).float()

@@ -8,7 +8,7 @@ import torch
 from gif import cli
 from gif.backbones import load_backbone
 from gif.codes import IdentityCodes
-from gif.data import GlyphSplit, IdentityImages
+from gif.data import IdentityImages, IdentitySplit
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
@@ -29,8 +29,8 @@ def tiny_images(identities, seed):
 
 @pytest.fixture
 def tiny_data(monkeypatch):
-    split = GlyphSplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
-    monkeypatch.setattr(cli, "load_data", lambda name: split)
+    split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
+    monkeypatch.setattr(cli, "load_data", lambda name, **options: split)
     monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
     return split
 

@@ -88,6 +88,19 @@ class TestCLIP:
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
         assert encoder.finish(features) is features
 
+    def test_bf16(self, clip_file):
+        encoder = CLIPEncoder("tiny-clip", str(clip_file), precision="bf16")
+        assert encoder.name == "clip tiny-clip tiny.pt bf16"
+        batch = images(5, height=32, width=32)
+        features, exact = encoder(batch), CLIPEncoder("tiny-clip", str(clip_file))(batch)
+        assert features.dtype == torch.float32 and not torch.equal(features, exact)
+        cosine = torch.nn.functional.cosine_similarity(features, exact)
+        assert (
+            1 - cosine
+        ).max() < 1e-3  # a bfloat16 has 8 bits: each product is off by up to 0.4 %, and errors average
+        with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'fp16'"):
+            CLIPEncoder("tiny-clip", str(clip_file), precision="fp16")
+
     @pytest.mark.parametrize(("tag", "quick_gelu"), [("openai", True), ("laion2b_s34b_b79k", False)])
     def test_a_tag_gets_the_activation_it_was_trained_with(self, clip_file, monkeypatch, tag, quick_gelu):
         asked = []
@@ -230,3 +243,8 @@ def test_make_encoder(clip_file, timm_file):
         make_encoder("pixel", width=32)
     with pytest.raises(ValueError, match="has no weights"):
         make_encoder("pixels", width=32, weights="w.pt")
+    with pytest.raises(ValueError, match="no precision"):
+        make_encoder("pixels", width=32, precision="bf16")
+    assert make_encoder("dino", width=1, model=TINY_TIMM, weights=str(timm_file), precision="bf16").name.endswith(
+        "bf16"
+    )

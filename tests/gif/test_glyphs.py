@@ -10,8 +10,8 @@ import torch
 
 from gif.data import look_alikes
 from gif.data.drawing import draw, open_font
-from gif.data.glyphs import GlyphSplit, glyphs
-from gif.data.images import IdentityImages
+from gif.data.glyphs import glyphs
+from gif.data.images import IdentityImages, IdentitySplit
 
 module = importlib.import_module("gif.data.glyphs")  # the package shows the function under the module's name
 
@@ -27,7 +27,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def split(cache_dir: Path) -> GlyphSplit:
+def split(cache_dir: Path) -> IdentitySplit:
     return glyphs(**COMMON, cache_dir=cache_dir)
 
 
@@ -45,30 +45,30 @@ def renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def parts(split: GlyphSplit) -> list[IdentityImages]:
+def parts(split: IdentitySplit) -> list[IdentityImages]:
     return [split.train, split.held_out]
 
 
-def identity_of(split: GlyphSplit, character: str) -> str:
+def identity_of(split: IdentitySplit, character: str) -> str:
     (name,) = [name for part in parts(split) for name in part.names if character in name]
     return name
 
 
-def same(one: GlyphSplit, other: GlyphSplit) -> bool:
+def same(one: IdentitySplit, other: IdentitySplit) -> bool:
     return all(
         a.names == b.names and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
         for a, b in zip(parts(one), parts(other), strict=True)
     )
 
 
-def test_counts(split: GlyphSplit) -> None:
+def test_counts(split: IdentitySplit) -> None:
     identities = split.train.num_identities + split.held_out.num_identities
     assert 1000 < identities < 1300
     assert split.held_out.num_identities == round(0.2 * identities)
     assert 8 * identities < len(split.train) + len(split.held_out) < 16 * identities
 
 
-def test_images_and_labels(split: GlyphSplit) -> None:
+def test_images_and_labels(split: IdentitySplit) -> None:
     for part in parts(split):
         assert part.images.shape[1:] == (1, 32, 32) and part.images.dtype == torch.uint8
         counts = part.labels.bincount(minlength=part.num_identities)
@@ -76,7 +76,7 @@ def test_images_and_labels(split: GlyphSplit) -> None:
         assert part.images.flatten(1).any(1).all()
 
 
-def test_ink_is_centred(split: GlyphSplit) -> None:
+def test_ink_is_centred(split: IdentitySplit) -> None:
     for axis in (2, 3):
         ink = split.train.images[:, 0].amax(4 - axis) > 0  # (n, size): rows or columns with ink
         before = ink.int().argmax(1)
@@ -97,21 +97,21 @@ def test_glyphs_wider_than_the_canvas_are_scaled_to_fit() -> None:
     "characters",
     ["AΑА", "oοо", "IΙІ", "BΒВ", "µμ", ",’", "\N{MACRON}\N{COMBINING MACRON BELOW}"],
 )
-def test_look_alikes_are_one_identity(split: GlyphSplit, characters: str) -> None:
+def test_look_alikes_are_one_identity(split: IdentitySplit, characters: str) -> None:
     assert set(characters) <= set(identity_of(split, characters[0]))
 
 
 @pytest.mark.parametrize("characters", ["Il1|", "O0Qo", "cç", "ÀÁÄ", "mт", "ЗЭ", "E€", ".:,;"])
-def test_what_differs_stays_apart(split: GlyphSplit, characters: str) -> None:
+def test_what_differs_stays_apart(split: IdentitySplit, characters: str) -> None:
     assert len({identity_of(split, character) for character in characters}) == len(characters)
 
 
-def test_no_identity_is_in_both_parts(split: GlyphSplit) -> None:
+def test_no_identity_is_in_both_parts(split: IdentitySplit) -> None:
     characters = [c for part in parts(split) for name in part.names for c in name]
     assert len(set(characters)) == len(characters)
 
 
-def test_no_image_occurs_twice(split: GlyphSplit) -> None:
+def test_no_image_occurs_twice(split: IdentitySplit) -> None:
     """Neither under two identities (a false impostor) nor under one (a trivial genuine pair)."""
     images = torch.cat([part.images for part in parts(split)])
     assert len(look_alikes.alike(images[:, 0].numpy(), np.arange(len(images)))) == 0
@@ -145,7 +145,7 @@ def test_characters_merge_when_alike_in_half_of_their_fonts(alike_in: tuple[int,
     assert (identity[0] == identity[1]) == merged
 
 
-def test_seed_decides_the_split(split: GlyphSplit, cache_dir: Path) -> None:
+def test_seed_decides_the_split(split: IdentitySplit, cache_dir: Path) -> None:
     assert same(split, glyphs(**COMMON, cache_dir=cache_dir))
     other = glyphs(**COMMON, seed=1, cache_dir=cache_dir)
     assert set(other.held_out.names) != set(split.held_out.names)

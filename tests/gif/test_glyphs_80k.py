@@ -18,7 +18,7 @@ from fontTools.ttLib import TTCollection, TTFont
 from safetensors.torch import load_file, save_file
 
 from gif import cli
-from gif.data import GlyphSplit, IdentityImages, glyphs_80k, load_data, report, split_identities
+from gif.data import IdentityImages, IdentitySplit, glyphs_80k, load_data, loading, report, split_identities
 from gif.data.debian_fonts import FAMILIES, Family, find_fonts
 from gif.data.glyphs_80k import FORMAT, all_glyphs_80k
 from gif.files import allocate_tensors, locate_tensor, map_tensor
@@ -188,7 +188,7 @@ def test_other_size_wants_the_same_fonts(
 
 def test_parts_share_one_mapped_file(font_folder: Path, cache_dir: Path, data: IdentityImages) -> None:
     split = glyphs_80k(families=FIVE, font_folder=font_folder, cache_dir=cache_dir, held_out=0.25)
-    assert isinstance(split, GlyphSplit)
+    assert isinstance(split, IdentitySplit)
     assert {*split.train.names, *split.held_out.names} == set(data.names)
     assert split.train._images.data_ptr() == split.held_out._images.data_ptr()
     for part in (split.train, split.held_out):
@@ -311,13 +311,15 @@ def test_damaged_cache_is_rendered_again(
 
 
 def test_data_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr("gif.data.glyphs_80k", lambda **options: calls.append(options))
-    load_data("glyphs-80k", seed=3)
-    load_data("glyphs-80k-64")
-    assert calls == [{"seed": 3}, {"size": 64, "seed": 0}]
+    assert loading.NAMES["glyphs-80k"] is loading.all_glyphs_80k
+    assert loading.NAMES["glyphs-80k-64"].keywords == {"size": 64}
+    images = torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8)
+    drawn = IdentityImages(images, torch.arange(40) // 2, [str(i) for i in range(20)])
+    monkeypatch.setitem(loading.NAMES, "glyphs-80k", lambda: drawn)
+    for part, expected in zip(vars(load_data("glyphs-80k", seed=3)).values(), split_identities(drawn, 0.2, 3)):  # noqa: B905
+        assert same(part, expected)
     with pytest.raises(ValueError, match="unknown data set 'faces'; there are: glyphs, glyphs-80k, glyphs-80k-64"):
-        load_data("faces")  # type: ignore[arg-type]
+        load_data("faces")
 
 
 def test_allocated_tensors_are_zeros_to_fill(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
 from torch.utils.data import Dataset
 
 from gif import resume
+from gif.data import ImageDecoder, open_data
 from gif.data.images import IdentityImages
 from gif.encoders import PixelEncoder
 from gif.files import load_tensors
+from gif.progress import console
 from gif.vectors import initial as initial_module
 from gif.vectors import initial_code_vectors
 
@@ -167,3 +171,98 @@ def test_errors():
 
     with pytest.raises(ValueError, match=r"the encoder must give \(40, e\) features, got \(200,\)"):
         initial_code_vectors(data, Flat())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_images_are_left_out(tmp_path, png, num_workers):
+    kept = []
+    for y in range(3):
+        (tmp_path / str(y)).mkdir()
+        for i in range(4):
+            image = torch.randint(256, (3, 12, 12), dtype=torch.uint8)
+            broken = (y, i) in ((1, 0), (1, 1), (2, 3))  # images 4, 5 and 11: a whole batch of 2, and half a batch
+            (tmp_path / str(y) / f"{i}.png").write_bytes(b"" if broken else png(image))
+            kept += [] if broken else [(image, y)]
+    data = open_data(str(tmp_path), decoder=ImageDecoder(12))
+    with console.capture() as capture:
+        vectors = initial_code_vectors(data, Projection(), batch_size=2, num_workers=num_workers)
+    readable = IdentityImages(torch.stack([image for image, _ in kept]), torch.tensor([y for _, y in kept]), "abc")
+    torch.testing.assert_close(vectors.table, by_hand(readable, Projection()), rtol=0, atol=2e-6)
+    assert "3 of 12 images are broken and were left out" in capture.get()
+    for i in (2, 3):
+        (tmp_path / "1" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 of 3 identities have no image \(first: 1\)"):
+        initial_code_vectors(data, Projection(), batch_size=5)
+
+
+def test_an_interrupted_run_with_broken_images_continues(tmp_path, png):
+    for y in range(2):
+        (tmp_path / str(y)).mkdir()
+        for i in range(5):
+            (tmp_path / str(y) / f"{i}.png").write_bytes(
+                b"" if i == 1 else png(torch.randint(256, (3, 12, 12), dtype=torch.uint8))
+            )
+    data, path = open_data(str(tmp_path), decoder=ImageDecoder(12)), tmp_path / "vectors.partial"
+    whole = initial_code_vectors(data, Projection(), batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        initial_code_vectors(data, Projection(fail_at=3), batch_size=2, checkpoint=path)
+    resumed = initial_code_vectors(data, Projection(), batch_size=2, checkpoint=path)
+    assert torch.equal(resumed.table, whole.table)
+
+
+def shared_images():
+    """Long-tailed: half of the images show identity 0."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.cat([torch.arange(11), torch.zeros(40).long(), torch.randint(11, (29,), generator=generator)])
+    labels = labels[torch.randperm(80, generator=generator)]
+    return IdentityImages(
+        torch.randint(256, (80, 1, 12, 12), dtype=torch.uint8, generator=generator), labels, range(11)
+    )
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    data, path = shared_images(), folder / "vectors.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initial_module, "_GATHERED_ROWS", 2)
+        encoder = Projection()
+        vectors = initial_code_vectors(data, encoder, batch_size=8)
+        pixels = initial_code_vectors(data, PixelEncoder(8), batch_size=8)
+        with pytest.raises(KeyboardInterrupt):
+            initial_code_vectors(data, Projection(fail_at=2), batch_size=8, checkpoint=path)
+        own_file = folder / f"vectors.partial-{rank + 1}-of-2"
+        assert own_file.exists()
+        dist.barrier()
+        resumed = initial_code_vectors(data, Projection(), batch_size=8, checkpoint=path)
+        assert torch.equal(resumed.table, vectors.table) and not own_file.exists()
+        with pytest.raises(ValueError, match="2 processes share the identities; give a dataset with `labels`"):
+            initial_code_vectors(OneByOne(data), Projection(), num_identities=11)
+        one = IdentityImages(data.images, torch.zeros(80), ["a"])
+        with pytest.raises(ValueError, match="2 processes share 1 identities"):
+            initial_code_vectors(one, Projection())
+    torch.save((vectors.table, pixels.table, encoder.batches), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_make_the_vectors_of_one(tmp_path):
+    spawn(_process, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    data = shared_images()
+    alone = initial_code_vectors(data, Projection(), batch_size=8).table
+    torch.testing.assert_close(first[0], alone, rtol=0, atol=2e-6)  # as other batches do
+    assert torch.equal(first[1], initial_code_vectors(data, PixelEncoder(8), batch_size=8).table)
+    assert first[2] + second[2] <= 80 / 8 + 1  # each image is encoded once
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1, 1], [100, 1, 1, 1], [1, 1, 1, 100], [5, 0, 0, 7, 1, 1, 1]])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_shares(monkeypatch, counts, processes):
+    monkeypatch.setattr(initial_module, "world_size", lambda: processes)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    bounds = initial_module._shares(labels, len(counts))
+    assert len(bounds) == processes + 1 and bounds[0] == 0 and bounds[-1] == len(counts)
+    sizes = [sum(counts[begin:end]) for begin, end in zip(bounds, bounds[1:])]  # noqa: B905, RUF007
+    assert all(begin < end for begin, end in zip(bounds, bounds[1:]))  # noqa: B905, RUF007
+    assert max(sizes) <= sum(counts) / processes + max(counts) + processes

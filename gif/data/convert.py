@@ -1,0 +1,305 @@
+"""From one format of data sets to another: the images' bytes are copied as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+from abc import ABC, abstractmethod
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gif.data.decoding import BrokenImageError, suffix
+from gif.data.encoded import BrokenPolicy, Labelled
+from gif.data.images import IdentityImages
+from gif.data.listing import IDENTITIES, PROPERTY, Property
+from gif.data.loading import NAMES, find_data
+from gif.data.pairs import read_pairs, write_bin
+from gif.data.records import LARGEST_LABEL, pack_record
+from gif.files import fsync, write_text
+from gif.progress import progress, say
+from gif.resume import UnfinishedWork
+
+JOURNAL_FORMAT = "gif.conversion/1"
+Format = Literal["folder", "rec", "tar"]
+_FACE_SIZE = 112  # what `property` says, as insightface's files do
+
+
+def convert(
+    input: str,
+    output: Path,
+    *,
+    to: Format = "folder",
+    pairs: Path | None = None,
+    shard_size: int = 10_000,
+    on_broken: BrokenPolicy = "skip",
+) -> None:
+    """Write a data set in another format: image folder, RecordIO, tar shards; or pairs of images as a .bin file.
+
+    Images keep their bytes, are never encoded anew, and are ordered by identity. A conversion that was interrupted
+    continues when the same command is given again, and the output appears when it is whole.
+
+    Args:
+        input: the data set: a path or a name, as --data takes it; with --pairs, a folder of images.
+        output: the folder to make; with --pairs, the .bin file.
+        to: "folder" has a folder an identity; "rec" train.rec, train.idx and property, as insightface lays them out;
+            "tar" shards 000000.tar, ... for webdataset. Beside the last two, identities.txt names the labels, a line
+            each.
+        pairs: text file of pairs, a line "file file 0|1", or LFW's pairs.txt.
+        shard_size: images a tar shard.
+        on_broken: "skip" leaves out, and counts, what is no JPEG, PNG or WebP; "raise" stops there.
+    """
+    if pairs is not None:
+        named = read_pairs(pairs, Path(input))
+        write_bin(output, named, len(named))
+        say(f"wrote {len(named):,} pairs to {output}")
+        return
+    if output.suffix in (".rec", ".idx", ".tar", ".bin"):
+        raise ValueError(f"--output {output} looks like a file; give a folder, and say what goes into it with --to")
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; give another --output")
+    found = PngImages.of(NAMES[input]()) if input in NAMES else find_data(input)
+    staging = output.with_name(f".{output.name}.partial")
+    written, broken = _write(found, staging, to, shard_size, on_broken)
+    os.replace(staging, output)
+    fsync(output.parent)
+    say(f"wrote {written:,} images of {len(found.names):,} identities to {output}")
+    if broken:
+        say(f"{broken:,} of {len(found.labels):,} images were broken and left out; gif data inspect names them")
+
+
+class PngImages:
+    """Images in memory, encoded as PNG when they are asked for: glyphs, for instance."""
+
+    def __init__(self, images: IdentityImages) -> None:
+        self._images = images
+
+    @classmethod
+    def of(cls, images: IdentityImages) -> Labelled:
+        return Labelled(cls(images), images.labels, images.names)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, row: int) -> bytes:
+        pixels = self._images[row][0].permute(1, 2, 0).numpy()
+        file = BytesIO()
+        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+        return file.getvalue()
+
+    def place(self, row: int) -> str:
+        return f"image {row}"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self._images.names).encode()).hexdigest()[:32]
+
+
+def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broken: BrokenPolicy) -> tuple[int, int]:
+    """Write everything into a folder, or continue there; returns how many images were written, and were broken."""
+    identities = hashlib.sha256(repr(list(found.names)).encode() + found.labels.numpy().tobytes()).hexdigest()[:16]
+    settings = f"{found.source.fingerprint()} {identities} to {to}, {shard_size} a shard, {on_broken} broken"
+    work = UnfinishedWork(staging / "journal", JOURNAL_FORMAT, settings)
+    state = work.load()
+    if state is None:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed before it could keep its state
+        staging.mkdir(parents=True)
+        state = {
+            "done": torch.tensor(0),
+            "counts": torch.zeros(len(found.names), dtype=torch.int64),
+            "sizes": torch.zeros(2, dtype=torch.int64),
+        }
+    done, counts = int(state["done"]), state["counts"]
+    order = found.labels.argsort(stable=True)
+    writer = _writer(to, staging, list(found.names), shard_size)
+    writer.resume(int(counts.sum()), *state["sizes"].tolist())
+
+    def save() -> None:
+        work.save({"done": torch.tensor(done), "counts": counts, "sizes": torch.tensor(writer.sizes())})
+
+    with progress(f"converting to {to}", len(order) - done, "images") as advance:
+        try:
+            for row in order[done:].tolist():
+                try:
+                    encoded = found.source.read(row)
+                    ending = suffix(encoded)
+                except (ValueError, FileNotFoundError) as error:
+                    if on_broken == "raise":
+                        raise BrokenImageError(f"{found.source.place(row)} is a broken image: {error}") from error
+                else:
+                    label = int(found.labels[row])
+                    writer.add(encoded, ending, label)
+                    counts[label] += 1
+                done += 1
+                if work.due:
+                    save()
+                advance(1)
+        except KeyboardInterrupt:
+            save()
+            raise
+    written = int(counts.sum())
+    if not written:
+        raise ValueError(f"not one of {done:,} images is a JPEG, PNG or WebP; check the input")
+    writer.finish(counts)
+    work.remove()
+    return written, done - written
+
+
+class _Writer(ABC):
+    """Writes images, ordered by label, into a folder.
+
+    At most two files grow at a time: their sizes, once everything is on disk, are all that is needed to continue.
+    """
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self._folder, self._names = folder, names
+
+    @abstractmethod
+    def resume(self, written: int, *sizes: int) -> None:
+        """Continue behind ``written`` images, with the growing files cut to these sizes; at first all are 0."""
+
+    @abstractmethod
+    def add(self, image: bytes, ending: str, label: int) -> None:
+        """Write the next image, whose file would end in ``ending``."""
+
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """Wait until everything is on disk; the sizes of the two growing files."""
+
+    @abstractmethod
+    def finish(self, counts: Tensor) -> None:
+        """Write what belongs to the whole, of so many images an identity (m,), and wait until it is on disk."""
+
+    def _name_identities(self) -> None:
+        write_text(self._folder / IDENTITIES, "".join(f"{name}\n" for name in self._names))
+
+
+def _writer(to: Format, folder: Path, names: list[str], shard_size: int) -> _Writer:
+    if to == "folder":
+        return _FolderWriter(folder, names)
+    if to == "rec":
+        return _RecordWriter(folder, names)
+    if to == "tar":
+        return _ShardWriter(folder, names, shard_size)
+    raise ValueError(f"to must be 'folder', 'rec' or 'tar', got {to!r}")
+
+
+class _FolderWriter(_Writer):
+    """name/000000.jpg, ...: numbered through the data set, the same whenever a run was killed."""
+
+    def resume(self, written: int, *sizes: int) -> None:
+        for name in self._names:
+            if "\0" in name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
+                raise ValueError(f"identity {name!r} cannot name a folder; convert to rec or tar")
+        self._written = written
+
+    def add(self, image: bytes, ending: str, label: int) -> None:
+        folder = self._folder / self._names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self._written:06d}{ending}").write_bytes(image)
+        self._written += 1
+
+    def sizes(self) -> list[int]:
+        os.sync()  # once a minute, and cheaper than waiting for each of the files since
+        return [0, 0]
+
+    def finish(self, counts: Tensor) -> None:
+        self.sizes()
+
+
+class _RecordWriter(_Writer):
+    """train.rec and train.idx in insightface's dialect, and property."""
+
+    def resume(self, written: int, *sizes: int) -> None:
+        if len(self._names) > LARGEST_LABEL:
+            raise ValueError(f"labels are float32, exact to 2^24, and {len(self._names):,} identities; convert to tar")
+        self._records = _grow(self._folder / "train.rec", sizes[0])
+        self._index = _grow(self._folder / "train.idx", sizes[1])
+        self._key = written + 1
+        if not sizes[0]:
+            self._write(b"", 0, (0.0, 0.0))  # its numbers are known in the end
+
+    def add(self, image: bytes, ending: str, label: int) -> None:
+        self._write(image, self._key, (float(label),))
+        self._key += 1
+
+    def _write(self, image: bytes, key: int, labels: tuple[float, ...]) -> None:
+        self._index.write(f"{key}\t{self._records.tell()}\n".encode())
+        self._records.write(pack_record(image, key, labels))
+
+    def sizes(self) -> list[int]:
+        return [_flush(self._records), _flush(self._index)]
+
+    def finish(self, counts: Tensor) -> None:
+        ends = [1, *(1 + counts.cumsum(0)).tolist()]  # of the images' keys, identity after identity
+        for place, (first, end) in enumerate(pairwise(ends)):
+            self._write(b"", self._key + place, (float(first), float(end)))
+        self._records.seek(0)
+        self._records.write(pack_record(b"", 0, (float(self._key), float(self._key + len(counts)))))
+        self.sizes()
+        self._records.close()
+        self._index.close()
+        Property(len(counts), _FACE_SIZE, _FACE_SIZE).write(self._folder / PROPERTY)
+        self._name_identities()
+
+
+class _ShardWriter(_Writer):
+    """000000.tar, ...: 000000000.jpg and 000000000.cls with the label, and so on."""
+
+    def __init__(self, folder: Path, names: list[str], shard_size: int) -> None:
+        super().__init__(folder, names)
+        self._shard_size = shard_size
+
+    def resume(self, written: int, *sizes: int) -> None:
+        self._written = written
+        self._open(max(written - 1, 0) // self._shard_size, sizes[0])
+
+    def add(self, image: bytes, ending: str, label: int) -> None:
+        if self._written and self._written % self._shard_size == 0:
+            self._close()
+            self._open(self._written // self._shard_size, 0)
+        for name, data in ((ending, image), (".cls", str(label).encode())):
+            member = tarfile.TarInfo(f"{self._written:09d}{name}")
+            member.size = len(data)
+            self._archive.addfile(member, BytesIO(data))
+        self._written += 1
+
+    def _open(self, number: int, size: int) -> None:
+        self._file = _grow(self._folder / f"{number:06d}.tar", size)
+        self._archive = tarfile.TarFile(fileobj=self._file, mode="w")
+
+    def _close(self) -> None:
+        self._archive.close()
+        _flush(self._file)
+        self._file.close()
+
+    def sizes(self) -> list[int]:
+        return [_flush(self._file), 0]
+
+    def finish(self, counts: Tensor) -> None:
+        self._close()
+        self._name_identities()
+
+
+def _grow(path: Path, size: int) -> BinaryIO:
+    """The file at ``path``, made if it is new, cut to ``size`` and ready to grow from there."""
+    path.touch()
+    file = path.open("r+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _flush(file: BinaryIO) -> int:
+    """Wait until everything written is on disk; the position, which is the size of a file that grew."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()

@@ -1,0 +1,160 @@
+"""Pairs of images for verification: the field's .bin files, and the text files that name pairs."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gif.data.decoding import SUFFIXES, BrokenImageError, ImageDecoder
+from gif.files import atomic_path, existing_file
+from gif.progress import progress
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePairs:
+    """Encoded images, pair i in 2i and 2i + 1, and whether the two show one identity, (n,) bool."""
+
+    encoded: list[bytes]
+    issame: Tensor
+
+    def batches(self, size: int, decoder: ImageDecoder = ImageDecoder()) -> Iterator[Tensor]:  # noqa: B008 (frozen)
+        """All images in their order, (b, c, h, w) uint8, ``size`` at a time, the last batch smaller.
+
+        Raises BrokenImageError: a protocol's pairs are all or none.
+        """
+        for begin in range(0, len(self.encoded), size):
+            images = []
+            for place, encoded in enumerate(self.encoded[begin : begin + size], begin):
+                try:
+                    images.append(decoder(encoded))
+                except BrokenImageError as error:
+                    raise BrokenImageError(f"image {place % 2} of pair {place // 2} is broken: {error}") from error
+            yield torch.stack(images)
+
+
+def read_bin(path: str | Path) -> ImagePairs:
+    """The pairs of a verification .bin file: LFW, CFP-FP, AgeDB and their like, as insightface hands them around.
+
+    Such a file is a pickle, by Python 2 or 3, of (images, issame): images as bytes or uint8 arrays, two a pair. Nothing
+    else is unpickled, whatever the file asks for.
+
+    Raises FileNotFoundError, or ValueError where it is damaged or holds anything else.
+    """
+    path = existing_file(path)
+    try:
+        content = _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise ValueError(f"{path} is damaged, or no verification .bin file: {error}; copy or make it again") from error
+    if not (_is_sequence(content) and len(content) == 2 and all(map(_is_sequence, content))):
+        raise ValueError(f"{path} holds no two lists, images and truth values; give a verification .bin file")
+    images, issame = content
+    if len(images) != 2 * len(issame) or not len(issame):
+        raise ValueError(f"{path} has {len(images)} images and {len(issame)} truth values; wanted 2n and n > 0")
+    encoded = []
+    for place, image in enumerate(images):
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 1:
+            image = image.tobytes()
+        if not isinstance(image, bytes):
+            raise ValueError(f"{path}: image {place} is a {type(image).__name__}, wanted bytes or a uint8 array (k,)")
+        encoded.append(image)
+    for place, same in enumerate(issame):
+        if not isinstance(same, (bool, int, np.bool_, np.integer)) or same not in (0, 1):
+            raise ValueError(f"{path}: truth value {place} is {same!r}, wanted true or false")
+    return ImagePairs(encoded, torch.tensor([bool(same) for same in issame]))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2 to read; no other codec."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"the codec {encoding} is not allowed")
+    return text.encode("latin-1")
+
+
+def _allowed() -> dict[tuple[str, str], Any]:
+    """What a pickle of bytes, numbers and NumPy arrays refers to, under its old and new names."""
+    found: dict[tuple[str, str], Any] = {("_codecs", "encode"): _latin1}
+    found |= {(module, "bytes"): bytes for module in ("builtins", "__builtin__")}
+    found |= {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    multiarray, numeric = np._core.multiarray, np._core.numeric  # type: ignore[attr-defined]
+    for core in ("numpy.core", "numpy._core"):
+        found |= {(f"{core}.multiarray", name): getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
+        found[f"{core}.numeric", "_frombuffer"] = numeric._frombuffer
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles containers, numbers, bytes and NumPy arrays, and refuses everything else before it is called."""
+
+    _allowed = _allowed()
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, encoding="bytes")  # Python 2's str are images here, not text
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which images and truth values do not need")
+        return self._allowed[module, name]
+
+
+def write_bin(path: str | Path, pairs: Iterable[tuple[Path, Path, bool]], total: int) -> None:
+    """Write pairs of image files, and whether they show one identity, as a verification .bin file, atomically.
+
+    The files' bytes go into it as they are. Raises FileNotFoundError for a missing image.
+    """
+    encoded, issame = [], []
+    with progress("reading pairs", total, "pairs") as advance:
+        for first, second, same in pairs:
+            encoded += [existing_file(first).read_bytes(), existing_file(second).read_bytes()]
+            issame.append(same)
+            advance(1)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        pickle.dump((encoded, issame), file, protocol=4)
+
+
+def read_pairs(path: str | Path, root: Path) -> list[tuple[Path, Path, bool]]:
+    """The pairs that a text file names, of images below ``root``.
+
+    A line is "file file 0|1", two paths below root and 1 for one identity; or as LFW's pairs.txt has it: "name i j" for
+    images i and j of a name, "name i other j" for two names, with files name/name_0001.jpg, after a line of counts.
+    Fields are separated by tabs where a line has one, otherwise by blanks.
+
+    Raises FileNotFoundError, or ValueError for another line.
+    """
+    pairs = []
+    for number, line in enumerate(existing_file(path).read_text(encoding="utf-8").splitlines(), 1):
+        match line.split("\t") if "\t" in line else line.split():
+            case []:
+                pass
+            case [name, first, second] if first.isdecimal() and second.isdecimal():
+                pairs.append((_lfw(root, name, first), _lfw(root, name, second), True))
+            case [name, first, other, second] if first.isdecimal() and second.isdecimal():
+                pairs.append((_lfw(root, name, first), _lfw(root, other, second), False))
+            case [first, second, "0" | "1" as same]:
+                pairs.append((root / first, root / second, same == "1"))
+            case fields if number == 1 and all(field.isdecimal() for field in fields):
+                pass  # LFW's counts
+            case _:
+                raise ValueError(
+                    f"{path}, line {number}: {line[:80]!r}; wanted 'file file 0|1', 'name i j' or 'name i other j'"
+                )
+    if not pairs:
+        raise ValueError(f"{path} names no pair")
+    return pairs
+
+
+def _lfw(root: Path, name: str, number: str) -> Path:
+    stem = root / name / f"{name}_{int(number):04d}"
+    paths = [stem.with_name(stem.name + ending) for ending in SUFFIXES]
+    return next((path for path in paths if path.exists()), paths[0])
