@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -108,6 +109,8 @@ _DTYPES = {
     "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAP_NORESERVE = 0x4000  # of Linux; the mmap module names it from Python 3.13 on
+_READ_WRITE = 0x1 | 0x2
 _LENGTH = struct.Struct("<Q")  # the length of the header, which begins a safetensors file
 
 
@@ -147,9 +150,15 @@ def map_tensor(path: str | Path, name: str, *, format: str, writable: bool = Fal
     `locate_tensor`.
     """
     where = locate_tensor(path, name, format=format)
-    length = math.prod(where.shape) * where.dtype.itemsize
-    raw = np.memmap(path, np.uint8, "r+" if writable else "c", where.offset, length)
-    return torch.from_numpy(raw).view(where.dtype).view(where.shape)
+    with open(path, "r+b" if writable else "rb") as file:
+        if writable:
+            pages = mmap.mmap(file.fileno(), 0)
+        elif sys.platform == "linux":  # reserve no memory for private changes: the file may be larger than it
+            pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=_READ_WRITE)
+        else:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    count = math.prod(where.shape)
+    return torch.frombuffer(pages, dtype=where.dtype, count=count, offset=where.offset).view(where.shape)
 
 
 def allocate_tensors(

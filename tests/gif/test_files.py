@@ -1,9 +1,12 @@
 """Files are whole or not there, and say what is wrong with them."""
 
+import shutil
+
+import psutil
 import pytest
 import torch
 
-from gif.files import atomic_path, load_tensors, locate_tensor, save_tensors
+from gif.files import allocate_tensors, atomic_path, load_tensors, locate_tensor, map_tensor, save_tensors
 
 FORMAT = "test/1"
 
@@ -47,3 +50,25 @@ def test_missing_foreign_and_damaged_files(tmp_path):
     for read in (load_tensors, lambda p, format: locate_tensor(p, "a", format=format)):
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             read(path, format=FORMAT)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_changes_of_a_mapped_tensor_reach_the_file_or_stay_private(tmp_path, writable):
+    path = tmp_path / "x.safetensors"
+    save_tensors(path, {"a": torch.zeros(3, 2), "b": torch.arange(5)}, format=FORMAT)
+    mapped = map_tensor(path, "b", format=FORMAT, writable=writable)
+    mapped[2] = 70
+    assert mapped.tolist() == [0, 1, 70, 3, 4]
+    del mapped
+    assert load_tensors(path, format=FORMAT)[0]["b"].tolist() == [0, 1, 70 if writable else 2, 3, 4]
+
+
+def test_a_table_larger_than_memory_is_mapped(tmp_path, monkeypatch):
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    rows = 2 * memory // 4096
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 4 * memory))  # it is sparse
+    path = tmp_path / "x.safetensors"
+    allocate_tensors(path, {"a": ((rows, 1024), torch.float32)}, format=FORMAT)
+    mapped = map_tensor(path, "a", format=FORMAT)
+    mapped[rows // 2] = 1.0
+    assert mapped[rows // 2].sum() == 1024 and mapped[-1].sum() == 0
