@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gif.distributed import rank
+
 console = Console()
 PLAIN_INTERVAL = 5.0  # seconds between lines where the output is not a terminal
 
@@ -31,8 +33,11 @@ def progress(description: str, total: int, unit: str = "items", *, done: int = 0
 
     On a terminal it is one live line. In a log file it is a line every few seconds, so that a log stays readable.
     ``note`` is a short text shown after the bar: a loss, an optimality gap. ``done`` were done by a run before: they
-    are shown, and do not count as speed.
+    are shown, and do not count as speed. Of processes that work together the first shows its bar, the others none.
     """
+    if rank() > 0:
+        yield lambda n, note="": None
+        return
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def initial_code_vectors(
         collate_fn=getattr(dataset, "collate", None),
         pin_memory=torch.device(device).type == "cuda",
     )
-    with _own_progress(len(rows) - sums.images) as advance:
+    with progress("encoding images", len(rows) - sums.images, "images") as advance:
         try:
             for places, (batch, batch_labels) in zip(batches, loader, strict=True):
                 read, done = len(places), sums.images + len(places)
@@ -130,11 +129,6 @@ def _own_file(path: str | Path | None) -> Path | None:
     if path is None or world_size() == 1:
         return None if path is None else Path(path)
     return Path(f"{path}-{rank() + 1}-of-{world_size()}")
-
-
-def _own_progress(images: int) -> AbstractContextManager[Any]:
-    """A bar of one process's share; shown by the first alone, since all shares are about as large."""
-    return progress("encoding images", images, "images") if rank() == 0 else nullcontext(lambda n: None)
 
 
 def _gather(means: Tensor, bounds: list[int], device: str | torch.device) -> Tensor:
