@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gif.files import load_tensors, locate_tensor, save_tensors
+from gif.files import load_tensors, map_tensor, save_tensors
 from gif_kernels.rounding import stochastic_round
 
 FORMAT = "gif.code_vectors/1"
@@ -23,6 +22,7 @@ class CodeVectors:
         normalized: the rows already have unit length.
 
     ``table`` stays the very tensor given, where its dtype and layout allow: no second copy of a large table is made.
+    ``file`` is where in-place changes of the table go by themselves: None but for a writable memory map.
 
     Raises ValueError if the table is not (m, d), holds NaN or infinity, or has a row of zeros.
     """
@@ -31,6 +31,7 @@ class CodeVectors:
         if table.ndim != 2 or min(table.shape) < 1 or not table.is_floating_point():
             raise ValueError(f"vectors must be (m, d) floating point, got {tuple(table.shape)} {table.dtype}")
         self.table = table.detach()
+        self.file: Path | None = None
         if not normalized:
             for rows in self.table.split(_ROWS_A_BLOCK):
                 norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
@@ -54,10 +55,15 @@ class CodeVectors:
             if "vectors" not in tensors:
                 raise ValueError(f"{path} has no tensor named vectors; it has {sorted(tensors)}")
             return cls(tensors["vectors"], normalized=True)
-        where = locate_tensor(path, "vectors", format=FORMAT)
-        size = torch.empty((), dtype=where.dtype).element_size()
-        raw = np.memmap(path, np.uint8, "r+" if writable else "c", where.offset, int(np.prod(where.shape)) * size)
-        return cls(torch.from_numpy(raw).view(where.dtype).view(where.shape), normalized=True)
+        vectors = cls(map_tensor(path, "vectors", format=FORMAT, writable=writable), normalized=True)
+        vectors.file = Path(path) if writable else None
+        return vectors
+
+    def part(self, begin: int, end: int) -> CodeVectors:
+        """Rows [begin, end), sharing the table's memory: what one of several processes works on."""
+        rows = CodeVectors(self.table[begin:end], normalized=True)
+        rows.file = self.file
+        return rows
 
     def save(self, path: str | Path) -> None:
         """Write the table as safetensors, atomically."""

@@ -1,5 +1,6 @@
 """Code vectors: the table, its quality, its spreading."""
 
+import json
 import math
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 from scipy.special import hyp0f1
 
 from gif import resume
-from gif.vectors import CodeVectors, judge_vectors, spread_code_vectors, uniform_optimum
+from gif.vectors import CodeVectors, judge_vectors, largest_uniform_cosine, spread_code_vectors, uniform_optimum
 from gif.vectors import spread as spread_module
-from gif.vectors.plots import plot_nearest_cosines
+from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
 
 def clustered(m, d, seed=0, spread=0.3):
@@ -67,6 +68,34 @@ class TestQuality:
         assert uniform_optimum(width) == pytest.approx(expected, abs=5e-6)
         assert uniform_optimum(width, 0.7) == pytest.approx(-1.4 + math.log(hyp0f1(width / 2, 0.49)), abs=1e-12)
 
+    @pytest.mark.parametrize(("m", "expected"), [(10_000, 0.242), (1_000_000, 0.302), (64_000_000, 0.346)])
+    def test_largest_cosine_of_uniform_points(self, m, expected):
+        assert largest_uniform_cosine(m, 512) == pytest.approx(expected, abs=5e-4)
+
+    @pytest.mark.parametrize(("m", "width"), [(40, 3), (300, 24)])
+    def test_largest_cosine_of_uniform_points_is_its_median(self, m, width):
+        draws = torch.randn(400, m, width, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        rows = torch.nn.functional.normalize(draws, dim=2)
+        largest = (rows @ rows.mT - 2 * torch.eye(m)).amax((1, 2))
+        below = float((largest < largest_uniform_cosine(m, width)).double().mean())
+        assert below == pytest.approx(0.5, abs=0.1)  # 4 deviations of 400 draws; pairs are not independent, quite
+
+    def test_two_uniform_points_are_at_right_angles(self):
+        assert largest_uniform_cosine(2, 16) == 0
+
+    def test_ten_neighbors_kept(self):
+        table, other = torch.randn(60, 8), torch.randn(60, 8)
+        other[:, :4] = table[:, :4]
+
+        def ten(points):
+            points = torch.nn.functional.normalize(points, dim=1).double()
+            cosine = points @ points.T - 2 * torch.eye(60)
+            return [set(row.tolist()) for row in cosine.topk(10).indices]
+
+        kept = [len(a & b) / 10 for a, b in zip(ten(table), ten(other), strict=True)]
+        assert judge_vectors(table, other).ten_neighbors_kept == pytest.approx(sum(kept) / 60)
+        assert judge_vectors(table[:3], other[:3]).ten_neighbors_kept == 1  # all the others are among the ten
+
     def test_uniform_vectors_have_no_gap_and_clustered_ones_do(self):
         uniform = judge_vectors(torch.randn(4000, 64))
         assert abs(uniform.gap) < 0.002
@@ -76,10 +105,10 @@ class TestQuality:
     def test_order_kept(self):
         table = torch.randn(500, 16)
         same = judge_vectors(table, table * 2)
-        assert same.order_kept == 1 and same.neighbors_kept == 1
+        assert same.order_kept == 1 and same.neighbors_kept == 1 and same.ten_neighbors_kept == 1
         other = judge_vectors(table, torch.randn(500, 16))
         assert other.order_kept == pytest.approx(0.5, abs=0.02)
-        assert other.neighbors_kept < 0.05
+        assert other.neighbors_kept < 0.05 and other.ten_neighbors_kept < 0.05
         with pytest.raises(ValueError, match="reference must have 500 rows"):
             judge_vectors(table, table[:3])
 
@@ -100,12 +129,11 @@ class TestSpread:
         assert report.gaps[-1] < 0.3 <= report.gaps[-2]
 
     def test_every_epoch_uses_each_row_once(self):
-        steps = list(spread_module._subsets(103, 5, 10, seed=3, first=0))
-        assert [step for step, _ in steps] == list(range(10))
-        for epoch in (steps[:5], steps[5:]):
-            assert torch.equal(torch.cat([rows for _, rows in epoch]).sort().values, torch.arange(103))
-        resumed = list(spread_module._subsets(103, 5, 10, seed=3, first=7))
-        assert all(torch.equal(a[1], b[1]) for a, b in zip(resumed, steps[7:], strict=True))
+        epochs = [spread_module.random_subsets(103, 5, seed=3, epoch=epoch) for epoch in range(2)]
+        for subsets in epochs:
+            assert [len(rows) for rows in subsets] == [21, 21, 21, 20, 20]
+            assert torch.equal(torch.cat(subsets).sort().values, torch.arange(103))
+        assert not torch.equal(epochs[0][0], epochs[1][0])
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_killed_run_continues_to_the_same_result(self, tmp_path, monkeypatch, dtype):
@@ -142,10 +170,40 @@ class TestSpread:
     def test_errors(self):
         with pytest.raises(ValueError, match="at least 2 vectors"):
             spread_code_vectors(CodeVectors(torch.ones(1, 3)))
-        with pytest.raises(ValueError, match="epochs=0"):
-            spread_code_vectors(CodeVectors(torch.randn(4, 3)), epochs=0)
+        with pytest.raises(ValueError, match="epochs=-1"):
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), epochs=-1)
+        with pytest.raises(ValueError, match="neighbors=3"):
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), neighbors=3)
+        with pytest.raises(ValueError, match="start must be one of"):
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), start="middle")
 
     def test_picture(self, tmp_path):
         report = spread_code_vectors(CodeVectors(clustered(300, 16)), epochs=1, batch=100)
         plot_nearest_cosines(report.before, report.after, tmp_path / "p.png")
-        assert np.frombuffer((tmp_path / "p.png").read_bytes()[:4], "S4")[0] == b"\x89PNG"
+        plot_gaps(report, tmp_path / "g.png")
+        for name in ("p.png", "g.png"):
+            assert np.frombuffer((tmp_path / name).read_bytes()[:4], "S4")[0] == b"\x89PNG"
+
+    def test_a_budget_of_time_ends_it(self):
+        start = clustered(1000, 16)
+        none = CodeVectors(start.clone())
+        spread_code_vectors(none, epochs=5, batch=100, minutes=0.0)
+        assert torch.equal(none.table, CodeVectors(start.clone()).table)
+        report = spread_code_vectors(none, epochs=2, batch=100, minutes=60.0)
+        assert len(report.gaps) == 2
+
+    def test_report_as_json(self):
+        report = spread_code_vectors(CodeVectors(clustered(300, 16)), epochs=2, batch=100, neighbor_epochs=1)
+        saved = json.loads(json.dumps(report.to_dict()))
+        assert saved["gaps"] == report.gaps and len(saved["gaps"]) == 2
+        assert saved["largest_cosine"]["before"] == pytest.approx(float(report.before.nearest.max()))
+        assert saved["largest_cosine"]["after"] == pytest.approx(float(report.after.nearest.max()))
+        assert saved["before"]["order_kept"] is None and saved["after"]["order_kept"] == report.after.order_kept
+        assert len(saved["neighbor_cosines"]) == 1
+
+    def test_near_duplicates_are_named(self):
+        table = torch.randn(50, 16)
+        table[1] = table[0] * (1 + 1e-3)
+        report = spread_code_vectors(CodeVectors(table), epochs=0)
+        assert "neighbor_epochs" in str(report) and report.largest_after == pytest.approx(1)
+        assert "neighbor_epochs" not in str(spread_code_vectors(CodeVectors(torch.randn(50, 64)), epochs=1))

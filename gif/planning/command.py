@@ -1,0 +1,135 @@
+"""`gif plan`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from gif.codes import advise
+from gif.files import write_text
+from gif.planning.measured import LARGEST, SMALLEST, StepMeasurement, measure_steps, plot_spreading
+from gif.planning.rates import CARDS, Rates, measure_rates
+from gif.planning.stages import (
+    encode_cost,
+    head_costs,
+    spread_cost,
+    spread_memory,
+    spread_step_seconds,
+    tokenize_cost,
+)
+from gif.progress import console, say
+
+
+def plan(
+    *,
+    identities: float = 64e6,
+    width: int = 512,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    device: Literal["cpu", "a100", "h100", "h200", "mi300x"] = "h100",
+    images: int = 20,
+    encoder_gflops: float = 8.8,
+    batch: int = 2048,
+    epochs: int = 3,
+    training_batch: int = 1024,
+    slack: float = 0.1,
+    in_file: bool = False,
+    measure: bool = False,
+    output: Path | None = None,
+) -> None:
+    """Say what each stage will take, before it is run: memory, time, and the shape of the codes.
+
+    Args:
+        identities: m.
+        width: d, of the embeddings and the code vectors.
+        dtype: of the code vectors.
+        device: a card, planned with 0.6 of its data sheet's peaks; or this machine's CPU, which a calibration of a few
+            seconds measures.
+        images: of an identity, on average.
+        encoder_gflops: of the frozen encoder, an image; ViT-B/32 takes 8.8.
+        batch: code vectors in a step of spreading.
+        epochs: of spreading.
+        training_batch: images in a step of training.
+        slack: room in the codes for identities that arrive later, as a share of those there are.
+        in_file: the code vectors stay in a file while they are spread.
+        measure: time steps of spreading on this CPU, on sparse float32 files of 1M to 64M rows (up to the identities),
+            and hold the plan against them; about a minute, and some hundred MB of disk.
+        output: where to draw memory and speed against the number of identities (.png); the numbers go beside it, as
+            .json.
+    """
+    m, itemsize = int(identities), getattr(torch, dtype).itemsize
+    if m < 2 or min(width, images, batch, epochs, training_batch) < 1:
+        raise ValueError(
+            "wanted at least 2 identities, and width, images, batch, epochs and training_batch >= 1, got "
+            f"{m}, {width}, {images}, {batch}, {epochs}, {training_batch}"
+        )
+    if measure and (device != "cpu" or dtype != "float32"):
+        raise ValueError(
+            f"measure times float32 tables on this CPU, and the plan is for {dtype} on {device}; give --device cpu "
+            "--dtype float32"
+        )
+    folder = None if output is None else output.parent
+    rates = measure_rates(width, batch, folder) if device == "cpu" else CARDS[device]
+    shape = advise(m, slack)[0]
+    stages = [
+        encode_cost(m, width, rates, images=images, encoder_flops=1e9 * encoder_gflops),
+        spread_cost(m, width, itemsize, rates, batch=batch, epochs=epochs, in_file=in_file),
+        tokenize_cost(m, width, itemsize, rates, vocab_size=shape.vocab_size, length=shape.length),
+        *head_costs(m, width, rates, batch=training_batch, vocab_size=shape.vocab_size),
+    ]
+    title = f"{m:,} identities x {width}, {dtype}, {device}"
+    table = Table("stage", "GiB", "host GiB", "time", "of", title=title)
+    for stage in stages:
+        color = "[red]" if stage.memory > rates.capacity else ""
+        memory, host = (f"{size / 2**30:,.2f}" for size in (stage.memory, stage.host))
+        table.add_row(stage.name, f"{color}{memory}", host, _time(stage.seconds), stage.note)
+    console.print(table)
+    over = [stage.name for stage in stages if stage.memory > rates.capacity]
+    if over:
+        say(f"more than the {rates.capacity / 1e9:.0f} GB of one {device}: {'; '.join(over)}")
+    say(
+        f"codes: v = {shape.vocab_size}, l = {shape.length}, {shape.codes:,} of them, {shape.slack:.0%} more than "
+        f"identities (wanted {slack:.0%})"
+    )
+    measured = measure_steps(width, batch, min(m, LARGEST), folder) if measure else []
+    for point in measured:
+        say(
+            f"{point.m:,} x {width} float32 in a file: a step of {point.batch} takes {1e3 * point.seconds:.1f} ms, "
+            f"planned {1e3 * point.planned:.1f} ms ({point.planned / point.seconds:.2f} x)"
+        )
+    if output is not None:
+        _write(output, m, width, itemsize, batch, rates, in_file, measured)
+
+
+def _write(
+    output: Path,
+    m: int,
+    width: int,
+    itemsize: int,
+    batch: int,
+    rates: Rates,
+    in_file: bool,
+    measured: list[StepMeasurement],
+) -> None:
+    sizes = [int(size) for size in np.geomspace(SMALLEST, max(m, LARGEST), 40)]
+    step = spread_step_seconds(width, itemsize, batch, rates, in_file=in_file)
+    if measured:
+        step = statistics.median(point.planned for point in measured)
+    planned = [(size, spread_memory(size, width, itemsize, batch), step) for size in sizes]
+    plot_spreading(planned, measured, rates.capacity, output.with_suffix(".png"))
+    numbers = {"rates": asdict(rates), "step_seconds": step, "measured": [asdict(point) for point in measured]}
+    write_text(output.with_suffix(".json"), json.dumps(numbers, indent=2))
+    say(f"drew {output.with_suffix('.png')}")
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,86 @@
+"""Memory and time of each stage, by formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gif.codes.balanced import BALANCING_ROUNDS, BLOCK_FLOATS, FINAL_RATES, PRICE_RATES
+from gif.experiments.head_cost import FLOAT, gif_cost, softmax_cost
+from gif.planning.rates import Rates, pages_of_a_row
+from gif_kernels.gaussian_potential.blocked import TILE
+
+LLOYD_ROUNDS = 8  # `tokenize`'s default
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """A stage's bytes of ``memory`` where it computes, those beside it on the ``host``, and ``seconds``.
+
+    ``note`` says what they are of.
+    """
+
+    name: str
+    memory: float
+    host: float
+    seconds: float
+    note: str
+
+
+def encode_cost(m: int, width: int, rates: Rates, *, images: int, encoder_flops: float) -> StageCost:
+    """One forward pass an image; on the host sums in float64 and their means in float32."""
+    count = m * images
+    return StageCost("encode", 0.0, 12 * m * width, count * encoder_flops / rates.products, f"{count:,} images")
+
+
+def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
+    """The table; the rows of a step, twice, with their gradient; a tile of pairs."""
+    return m * width * itemsize + batch * width * (2 * itemsize + 4 * FLOAT) + FLOAT * min(batch, TILE) ** 2
+
+
+def spread_step_seconds(width: int, itemsize: int, batch: int, rates: Rates, *, in_file: bool) -> float:
+    """One step: 3 n^2 d FLOPs, n^2 / 2 exponentials, the rows a few times through memory, and in a file their pages.
+
+    It does not know m.
+    """
+    products = 3 * batch * batch * width / rates.products
+    exponentials = batch * (batch + TILE) / 2 / rates.exponentials
+    rows = batch * width * (4 * itemsize + 12 * FLOAT) / rates.memory
+    pages = batch * pages_of_a_row(width * itemsize) / rates.pages if in_file else 0.0
+    return rates.overhead + products + exponentials + rows + pages
+
+
+def spread_cost(
+    m: int, width: int, itemsize: int, rates: Rates, *, batch: int, epochs: int, in_file: bool
+) -> StageCost:
+    """All epochs; the order of an epoch is on the host."""
+    steps = epochs * max(m // batch, 1)
+    step = spread_step_seconds(width, itemsize, batch, rates, in_file=in_file)
+    memory = spread_memory(0 if in_file else m, width, itemsize, batch)
+    return StageCost("spread", memory, 8 * m, steps * step, f"{steps:,} steps of {1e3 * step:.3g} ms")
+
+
+def tokenize_cost(m: int, width: int, itemsize: int, rates: Rates, *, vocab_size: int, length: int) -> StageCost:
+    """Each round of a level compares every row with v centroids and sums rows into them; prices sweep m x v cosines.
+
+    Of the rounds on a sample of the rows, which the first levels have, as much is counted: an upper estimate there.
+    """
+    rounds = LLOYD_ROUNDS + BALANCING_ROUNDS + 1
+    flops = length * rounds * 2 * 2 * m * vocab_size * width
+    sweeps = (BALANCING_ROUNDS * len(PRICE_RATES) + len(FINAL_RATES)) * 3 * FLOAT * m * vocab_size
+    moved = length * (rounds * m * width * itemsize + sweeps)
+    memory = m * (width * itemsize + length + 40) + FLOAT * (m * vocab_size + 2 * BLOCK_FLOATS)
+    seconds = flops / rates.products + moved / rates.memory
+    return StageCost("tokenize", memory, 0.0, seconds, f"{length} tokens of {vocab_size}")
+
+
+def head_costs(m: int, width: int, rates: Rates, *, batch: int, vocab_size: int) -> list[StageCost]:
+    """One step of training, of the head alone."""
+    heads = {
+        "head, GIF": gif_cost(m, width=width, batch=batch, vocab_size=vocab_size),
+        "head, full softmax": softmax_cost(m, width=width, batch=batch),
+        "head, Partial FC": softmax_cost(m, width=width, batch=batch, sample_rate=0.1),
+    }
+    return [
+        StageCost(name, cost.bytes, 0.0, cost.flops / rates.products, f"a step of {batch:,} images")
+        for name, cost in heads.items()
+    ]

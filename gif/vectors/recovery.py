@@ -1,0 +1,209 @@
+"""How a killed run continues: copies of a table in memory, a journal for one in a file."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gif.distributed import least_of_processes, rank, wait_for_all, world_size
+from gif.files import fsync, load_tensors, save_tensors
+from gif.resume import UnfinishedWork
+from gif.vectors.shards import Round, Shards
+
+CHECKPOINT_FORMAT = "gif.spread_checkpoint/2"
+JOURNAL_BYTES = 1 << 28  # the journal's size at most, or one round
+
+
+class Recovery(ABC):
+    """What a run in rounds needs so that it can be killed; this class itself keeps nothing.
+
+    A round is done once `done` is called for it. `remember` keeps what cannot be computed again.
+    """
+
+    @abstractmethod
+    def load(self, losses: Tensor) -> int:
+        """Restore the table, and ``losses`` in place, to a state after so many rounds; 0 where there is nothing."""
+
+    @abstractmethod
+    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, or what it returned when this run was at this place before."""
+
+    @abstractmethod
+    def forget(self, name: str) -> None:
+        """What was remembered is not needed after the rounds that are done."""
+
+    @abstractmethod
+    def before(self, round: Round, rows: Tensor) -> None:
+        """Called in another thread before the round's rows are overwritten; ``rows`` are what they were."""
+
+    @abstractmethod
+    def done(self, finished: int, losses: Tensor) -> None:
+        """``finished`` rounds are in the table."""
+
+    @abstractmethod
+    def interrupted(self, finished: int, losses: Tensor) -> None:
+        """The run ends early, with the table as after ``finished`` rounds."""
+
+    @abstractmethod
+    def finish(self, finished: int, losses: Tensor, *, keep: bool) -> None:
+        """The run has come to its end: drop what was kept, or ``keep`` the end, so that `load` gives it."""
+
+
+class Copies(Recovery):
+    """The table in memory is copied to ``checkpoint``, once a minute and on interruption; None keeps nothing."""
+
+    def __init__(self, shards: Shards, checkpoint: Path | None, settings: str) -> None:
+        self._table = shards.table
+        self._kept: dict[str, Tensor] = {}
+        self._work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
+
+    def load(self, losses: Tensor) -> int:
+        saved = self._work.load()
+        if saved is None:
+            return 0
+        self._table.copy_(saved.pop("vectors"))
+        losses.copy_(saved.pop("losses"))
+        finished = int(saved.pop("finished"))
+        self._kept = saved
+        return finished
+
+    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def forget(self, name: str) -> None:
+        self._kept.pop(name, None)
+
+    def before(self, round: Round, rows: Tensor) -> None:
+        pass
+
+    def done(self, finished: int, losses: Tensor) -> None:
+        if self._work.due:
+            self.interrupted(finished, losses)
+
+    def interrupted(self, finished: int, losses: Tensor) -> None:
+        state = {"vectors": self._table, "losses": losses, "finished": torch.tensor(finished)}
+        self._work.save({**self._kept, **state})
+
+    def finish(self, finished: int, losses: Tensor, *, keep: bool) -> None:
+        if keep:
+            self.interrupted(finished, losses)
+        else:
+            self._work.remove()
+
+
+class Journal(Recovery):
+    """The table in ``file`` is changed in place; folder ``checkpoint`` holds what undoes the changes since a state.
+
+    Before rows are overwritten their old values are on the disk. Now and then the table's file is flushed, the number
+    of rounds in it is written, and older values are dropped. Whenever the run is killed, or the machine, undoing the
+    newer rounds gives that state. Each process keeps its own rows' values, and all flush after the same rounds.
+    """
+
+    def __init__(self, shards: Shards, file: Path, checkpoint: Path, settings: str, round_rows: int) -> None:
+        self._shards = shards
+        self._file = file
+        self._folder = checkpoint
+        self._work = UnfinishedWork(self._path("state"), CHECKPOINT_FORMAT, settings)
+        row_bytes = shards.table.shape[1] * shards.table.itemsize
+        self._interval = max(1, JOURNAL_BYTES // (round_rows * row_bytes))
+        self._flushed = 0
+        self._forgotten: list[Path] = []
+
+    def load(self, losses: Tensor) -> int:
+        saved = self._work.load()
+        finished = least_of_processes(-1 if saved is None else int(saved["finished"]))
+        if saved is not None and finished >= 0:
+            losses.copy_(saved["losses"])
+        for path in sorted(self._undo_files(), reverse=True):
+            if _number(path) >= finished:
+                old, _ = load_tensors(path, format=CHECKPOINT_FORMAT)
+                self._shards.put(old["rows"], old["vectors"])
+        self._flush(max(finished, 0), losses)
+        return self._flushed
+
+    def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        path = self._path(name)
+        if least_of_processes(path.exists()):
+            return load_tensors(path, format=CHECKPOINT_FORMAT)[0][name]
+        made = make()
+        save_tensors(path, {name: made}, format=CHECKPOINT_FORMAT)
+        return made
+
+    def forget(self, name: str) -> None:
+        self._forgotten.append(self._path(name))  # until the table is flushed, a resumed run may need it
+
+    def before(self, round: Round, rows: Tensor) -> None:
+        save_tensors(self._undo(round.number), {"rows": round.rows, "vectors": rows}, format=CHECKPOINT_FORMAT)
+
+    def done(self, finished: int, losses: Tensor) -> None:
+        if finished - self._flushed >= self._interval:
+            self._flush(finished, losses)
+
+    def interrupted(self, finished: int, losses: Tensor) -> None:
+        pass
+
+    def finish(self, finished: int, losses: Tensor, *, keep: bool) -> None:
+        self._flush(finished, losses)
+        if keep:
+            return
+        wait_for_all()
+        for path in self._folder.glob(f"*.{rank()}.safetensors"):
+            path.unlink()
+        wait_for_all()
+        if rank() == 0:
+            self._folder.rmdir()
+
+    def _flush(self, finished: int, losses: Tensor) -> None:
+        """Make the table on the disk that after ``finished`` rounds; older values are needed by no process then."""
+        fsync(self._file)
+        self._work.save({"losses": losses, "finished": torch.tensor(finished)})
+        wait_for_all()
+        for path in self._undo_files():
+            if _number(path) < finished:
+                path.unlink()
+        while self._forgotten:
+            self._forgotten.pop().unlink(missing_ok=True)
+        self._flushed = finished
+
+    def _undo_files(self) -> list[Path]:
+        return list(self._folder.glob(f"undo-*.{rank()}.safetensors"))
+
+    def _undo(self, number: int) -> Path:
+        return self._path(f"undo-{number:012d}")
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.{rank()}.safetensors"
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split(".")[0].removeprefix("undo-"))
+
+
+def recovery(
+    shards: Shards, file: Path | None, checkpoint: str | Path | None, settings: str, sample: Tensor, round_rows: int
+) -> Recovery:
+    """What keeps a run of these ``settings`` in ``checkpoint``: a journal where the table is in ``file``, else copies.
+
+    ``sample``: rows that tell one table in memory from another. ``round_rows``: own rows of a round.
+    """
+    settings = f"{settings} processes={world_size()}"
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and file is not None:
+        return Journal(shards, file, path, f"{settings} file={file.resolve()}", round_rows)
+    if path is not None and world_size() > 1:
+        raise ValueError(
+            "several processes keep a checkpoint of a table in a file only; give CodeVectors.load(path, mmap=True, "
+            "writable=True), or no checkpoint"
+        )
+    return Copies(shards, path, f"{settings} start={_digest(sample)}")
+
+
+def _digest(rows: Tensor) -> str:
+    return hashlib.sha256(rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:12]

@@ -1,0 +1,149 @@
+"""A table of vectors of which each process holds some rows, and how the rows of a step come together.
+
+The subsets of an epoch share no row, so the processes step one each at the same time, and the result is that of one
+process stepping them in turn, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from gif.distributed import exchange_rows, gather_rows, rank, sum_over_processes, world_size
+from gif.vectors.mapped import read_at_random, read_in_order, read_soon
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one process does while each steps a subset: gives rows of its own away, and gets those of one subset.
+
+    number: of the round, from 0 in the run. rows: (k,) int64, own rows that take part, in the order they are sent in:
+    ``send[q]`` go to rank q. ``receive[q]`` come from rank q; the rows received stand at ``place`` (n,) of the subset.
+    subset: its number, and n = 0 where there is none left for this process.
+    """
+
+    number: int
+    rows: Tensor
+    send: list[int]
+    receive: list[int]
+    place: Tensor
+    subset: int
+
+
+class Shards:
+    """The rows of this process, ``table`` (k, d), of m in all, which lie in the order of the ranks.
+
+    ``device``: where rows are worked on. ``mapped``: the table is a memory map of a file.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device, *, mapped: bool = False) -> None:
+        self.table = table
+        self.device = device
+        self.mapped = mapped
+        if mapped:
+            read_at_random(table)
+        counts = gather_rows(torch.tensor([[len(table)]], device=device)).flatten().cpu()
+        self.bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.largest = int(counts.max())
+
+    @property
+    def m(self) -> int:
+        """Rows of all processes."""
+        return int(self.bounds[-1])
+
+    def sample(self, rows: Tensor) -> Tensor:
+        """The vectors ``rows`` (n,), increasing, of all processes, (n, d), on each."""
+        begin, end = self.bounds[rank()], self.bounds[rank() + 1]
+        own = rows[(rows >= begin) & (rows < end)] - begin
+        return gather_rows(self.take(own).to(self.device))
+
+    def own_blocks(self, size: int) -> Iterator[Tensor]:
+        """All own rows in order, (``size``, d) at a time, where they are worked on."""
+        if self.mapped:
+            read_in_order(self.table)
+        for block in self.table.split(size):
+            yield block.to(self.device)
+        if self.mapped:
+            read_at_random(self.table)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """A copy of own ``rows`` (n,), read in the order of the table: on a disk, neighbours are near."""
+        order = rows.argsort()
+        if self.mapped:
+            read_soon(self.table, rows[order])
+        taken = self.table.new_empty(len(rows), self.table.shape[1])
+        taken[order.to(self.table.device)] = self.table[rows[order].to(self.table.device)]
+        return taken
+
+    def put(self, rows: Tensor, vectors: Tensor) -> None:
+        """Overwrite own ``rows`` (n,)."""
+        order = rows.argsort()
+        self.table[rows[order].to(self.table.device)] = vectors[order.to(vectors.device)].to(self.table.device)
+
+    def rounds(self, subsets: Sequence[Tensor], first: int, skip: int) -> Iterator[Round]:
+        """The rounds, numbered from ``first``, that step all ``subsets``, each (n,) rows of [0, m).
+
+        The first ``skip`` of them are left out.
+        """
+        world, own = world_size(), rank()
+        for i in range(skip, rounds_of(len(subsets))):
+            mine, send = [], [0] * world
+            receive, place = [0] * world, torch.empty(0, dtype=torch.int64)
+            for q, subset in enumerate(subsets[i * world : (i + 1) * world]):
+                owner = torch.bucketize(subset, self.bounds[1:], right=True)
+                mine.append(subset[owner == own] - self.bounds[own])
+                send[q] = len(mine[-1])
+                if q == own:
+                    place = owner.argsort(stable=True)
+                    receive = owner.bincount(minlength=world).tolist()
+            yield Round(first + i, torch.cat(mine), send, receive, place, i * world + own)
+
+    def collect(self, round: Round, rows: Tensor) -> Tensor:
+        """The vectors (n, d) of the round's subset, given the rows that this process sends."""
+        received = exchange_rows(rows, round.send, round.receive)
+        subset = torch.empty_like(received)
+        subset[round.place.to(subset.device)] = received
+        return subset
+
+    def give_back(self, round: Round, subset: Tensor) -> Tensor:
+        """The inverse of `collect`: the rows that this process has sent, as their subsets' steps left them."""
+        return exchange_rows(subset[round.place.to(subset.device)], round.receive, round.send)
+
+    def blocks(self, size: int, first: int, skip: int) -> Iterator[Round]:
+        """All own rows, about ``size`` at a time: as many rounds on each process, in which nothing is exchanged."""
+        parts = torch.arange(len(self.table)).tensor_split(self.number_of_blocks(size))
+        for i, rows in islice(enumerate(parts), skip, None):
+            yield Round(first + i, rows, [], [], rows[:0], i)
+
+    def number_of_blocks(self, size: int) -> int:
+        """How many `blocks` there are."""
+        return -(-self.largest // size)
+
+    def mean(self, sums: Tensor) -> Tensor:
+        """Sums over own rows, as the mean over all rows; the same bits on each process."""
+        return sum_over_processes(sums) / self.m
+
+
+def rounds_of(subsets: int) -> int:
+    """Rounds that it takes the processes to step ``subsets`` subsets."""
+    return -(-subsets // world_size())
+
+
+def prefetched(rounds: Iterable[Round], load: Callable[[Round], Tensor]) -> Generator[tuple[Round, Tensor], None, None]:
+    """Each round with what ``load`` makes of it, in a thread that is one round ahead.
+
+    The rounds must share no row: the next one's are read before this one's are written.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        ahead: tuple[Round, Future[Tensor]] | None = None
+        for round in rounds:
+            behind, ahead = ahead, (round, thread.submit(load, round))
+            if behind is not None:
+                yield behind[0], behind[1].result()
+        if ahead is not None:
+            yield ahead[0], ahead[1].result()

@@ -1,0 +1,48 @@
+"""Closed forms that spread a table most of the way before the first step: centring and whitening."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gif.vectors.shards import Shards
+from gif_kernels.sphere import unit
+
+Start = Literal["none", "center", "whiten"]
+STARTS: tuple[Start, ...] = ("none", "center", "whiten")
+ROWS_A_BLOCK = 1 << 12
+RIDGE = 1.0  # of the mean eigenvalue; less whitens more, and keeps less of the order
+
+
+def closed_form(shards: Shards, start: Start) -> Tensor:
+    """What `apply` does to a row h: h <- normalise((h - mean) M), as one float64 tensor: the mean, and M below it.
+
+    "center": (1, d), without M. "whiten": (1 + d, d), M = (C + r I)^(-1/2), C the vectors' covariance and
+    r = RIDGE tr(C) / d. The table is read once, in blocks.
+    """
+    d = shards.table.shape[1]
+    total = torch.zeros(1, d, dtype=torch.float64, device=shards.device)
+    square = torch.zeros(d if start == "whiten" else 0, d, dtype=torch.float64, device=shards.device)
+    for block in shards.own_blocks(ROWS_A_BLOCK):
+        rows = block.float()
+        total += rows.sum(0, dtype=torch.float64)
+        if start == "whiten":
+            square += (rows.T @ rows).double()
+    moments = shards.mean(torch.cat([total, square])).cpu()
+    mean = moments[:1]
+    if start == "center":
+        return mean
+    covariance = moments[1:] - mean.T @ mean
+    ridge = RIDGE * covariance.trace() / d
+    values, axes = torch.linalg.eigh(covariance)
+    return torch.cat([mean, axes * (values.clamp_min(0) + ridge).rsqrt() @ axes.T])
+
+
+def apply(transform: Tensor, rows: Tensor) -> Tensor:
+    """Unit rows (n, d) float32 after the `closed_form`; a row at the mean itself, which leaves no direction, stays."""
+    transform = transform.to(rows.device, torch.float32)
+    centered = rows.float() - transform[0]
+    moved = unit(centered @ transform[1:] if len(transform) > 1 else centered)
+    return torch.where(moved.any(1, keepdim=True), moved, rows.float())

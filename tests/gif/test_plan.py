@@ -1,0 +1,119 @@
+"""What a run will take: the formulas against the implementations they are of, and the command."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from gif.experiments.head_cost import gif_cost, softmax_cost
+from gif.planning import CARDS, Rates, measure_rates, plan, spread_step_seconds
+from gif.planning import command as command_module
+from gif.planning.measured import StepMeasurement, measure_step, plot_spreading
+from gif.planning.rates import pages_of_a_row
+from gif.planning.stages import encode_cost, head_costs, spread_cost, spread_memory, tokenize_cost
+from gif.progress import console
+from gif_kernels.gaussian_potential.blocked import TILE
+
+RATES = Rates(products=1e12, exponentials=1e10, memory=1e11, pages=1e5, overhead=1e-4, capacity=80e9)
+
+
+class TestFormulas:
+    def test_a_step_knows_the_subset_and_not_the_table(self):
+        small = spread_cost(10**6, 512, 2, RATES, batch=2000, epochs=3, in_file=False)
+        large = spread_cost(10**7, 512, 2, RATES, batch=2000, epochs=3, in_file=False)
+        assert large.seconds == pytest.approx(10 * small.seconds)
+        assert large.memory - small.memory == 9 * 10**6 * 512 * 2 and large.host == 8 * 10**7
+
+    def test_a_step_by_hand(self):
+        n, d = 2048, 512
+        seconds = 3 * n * n * d / 1e12 + n * (n + TILE) / 2 / 1e10 + n * d * (4 * 4 + 48) / 1e11
+        assert spread_step_seconds(d, 4, n, RATES, in_file=False) == pytest.approx(1e-4 + seconds)
+        pages = n * (1 + 2047 / 4096) / 1e5
+        assert spread_step_seconds(d, 4, n, RATES, in_file=True) == pytest.approx(1e-4 + seconds + pages)
+
+    def test_a_file_takes_the_table_out_of_memory(self):
+        inside = spread_cost(10**6, 64, 4, RATES, batch=100, epochs=1, in_file=False)
+        outside = spread_cost(10**6, 64, 4, RATES, batch=100, epochs=1, in_file=True)
+        assert inside.memory - outside.memory == 10**6 * 64 * 4
+
+    def test_pages_of_a_row(self):
+        begins = torch.arange(4096)
+        for size in (64, 2048, 4096, 6000):
+            pages = (begins + size - 1) // 4096 + 1
+            assert pages_of_a_row(size) == pytest.approx(float(pages.double().mean()))
+
+    def test_heads_are_those_of_the_picture(self):
+        costs = head_costs(10**6, 256, RATES, batch=64, vocab_size=12)
+        wanted = [
+            gif_cost(10**6, width=256, batch=64, vocab_size=12),
+            softmax_cost(10**6, width=256, batch=64),
+            softmax_cost(10**6, width=256, batch=64, sample_rate=0.1),
+        ]
+        assert [cost.memory for cost in costs] == [cost.bytes for cost in wanted]
+        assert [cost.seconds for cost in costs] == [cost.flops / 1e12 for cost in wanted]
+
+    def test_the_whole_table_fits_one_card_as_bfloat16(self):
+        cost = spread_cost(64_000_000, 512, 2, CARDS["h100"], batch=2048, epochs=1, in_file=False)
+        assert 64e6 * 512 * 2 < cost.memory < CARDS["h100"].capacity
+
+    def test_linear_in_the_identities(self):
+        for cost in (
+            lambda m: encode_cost(m, 512, RATES, images=20, encoder_flops=1e9).seconds,
+            lambda m: tokenize_cost(m, 512, 4, RATES, vocab_size=16, length=7).seconds,
+        ):
+            assert cost(2_000_000) == pytest.approx(2 * cost(1_000_000))
+
+
+def test_measured_rates_are_plausible():
+    rates = measure_rates(16, 256)
+    for rate, low, high in ((rates.products, 1e7, 1e13), (rates.exponentials, 1e6, 1e12), (rates.memory, 1e7, 1e12)):
+        assert low < rate < high
+    assert 1e2 < rates.pages < 1e8 and 0 < rates.overhead < 1
+
+
+def test_the_plan_foretells_a_step(tmp_path):
+    """On 64M rows in a sparse file. Within a factor of 4: other work on the machine comes and goes between the two."""
+    step = measure_step(64_000_000, 8, 512, tmp_path)
+    assert 0.25 < step.planned / step.seconds < 4
+    assert step.table_bytes == 64_000_000 * 8 * 4
+    assert not list(tmp_path.iterdir())
+
+
+class TestCommand:
+    def run(self, **options):
+        with console.capture() as capture:
+            plan(**options)
+        return capture.get()
+
+    def test_a_card(self):
+        printed = self.run()
+        assert "64,000,000 identities x 512, bfloat16, h100" in printed
+        assert "v = 14, l = 7" in printed
+        assert "more than the 80 GB of one h100: head, full softmax; head, Partial FC" in printed
+
+    def test_this_machine_measured(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(command_module, "measure_rates", lambda *arguments: RATES)
+        points = [
+            StepMeasurement(10**6, 32, 2048, 10**6 * 128, 0.02, 0.025),
+            StepMeasurement(4 * 10**6, 32, 2048, 5 * 10**8, 0.03, 0.02),
+        ]
+        monkeypatch.setattr(command_module, "measure_steps", lambda *arguments: points)
+        output = tmp_path / "plan.png"
+        printed = self.run(device="cpu", dtype="float32", width=32, identities=4e6, measure=True, output=output)
+        assert "1,000,000 x 32 float32 in a file: a step of 2048 takes 20.0 ms, planned 25.0 ms (1.25 x)" in printed
+        saved = json.loads(output.with_suffix(".json").read_text())
+        assert saved["rates"]["products"] == 1e12 and len(saved["measured"]) == 2
+        assert output.read_bytes()[:4] == b"\x89PNG"
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="at least 2 identities"):
+            plan(identities=1)
+        with pytest.raises(ValueError, match="give --device cpu"):
+            plan(measure=True)
+
+
+def test_picture_without_measurements(tmp_path):
+    planned = [(m, spread_memory(m, 64, 4, 128), 0.1) for m in (10**6, 10**7)]
+    plot_spreading(planned, [], math.inf, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000

@@ -1,0 +1,184 @@
+"""Tables in a file: stepped there, to the result of one in memory, and continued after a kill at any moment."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from gif import files
+from gif.cli import spread_command
+from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
+from gif.vectors import spread as spread_module
+from gif.vectors.shards import Round, Shards, prefetched
+
+OPTIONS = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}
+
+
+def table(dtype=torch.float32, m=2500, d=32):
+    return (torch.randn(m, d, generator=torch.Generator().manual_seed(5)) + 1).to(dtype)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks and a journal that a small table needs many of, and no wait for the disk, which a kill does not need."""
+    monkeypatch.setattr(files, "fsync", lambda path: None)
+    monkeypatch.setattr(recovery, "fsync", lambda path: None)
+    monkeypatch.setattr(spread_module, "ROWS_A_BLOCK", 300)
+    monkeypatch.setattr(recovery, "JOURNAL_BYTES", 4 * 300 * 32 * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_is_spread_as_memory_is(tmp_path, small_blocks, dtype):
+    inside = CodeVectors(table(dtype))
+    inside.save(tmp_path / "start.safetensors")
+    report = spread_code_vectors(inside, **OPTIONS)
+    output = tmp_path / "spread.safetensors"
+    other = spread_file(tmp_path / "start.safetensors", output, device=torch.device("cpu"), **OPTIONS)
+    assert torch.equal(CodeVectors.load(output).table, inside.table)
+    assert other.to_dict() == report.to_dict()
+    assert torch.equal(CodeVectors.load(tmp_path / "start.safetensors").table, CodeVectors(table(dtype)).table)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["spread.safetensors", "start.safetensors"]
+
+
+def spread_alone(source, output):
+    """In a process of its own, forked."""
+    torch.set_num_threads(1)
+    spread_file(source, output, device=torch.device("cpu"), **OPTIONS)
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_result(tmp_path, small_blocks):
+    """SIGKILL after a random part of a run's time, again and again, until a run comes to its end."""
+    source, output = tmp_path / "start.safetensors", tmp_path / "spread.safetensors"
+    CodeVectors(table()).save(source)
+    context = multiprocessing.get_context("fork")
+
+    def begin():
+        process = context.Process(target=spread_alone, args=(source, output))
+        process.start()
+        return process
+
+    started = time.monotonic()
+    process = begin()
+    process.join()
+    assert process.exitcode == 0
+    seconds, wanted = time.monotonic() - started, output.read_bytes()
+
+    chance = random.Random(7)
+    killed = 0
+    for _ in range(2):
+        output.unlink()
+        while not output.exists():
+            process = begin()
+            process.join(chance.uniform(0, 0.7 * seconds))
+            if process.exitcode is None and not output.exists():
+                killed += 1
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            journal = list((tmp_path / "spread.partial" / "journal").glob("undo-*"))
+            size = sum(path.stat().st_size for path in journal)
+            assert size <= recovery.JOURNAL_BYTES * 1.5 + 3 * 300 * 32 * 4  # and what was read ahead
+        assert output.read_bytes() == wanted
+        shutil.rmtree(tmp_path / "spread.partial", ignore_errors=True)
+    assert killed >= 2
+
+
+@pytest.mark.parametrize("moment", [0, 9, 20, 52])  # of 9 blocks, 2 epochs of 12, 20 subsets of neighbours
+def test_half_written_rows_are_undone(tmp_path, monkeypatch, small_blocks, moment):
+    """The table's file is damaged in the middle of a round's writing: some rows are new, one is garbage."""
+    start = CodeVectors(table())
+    whole = CodeVectors(table())
+    wanted = spread_code_vectors(whole, **OPTIONS)
+    start.save(tmp_path / "v.safetensors")
+    put, calls = Shards.put, []
+
+    def torn(self, rows, vectors):
+        calls.append(1)
+        if len(calls) == moment + 1:
+            half = len(rows) // 2
+            put(self, rows[:half], vectors[:half])
+            self.table[rows[half]] = torch.nan
+            raise KeyboardInterrupt
+        put(self, rows, vectors)
+
+    monkeypatch.setattr(Shards, "put", torn)
+    mapped = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
+    with pytest.raises(KeyboardInterrupt):
+        spread_code_vectors(mapped, **OPTIONS, checkpoint=tmp_path / "journal")
+    monkeypatch.setattr(Shards, "put", put)
+    again = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
+    with pytest.raises(ValueError, match="checkpoint of another run"):
+        spread_code_vectors(again, **{**OPTIONS, "lr": 0.2}, checkpoint=tmp_path / "journal")
+    report = spread_code_vectors(again, **OPTIONS, checkpoint=tmp_path / "journal")
+    assert torch.equal(again.table, whole.table)
+    assert report.to_dict() == wanted.to_dict()
+    assert not (tmp_path / "journal").exists()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path):
+    CodeVectors(table()).save(tmp_path / "v.safetensors")
+    mapped = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
+    options = {**OPTIONS, "checkpoint": tmp_path / "journal", "keep_checkpoint": True}
+    report = spread_code_vectors(mapped, **options)
+    after = mapped.table.clone()
+    assert spread_code_vectors(mapped, **options).to_dict() == report.to_dict()
+    assert torch.equal(mapped.table, after)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    CodeVectors(table()).save(tmp_path / "v.safetensors")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    with pytest.raises(ValueError, match="is no run of this command"):
+        spread_file(tmp_path / "v.safetensors", tmp_path / "out.safetensors", device=torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match="no file"):
+        spread_file(tmp_path / "none.safetensors", tmp_path / "out.safetensors", device=torch.device("cpu"))
+
+
+def test_the_next_rounds_rows_are_read_ahead():
+    events = []
+
+    def load(round):
+        events.append(f"read {round.number}")
+        return torch.zeros(1)
+
+    rounds = [Round(i, torch.empty(0), [], [], torch.empty(0), i) for i in range(3)]
+    for round, _ in prefetched(iter(rounds), load):
+        deadline = time.monotonic() + 10
+        while len(events) < min(2 * round.number + 2, 5 - (round.number == 2)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        events.append(f"step {round.number}")
+    assert events == ["read 0", "read 1", "step 0", "read 2", "step 1", "step 2"]
+
+
+def test_what_fails_while_reading_ahead_is_raised():
+    def load(round):
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(prefetched([Round(0, torch.empty(0), [], [], torch.empty(0), 0)], load))
+
+
+def test_the_command_in_memory_and_in_a_file(tmp_path, monkeypatch):
+    CodeVectors(table(m=300)).save(tmp_path / "v.safetensors")
+    options = {"epochs": 1, "batch": 100, "start": "center", "neighbor_epochs": 1}
+    spread_command(tmp_path / "v.safetensors", tmp_path / "a.safetensors", **options)
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, str(value))  # what torchrun sets
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    spread_command(tmp_path / "v.safetensors", tmp_path / "b.safetensors", **options, in_file=True)
+    assert not torch.distributed.is_initialized()
+    inside, outside = (CodeVectors.load(tmp_path / f"{name}.safetensors").table for name in "ab")
+    assert torch.equal(inside, outside)
+    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab"]
+    assert reports[0] == reports[1] and len(reports[0]["gaps"]) == 1
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"v.safetensors"} | {
+        f"{name}{end}" for name in "ab" for end in (".safetensors", ".json", ".png", "-gap.png")
+    }
