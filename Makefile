@@ -23,8 +23,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A process a core, each of one thread: many of the tests are small, and threads of several processes would wait for each other.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 # Small sizes, minutes; bench-full: the whole grid. Each writes a report; bench-compare says what became slower since SAVED.
 bench bench-full: $(VENV)/.installed

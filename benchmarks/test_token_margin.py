@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.memory import peak_bytes
+from benchmarks.harness import DEVICE, measure
 from gif_kernels import AngularMargin, token_margin_loss
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MARGIN = AngularMargin(m2=0.5)
 SCALE = 64.0
 
@@ -37,15 +36,28 @@ class Shape:
 
     def __str__(self) -> str:
         projected = "-projected" if self.projected else ""
-        name = str(self.dtype).removeprefix("torch.")
-        return f"B{self.batch}-d{self.width}-l{self.length}-v{self.vocab}{projected}-{name}"
+        return f"B{self.batch}-d{self.width}-l{self.length}-v{self.vocab}{projected}-{self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def flops(self, backward: bool) -> int:
+        """Of the matrix products: one forward, two backward, of the rows with the centres and with the projections."""
+        compared = self.batch * self.length * self.vocab * self.width
+        projected = self.batch * self.length * self.width**2 if self.projected else 0
+        return 2 * (3 if backward else 1) * (compared + projected)
 
 
 QUICK = [Shape(1024, 512, 5, 20, projected, torch.float32) for projected in (False, True)]
 FULL = [
     Shape(batch, width, length, vocab, projected, dtype)
     for batch, width, (length, vocab), projected, dtype in itertools.product(
-        (128, 1024, 8192), (256, 512, 768), ((5, 20), (7, 10), (10, 5)), (False, True), (torch.float32, torch.bfloat16)
+        (128, 512, 1024, 2048, 8192),
+        (256, 512, 768),
+        ((5, 20), (7, 10), (10, 5)),
+        (False, True),
+        (torch.float32, torch.bfloat16),
     )
 ]
 
@@ -152,8 +164,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_token_margin(benchmark, shape: Shape, mode: str, provider: str) -> None:
     backward = mode == "forward+backward"
     tensors = inputs(shape)
-    benchmark.group = f"token_margin {shape} {mode}"
-    benchmark.extra_info |= {"kernel": "token_margin", "provider": provider, "mode": mode, "shape": str(shape)}
     if provider == "products":
         detached = [None if x is None else x.detach() for x in (tensors[0], tensors[1], tensors[3])]
 
@@ -170,18 +180,17 @@ def test_token_margin(benchmark, shape: Shape, mode: str, provider: str) -> None
         def call() -> object:
             return step(loss, tensors, backward)
 
-    benchmark.extra_info["peak_bytes"] = peak_bytes(call, DEVICE)
-    benchmark.pedantic(_synchronized(call), rounds=15, warmup_rounds=3)
+    measure(
+        benchmark,
+        call,
+        kernel="token_margin",
+        provider=provider,
+        mode=mode,
+        shape=str(shape),
+        dtype=shape.dtype_name,
+        flops=shape.flops(backward),
+    )
 
 
 def _exact(x: Tensor) -> Tensor:
     return x.detach().double().requires_grad_() if x.is_floating_point() else x
-
-
-def _synchronized(call: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run

@@ -1,7 +1,7 @@
 """Kernels for training recognition models with millions of identities: tensors in, tensors out."""
 
 from gif_kernels.code_contrast.op import code_contrast_loss
-from gif_kernels.code_regression.op import code_regression_loss
+from gif_kernels.code_regression.op import CodeRegression, code_regression_loss
 from gif_kernels.gaussian_potential.op import gaussian_potential
 from gif_kernels.gradcheck import gradcheck
 from gif_kernels.margins import AngularMargin
@@ -12,6 +12,7 @@ from gif_kernels.uniformity_step.op import uniformity_step_
 
 __all__ = [
     "AngularMargin",
+    "CodeRegression",
     "code_contrast_loss",
     "code_regression_loss",
     "gaussian_potential",

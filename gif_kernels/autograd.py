@@ -28,6 +28,28 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def with_row_gradients(losses: Tensor, rows: Tensor, gradients: Tensor) -> Tensor:
+    """``losses`` (B,), constants, as functions of ``rows`` (B, d) whose gradients (B, d) are already known.
+
+    For a graph that was differentiated where it was made: nothing of it is kept, nor done again. Once differentiable.
+    """
+    found: Tensor = _RowGradients.apply(losses, rows, gradients)
+    return found
+
+
+class _RowGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, rows: Tensor, gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(gradients)
+        return losses.view_as(losses)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return None, (gradients * incoming.unsqueeze(1)).to(gradients.dtype), None
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Argument checks shared by the ops: each says what was given, what was wanted and what to do.
 
 Shapes, dtypes and devices are checked everywhere. Values (ranges, NaN) are checked where looking at them costs no
-synchronisation: on CPU, outside torch.compile. On an accelerator a range is asserted on the device, and NaN propagates
-to the loss.
+synchronisation: on CPU, outside torch.compile. On an accelerator a range is asserted on the device, or answered with
+NaN by the kernel that reads it, and NaN propagates to the loss.
 """
 
 from __future__ import annotations
@@ -34,21 +34,46 @@ def floating(name: str, tensor: object, shape: Sequence[int | str], *, finite: b
     if given.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {given.dtype}; convert it")
     _shape(name, given, shape)
-    if finite and looks_at_values(given) and given.numel():
-        low, high = torch.aminmax(given.detach())  # NaN propagates through both
+    if finite and looks_at_values(given):
+        refuse_not_finite(**{name: given})
+    return given
+
+
+def seen_not_finite(result: Tensor) -> bool:
+    """Whether ``result`` may be looked at and holds NaN or infinity.
+
+    It does where an input does, and reading it is cheaper than reading them: then `refuse_not_finite` says which.
+    """
+    return looks_at_values(result) and not bool(result.detach().isfinite().all())
+
+
+def refuse_not_finite(**inputs: Tensor | None) -> None:
+    """Raise ValueError that names the first input that holds NaN or infinity."""
+    for name, tensor in inputs.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor.detach())  # NaN propagates through both
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(
                 f"{name} hold NaN or infinity, wanted finite numbers; look for a diverged learning rate, "
                 "a float16 overflow or broken input upstream"
             )
-    return given
 
 
-def integer(name: str, tensor: object, shape: Sequence[int | str], *, low: int, high: int, hint: str) -> Tensor:
+def integer(
+    name: str,
+    tensor: object,
+    shape: Sequence[int | str],
+    *,
+    low: int,
+    high: int,
+    hint: str,
+    asserted: bool = True,
+) -> Tensor:
     """``tensor`` as an integer tensor of ``shape`` with every value in [low, high); returned as int64.
 
-    Raises TypeError for another type or dtype, ValueError for another shape or a value out of range (on an accelerator:
-    a device-side assertion).
+    Raises TypeError for another type or dtype, ValueError for another shape or a value out of range. Where values
+    cannot be read, a device-side assertion takes that place, unless the kernel itself answers (``asserted`` is false).
     """
     given = _tensor(name, tensor)
     if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
@@ -60,7 +85,7 @@ def integer(name: str, tensor: object, shape: Sequence[int | str], *, low: int, 
             smallest, largest = (int(x) for x in torch.aminmax(given))
             if smallest < low or largest >= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
-    else:
+    elif asserted:
         require(((given >= low) & (given < high)).all(), f"{name} must lie in [{low}, {high}); {hint}")
     return given
 

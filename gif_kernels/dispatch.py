@@ -38,26 +38,40 @@ def register(op: str, *, triton: str | None = None, **implementations: Callable[
             implementations["triton"] = getattr(importlib.import_module(module), function)
 
 
-def select(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
-    """The implementation of ``op`` that runs for ``impl`` on ``device`` and computes in ``dtype``.
+def select(
+    op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32, *, obstacle: str = ""
+) -> Callable[..., Any]:
+    """The implementation of ``op`` that runs for ``impl``: see `resolve`."""
+    return implementation(op, resolve(op, impl, device, dtype, obstacle=obstacle))
 
-    Nothing falls back silently: an explicit choice that cannot run raises ValueError and says why.
+
+def resolve(
+    op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32, *, obstacle: str = ""
+) -> str:
+    """The name of the implementation of ``op`` that runs for ``impl`` on ``device`` and computes in ``dtype``.
+
+    ``obstacle`` says why these very inputs are not for the Triton kernel; empty if they are. Nothing falls back
+    silently: an explicit choice that cannot run raises ValueError and says why.
     """
     checks.choice("impl", impl, IMPLS)
-    implementations = _OPS[op]
     if impl == "auto":
-        return implementations[choose(op, device, dtype)[0]]
-    if impl == "triton" and (reason := triton_unavailable(op, device, dtype)):
+        return choose(op, device, dtype, obstacle=obstacle)[0]
+    if impl == "triton" and (reason := triton_unavailable(op, device, dtype) or obstacle):
         raise ValueError(f'{op} cannot run with impl="triton": {reason}; use impl="auto" or impl="blocked"')
-    return implementations[impl]
+    return impl
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32, *, obstacle: str = "") -> tuple[str, str]:
     """What impl="auto" means for ``op`` on ``device``, and the reason: ("blocked", "no Triton kernel yet")."""
-    reason = triton_unavailable(op, device, dtype)
+    reason = triton_unavailable(op, device, dtype) or obstacle
     if not reason and device.type == "cpu":
         reason = "Triton's interpreter is for tests"
     return ("blocked", reason) if reason else ("triton", f"Triton runs on {device.type}")
+
+
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """The implementation of ``op`` by the name that `resolve` gave."""
+    return _OPS[op][name]
 
 
 def triton_unavailable(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -84,5 +98,5 @@ def triton_modules() -> tuple[str, ...]:
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off: margins multiply a cosine's rounding by the scale, so the ops choose their own precision."""
+    """Autocast off: the ops round what may be rounded themselves, and a margin's logits are not to be."""
     return torch.autocast(device.type, enabled=False)

@@ -11,16 +11,19 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 
 
-def reduce_rows(losses: Tensor, counted: Tensor | None, reduction: Reduction) -> Tensor:
-    """Reduce losses (B,) over the rows that are ``counted`` (B,) bool (None: all); the others are zero.
+def reduce_rows(losses: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce losses (B,) over the rows that are ``counted`` (B,) bool; the others are zero. The specification.
 
     The mean over no row at all is 0, so that a batch of ignored samples trains nothing and breaks nothing.
     """
-    if counted is not None:
-        losses = torch.where(counted, losses, 0)
+    losses = torch.where(counted, losses, 0)
     if reduction == "none":
         return losses
     total = losses.sum()
-    if reduction == "sum":
-        return total
-    return total / (max(len(losses), 1) if counted is None else counted.sum().clamp(min=1))
+    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
+
+
+def row_weights(counted: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
+    """What each row weighs in the reduced loss, (B,): `reduce_rows` is the sum of the losses times these."""
+    weights = counted.to(dtype)
+    return weights / counted.sum().clamp(min=1) if reduction == "mean" else weights

@@ -16,6 +16,8 @@ DEFAULT_NVIDIA = "sm_80"
 DEFAULT_AMD = "gfx942"
 FEWEST_ROWS = 16
 FEWEST_WARPS = 4
+MAX_VOCAB = 256
+"""Centres a token that the token-margin kernels hold at once."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,44 @@ TILES = {
     "token_margin_forward": {
         ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
         ("sm_90", 2): Tile(rows=64, columns=256, width=64, warps=8, stages=3),
+        ("sm_100", 2): Tile(rows=64, columns=128, width=32, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
         ("gfx942", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
     },
-    "token_margin_backward": {
+    "cosine_backward": {
         ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
         ("gfx942", 2): Tile(rows=32, columns=128, width=64, warps=4, stages=1),
-        ("sm_80", 4): Tile(rows=32, columns=64, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=32, columns=64, width=64, warps=8, stages=1),
         ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=4, stages=2),
+    },
+    "code_contrast_tiles": {
+        ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
+        ("gfx942", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=32, columns=64, width=32, warps=8, stages=2),
+        ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=8, stages=2),
+    },
+    "code_contrast_rows": {
+        ("sm_80", 4): Tile(rows=4, columns=512, width=32, warps=4, stages=2),
+        ("gfx942", 4): Tile(rows=4, columns=512, width=32, warps=4, stages=2),
+    },
+    "gaussian_potential_pairs": {
+        ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
+        ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
+        ("gfx942", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
+    },
+    "max_cosine": {
+        ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
+        ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
+        ("gfx942", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
+    },
+    "nearest_centroid": {
+        ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
+        ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
+        ("gfx942", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
     },
     "code_regression": {
         ("sm_80", 4): Tile(rows=8, columns=1, width=256, warps=4, stages=2),
@@ -72,6 +103,40 @@ def tile(kernel: str, operand: torch.dtype, architecture: str) -> Tile:
     table, size = TILES[kernel], operand.itemsize
     fallback = DEFAULT_AMD if architecture.startswith("gfx") else DEFAULT_NVIDIA
     return table.get((architecture, size), table[fallback, size])
+
+
+FUSED_POTENTIAL = {
+    "sm_80": {
+        384: Tile(rows=64, columns=64, width=128, warps=8, stages=2),
+        512: Tile(rows=64, columns=32, width=128, warps=8, stages=2),
+        1024: Tile(rows=32, columns=32, width=128, warps=8, stages=1),
+    },
+    "sm_90": {
+        512: Tile(rows=64, columns=64, width=128, warps=8, stages=2),
+        640: Tile(rows=64, columns=32, width=128, warps=8, stages=2),
+    },
+    "sm_100": {384: Tile(rows=128, columns=32, width=128, warps=8, stages=2)},
+}
+"""By architecture, then by the largest d that a tile holds: rows x d of float32 beside the rows and columns."""
+
+
+def fused_potential_tile(operand: torch.dtype, width: int, architecture: str) -> Tile | None:
+    """The tile of `gaussian_potential_fused` for rows of ``width``; None where the design in blocks is the faster one.
+
+    So it is for widths that no tile holds without spills or with 32 columns, or that its chunks do not divide, for an
+    architecture without a row of its own, and for float32 and float16, whose terms are float32.
+    """
+    if operand != torch.bfloat16:
+        return None
+    tiles = FUSED_POTENTIAL.get(architecture, {})
+    held = next((tiles[most] for most in sorted(tiles) if width <= most), None)
+    return held if held is not None and width % held.width == 0 else None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a CUDA or ROCm device runs side by side; 1 for a CPU, where kernels are interpreted."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -10,15 +10,15 @@ from torch import Tensor
 from gif_kernels.autograd import differentiable_once
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
+from gif_kernels.precision import gradient_dtype, product
+from gif_kernels.reduction import Reduction, row_weights
 from gif_kernels.sphere import compute_dtype, inverse_norm, tangent
 
 
-def code_contrast_rows(
-    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor, margin: AngularMargin, scale: float
-) -> Tensor:
-    """Cross entropy of each row over the vectors that compete, (B,); 0 where the target is -1."""
-    losses: Tensor = _CodeContrast.apply(embeddings, vectors, targets, competes, margin, scale)
-    return losses
+def code_contrast(embeddings: Tensor, vectors: Tensor, *rest: Any) -> Tensor:
+    """The reduced loss; arguments as of the specification."""
+    loss: Tensor = _CodeContrast.apply(embeddings, vectors, *rest)
+    return loss
 
 
 class _CodeContrast(torch.autograd.Function):
@@ -28,42 +28,49 @@ class _CodeContrast(torch.autograd.Function):
         embeddings: Tensor,
         vectors: Tensor,
         targets: Tensor,
-        competes: Tensor,
+        competes: Tensor | None,
         margin: AngularMargin,
         scale: float,
+        reduction: Reduction,
+        operand: torch.dtype,
     ) -> Tensor:
         dtype = compute_dtype(embeddings, vectors)
         z, h = embeddings.to(dtype), vectors.to(dtype)
         z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
-        logits = (z @ (h * h_inverse).T).mul_(z_inverse)  # cosines, for now
+        logits = product(z, (h * h_inverse).T, operand).mul_(z_inverse * scale)
         index = targets.clamp(min=0).unsqueeze(1)
-        value, slope = margin.value_and_slope(logits.gather(1, index))
-        logits.mul_(scale).scatter_(1, index, value * scale).masked_fill_(~competes, -torch.inf)
-        # exponentials of differences from the largest logit: small numbers, so float32's rounding stays small too
-        largest = logits.amax(1, keepdim=True)
-        exponentials = logits.sub_(largest).exp_()
-        total = exponentials.sum(1, keepdim=True)
-        own_logit = value * scale - largest
-        counted = (targets >= 0).unsqueeze(1)
-        losses = torch.where(counted, total.log() - own_logit, 0).squeeze(1)
+        value, slope = margin.value_and_slope(logits.gather(1, index) / scale)
+        logits.scatter_(1, index, value * scale)
+        if competes is not None:
+            logits.masked_fill_(~competes, -torch.inf)
+        logarithms = torch.log_softmax(logits, 1)
+        del logits
+        own_logarithm = logarithms.gather(1, index)
+        weight = row_weights(targets >= 0, reduction, dtype).unsqueeze(1)
+        losses = (own_logarithm * -weight).squeeze(1)
         if any(ctx.needs_input_grad):
-            own_probability = own_logit.exp_() / total
-            slopes = exponentials.div_(total)  # softmax; then dloss/dcosine, in the same buffer
-            slopes.scatter_(1, index, (own_probability - 1) * slope)
-            slopes.mul_(counted * scale)
+            slopes = logarithms.exp_()  # softmax; then dloss/dcosine / ||z||, in the same buffer
+            slopes.scatter_(1, index, torch.expm1(own_logarithm) * slope).mul_(weight * scale * z_inverse)
+            ctx.operand = operand
             ctx.save_for_backward(embeddings, vectors, z_inverse, h_inverse, slopes)
-        return losses
+        return losses if reduction == "none" else losses.sum()
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         embeddings, vectors, z_inverse, h_inverse, slopes = ctx.saved_tensors
-        z, h = embeddings.to(slopes.dtype) * z_inverse, vectors.to(slopes.dtype) * h_inverse
-        slopes = slopes * row_gradient.unsqueeze(1)
+        operand = gradient_dtype(ctx.operand)
+        z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype) * h_inverse
+        factor = incoming
+        if incoming.ndim:  # one a row; a common factor is left to the gradients, which are smaller than the slopes
+            slopes, factor = slopes * incoming.unsqueeze(1), incoming.new_ones(())
         embeddings_gradient = vectors_gradient = None
-        with full_precision(row_gradient.device):
+        with full_precision(incoming.device):
             if ctx.needs_input_grad[0]:
-                embeddings_gradient = tangent(slopes @ h, z, z_inverse).to(embeddings.dtype)
+                direction = product(slopes, h, operand)
+                radial = torch.linalg.vecdot(direction, z).unsqueeze(1) * z_inverse.square()
+                embeddings_gradient = direction.addcmul_(z, radial, value=-1).mul_(factor).to(embeddings.dtype)
             if ctx.needs_input_grad[1]:
-                vectors_gradient = tangent(slopes.T @ z, h, h_inverse).to(vectors.dtype)
-        return embeddings_gradient, vectors_gradient, None, None, None, None
+                direction = product(slopes.T, z, operand)
+                vectors_gradient = tangent(direction, h, h_inverse * factor).to(vectors.dtype)
+        return embeddings_gradient, vectors_gradient, *(None,) * 6

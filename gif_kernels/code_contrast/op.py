@@ -9,10 +9,17 @@ from gif_kernels import checks, dispatch
 from gif_kernels.code_contrast import blocked, reference
 from gif_kernels.dispatch import Impl
 from gif_kernels.margins import AngularMargin
-from gif_kernels.reduction import REDUCTIONS, Reduction, reduce_rows
+from gif_kernels.precision import operand_dtype
+from gif_kernels.reduction import REDUCTIONS, Reduction
+from gif_kernels.sphere import compute_dtype
 
 OP = "code_contrast_loss"
-dispatch.register(OP, reference=reference.code_contrast_rows, blocked=blocked.code_contrast_rows)
+dispatch.register(
+    OP,
+    reference=reference.code_contrast,
+    blocked=blocked.code_contrast,
+    triton="gif_kernels.code_contrast.kernels:code_contrast",
+)
 
 
 def code_contrast_loss(
@@ -48,44 +55,60 @@ def code_contrast_loss(
         () for "mean" and "sum", (B,) for "none"; float64 if an input is, else float32. Differentiable
         once, with respect to embeddings and vectors.
 
+    Products take operands in autocast's dtype where it is on, else in the dtype that the inputs share, else in float32.
+
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also NaN, or a label that is no candidate.
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also NaN, or a label that is no candidate
+            (on an accelerator its loss is NaN).
     """
     checks.floating("embeddings", embeddings, ("B", "d"))
     batch, width = embeddings.shape
     checks.floating("vectors", vectors, ("C", width))
     count = len(vectors)
+    name = dispatch.resolve(OP, impl, embeddings.device, compute_dtype(embeddings, vectors))
+    asserted = name != "triton"
     high, hint = count, "-1 ignores a row; give candidates where rows of vectors are not numbered from 0"
     if candidates is not None:
         high, hint = torch.iinfo(torch.int64).max, "-1 ignores a row"
         candidates = checks.integer(
-            "candidates", candidates, (count,), low=0, high=high, hint="name the identity of each row"
+            "candidates",
+            candidates,
+            (count,),
+            low=0,
+            high=high,
+            hint="name the identity of each row",
+            asserted=asserted,
         )
-    labels = checks.integer("labels", labels, (batch,), low=-1, high=high, hint=hint)
+    labels = checks.integer("labels", labels, (batch,), low=-1, high=high, hint=hint, asserted=asserted)
     checks.angular_margin(margin)
     checks.positive("scale", scale)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.same_device(embeddings=embeddings, vectors=vectors, labels=labels, candidates=candidates)
-    if candidates is None:
-        targets, competes = labels, torch.ones(count, dtype=torch.bool, device=vectors.device)
-    else:
+    targets, competes = labels, None
+    if candidates is not None:
         targets, competes = _first_rows(labels, candidates)
-    rows = dispatch.select(OP, impl, embeddings.device)
+        if asserted or checks.looks_at_values(targets):
+            checks.require(
+                (targets < count).all(),
+                "every label must be among the candidates; add the batch's own identities to them",
+            )
+    operand = operand_dtype(embeddings, vectors)
     with dispatch.full_precision(embeddings.device):
-        losses = rows(embeddings, vectors, targets, competes, margin, float(scale))
-        return reduce_rows(losses, targets >= 0, reduction)
+        loss: Tensor = dispatch.implementation(OP, name)(
+            embeddings, vectors, targets, competes, margin, float(scale), reduction, operand
+        )
+    return loss
 
 
 def _first_rows(labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each label among the candidates (B,), -1 if ignored; and which rows stand first (C,) bool."""
+    """The first row of each label among the candidates (B,), and which rows stand first (C,) bool.
+
+    -1 where the label is, and C where it is no candidate.
+    """
     sorted_ids, order = candidates.sort(stable=True)
     is_first = torch.ones_like(sorted_ids, dtype=torch.bool)
     is_first[1:] = sorted_ids[1:] != sorted_ids[:-1]
     competes = torch.empty_like(is_first).scatter_(0, order, is_first)
     place = torch.searchsorted(sorted_ids, labels.contiguous()).clamp(max=len(candidates) - 1)
-    ignored = labels < 0
-    checks.require(
-        ((sorted_ids[place] == labels) | ignored).all(),
-        "every label must be among the candidates; add the batch's own identities to them",
-    )
-    return torch.where(ignored, -1, order[place]), competes
+    found = torch.where(sorted_ids[place] == labels, order[place], len(candidates))
+    return torch.where(labels < 0, -1, found), competes

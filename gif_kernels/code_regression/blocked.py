@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gif_kernels.autograd import differentiable_once
+from gif_kernels.code_regression.reference import has_target
+from gif_kernels.reduction import Reduction, row_weights
 from gif_kernels.sphere import compute_dtype, inverse_norm
 
 
-def code_regression_rows(embeddings: Tensor, targets: Tensor) -> Tensor:
-    """1/2 (zhat . hhat - 1)^2 of each row, (B,)."""
-    losses: Tensor = _CodeRegression.apply(embeddings, targets)
-    return losses
+@dataclass(frozen=True)
+class Pull:
+    """The pull of rows z towards targets h, c = zhat . hhat:  weight / 2 (c - 1)^2  and its gradient at z.
+
+    dloss/dz = weight (c - 1) (hhat - c zhat) / ||z||  =  along z + towards h.
+    """
+
+    losses: Tensor
+    """(B,)"""
+    along: Tensor
+    """(B, 1), of z"""
+    towards: Tensor
+    """(B, 1), of h"""
+    back: Tensor
+    """(B, 1), of h in the gradient at h, which takes z times ``towards``"""
+
+    @staticmethod
+    def of(z: Tensor, z_inverse: Tensor, targets: Tensor, target_rows: Tensor | None, weight: Tensor) -> Pull:
+        """For rows z (B, d) in the computation's dtype, 1 / ||z|| (B, 1) and weights (B,); row -1 does not pull."""
+        h = _gather(targets, target_rows).to(z.dtype)
+        h_inverse = inverse_norm(h)
+        cosine = torch.linalg.vecdot(z, h).unsqueeze(1) * z_inverse * h_inverse
+        weight = weight.unsqueeze(1)
+        if target_rows is not None:
+            weight = weight * (target_rows >= 0).unsqueeze(1)
+        slope = weight * (cosine - 1)
+        return Pull(
+            (slope * (cosine - 1)).squeeze(1) / 2,
+            -slope * cosine * z_inverse.square(),
+            slope * z_inverse * h_inverse,
+            -slope * cosine * h_inverse.square(),
+        )
+
+    @staticmethod
+    def add_(gradient: Tensor, targets: Tensor, target_rows: Tensor | None, towards: Tensor) -> Tensor:
+        """``gradient`` (B, d) += towards h, in place."""
+        return gradient.addcmul_(_gather(targets, target_rows).to(gradient.dtype), towards)
+
+
+def code_regression(embeddings: Tensor, targets: Tensor, target_rows: Tensor | None, reduction: Reduction) -> Tensor:
+    """The reduced loss; arguments as of the specification."""
+    loss: Tensor = _CodeRegression.apply(embeddings, targets, target_rows, reduction)
+    return loss
 
 
 class _CodeRegression(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, targets: Tensor) -> Tensor:
-        dtype = compute_dtype(embeddings, targets)
-        z, h = embeddings.to(dtype), targets.to(dtype)
-        z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
-        cosine = torch.einsum("bd,bd->b", z, h).unsqueeze(1) * z_inverse * h_inverse
+    def forward(
+        ctx: Any, embeddings: Tensor, targets: Tensor, target_rows: Tensor | None, reduction: Reduction
+    ) -> Tensor:
+        z = embeddings.to(compute_dtype(embeddings, targets))
+        counted = has_target(z, target_rows)
+        pull = Pull.of(z, inverse_norm(z), targets, target_rows, row_weights(counted, reduction, z.dtype))
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(embeddings, targets, z_inverse, h_inverse, cosine)
-        return (cosine - 1).square_().squeeze(1) / 2
+            ctx.save_for_backward(embeddings, targets, target_rows, pull.along, pull.towards, pull.back)
+        return pull.losses if reduction == "none" else pull.losses.sum()
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        embeddings, targets, z_inverse, h_inverse, cosine = ctx.saved_tensors
-        z, h = embeddings.to(cosine.dtype) * z_inverse, targets.to(cosine.dtype) * h_inverse
-        slope = (cosine - 1) * row_gradient.unsqueeze(1)
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        embeddings, targets, target_rows, along, towards, back = ctx.saved_tensors
+        z = embeddings.to(along.dtype)
+        factor = incoming.view(-1, 1)  # one, or one a row
+        towards = towards * factor
         embeddings_gradient = targets_gradient = None
         if ctx.needs_input_grad[0]:
-            embeddings_gradient = torch.addcmul(h, z, cosine, value=-1).mul_(slope * z_inverse).to(embeddings.dtype)
-        if ctx.needs_input_grad[1]:
-            targets_gradient = torch.addcmul(z, h, cosine, value=-1).mul_(slope * h_inverse).to(targets.dtype)
-        return embeddings_gradient, targets_gradient
+            embeddings_gradient = Pull.add_(z * (along * factor), targets, target_rows, towards).to(embeddings.dtype)
+        if ctx.needs_input_grad[1]:  # without target_rows alone
+            targets_gradient = (targets.to(z.dtype) * (back * factor)).addcmul_(z, towards).to(targets.dtype)
+        return embeddings_gradient, targets_gradient, None, None
+
+
+def _gather(targets: Tensor, target_rows: Tensor | None) -> Tensor:
+    return targets if target_rows is None else targets[target_rows.clamp(min=0)]

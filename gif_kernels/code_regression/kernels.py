@@ -12,60 +12,106 @@ import triton.language as tl
 from torch import Tensor
 
 from gif_kernels.autograd import differentiable_once
+from gif_kernels.cosine_kernels import (
+    gathered_index,
+    incoming_stride,
+    load_gathered,
+    reduced,
+    reduced_like,
+    row_factor,
+)
 from gif_kernels.primitives import block_size, empty_like_if, inside, inverse_norm, load_block
+from gif_kernels.reduction import Reduction
 from gif_kernels.tuning import Configuration, architecture, tile
 
 
-@triton.jit(do_not_specialize=["batch"])
-def code_regression_forward(
-    p_embeddings,  # (B, WIDTH)
-    p_targets,  # (B, WIDTH)
-    p_losses,  # (B,)
-    p_saved,  # (B, 3): 1 / ||z||, 1 / ||h||, cosine
-    batch,
+@triton.jit
+def regression_cosine(
+    p_rows,
+    p_targets,
+    b_index,
+    o_b,
+    m_b,
+    m_target,
     WIDTH: tl.constexpr,
-    SAVE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    i_start = tl.program_id(0).to(tl.int64) * BLOCK_B
-    p_embeddings += i_start * WIDTH
-    p_targets += i_start * WIDTH
-    o_b = tl.arange(0, BLOCK_B)
-    m_b = o_b < batch - i_start
-    b_zz = tl.zeros((BLOCK_B,), tl.float32)
-    b_hh = tl.zeros((BLOCK_B,), tl.float32)
-    b_zh = tl.zeros((BLOCK_B,), tl.float32)
+    """1 / ||z||, 1 / ||h|| and zhat . hhat of a block of rows z and the rows ``b_index`` of a table of targets h."""
+    b_zz = tl.zeros(o_b.shape, tl.float32)
+    b_hh = tl.zeros(o_b.shape, tl.float32)
+    b_zh = tl.zeros(o_b.shape, tl.float32)
     for i_d in range(0, WIDTH, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
         m_d = inside(o_d, WIDTH, BLOCK_D)
-        b_z = load_block(p_embeddings, o_b, m_b, o_d, m_d, WIDTH).to(tl.float32)
-        b_h = load_block(p_targets, o_b, m_b, o_d, m_d, WIDTH).to(tl.float32)
+        b_z = load_block(p_rows, o_b, m_b, o_d, m_d, WIDTH).to(tl.float32)
+        b_h = load_gathered(p_targets, b_index, m_target, o_d, m_d, WIDTH).to(tl.float32)
         b_zz += tl.sum(b_z * b_z, 1)
         b_hh += tl.sum(b_h * b_h, 1)
         b_zh += tl.sum(b_z * b_h, 1)
     b_z_inverse = inverse_norm(b_zz)
     b_h_inverse = inverse_norm(b_hh)
-    b_cosine = b_zh * b_z_inverse * b_h_inverse
-    tl.store(p_losses + i_start + o_b, 0.5 * (b_cosine - 1.0) * (b_cosine - 1.0), mask=m_b)
+    return b_z_inverse, b_h_inverse, b_zh * b_z_inverse * b_h_inverse
+
+
+@triton.jit
+def regression_loss(b_cosine, m_target, m_wrong):
+    """1/2 (cosine - 1)^2; 0 without a target, NaN for a row of the table that does not exist."""
+    b_loss = tl.where(m_target, 0.5 * (b_cosine - 1.0) * (b_cosine - 1.0), 0.0)
+    return tl.where(m_wrong, float("nan"), b_loss)
+
+
+@triton.jit(do_not_specialize=["batch", "target_count", "counted_stride"])
+def code_regression_forward(
+    p_embeddings,  # (B, WIDTH)
+    p_targets,  # (target_count, WIDTH)
+    p_target_rows,  # (B,), or None: row i is for row i
+    p_counted,  # (B,), any stride: a row is ignored where this is < 0; None: none is
+    p_losses,  # (B,)
+    p_saved,  # (B, 3): 1 / ||z||, 1 / ||h||, cosine - 1; 0 where a row is ignored
+    batch,
+    target_count,
+    counted_stride,
+    WIDTH: tl.constexpr,
+    HAS_TARGET_ROWS: tl.constexpr,
+    HAS_COUNTED: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK_B
+    o_b = tl.arange(0, BLOCK_B)
+    m_b = o_b < batch - i_start
+    b_index, m_target, m_wrong = gathered_index(p_target_rows, i_start, o_b, m_b, target_count, HAS_TARGET_ROWS)
+    if HAS_COUNTED:
+        m_target &= tl.load(p_counted + (i_start + o_b) * counted_stride, mask=m_b, other=-1) >= 0
+    p_embeddings += i_start * WIDTH
+    b_z_inverse, b_h_inverse, b_cosine = regression_cosine(
+        p_embeddings, p_targets, b_index, o_b, m_b, m_target, WIDTH, BLOCK_D
+    )
+    tl.store(p_losses + i_start + o_b, regression_loss(b_cosine, m_target, m_wrong), mask=m_b)
     if SAVE:
         p_saved += i_start * 3 + o_b * 3
         tl.store(p_saved, b_z_inverse, mask=m_b)
         tl.store(p_saved + 1, b_h_inverse, mask=m_b)
-        tl.store(p_saved + 2, b_cosine, mask=m_b)
+        tl.store(p_saved + 2, tl.where(m_target, b_cosine - 1.0, 0.0), mask=m_b)
 
 
-@triton.jit(do_not_specialize=["batch", "loss_gradient_stride"])
+@triton.jit(do_not_specialize=["batch", "target_count", "incoming_stride"])
 def code_regression_backward(
     p_embeddings,  # (B, WIDTH)
-    p_targets,  # (B, WIDTH)
+    p_targets,  # (target_count, WIDTH)
+    p_target_rows,  # (B,) or None
     p_saved,  # (B, 3)
-    p_loss_gradient,  # (B,), any stride: 0 where every row counts the same
+    p_incoming,  # (B,) or (): its stride is 0 where every row counts the same
+    p_share,  # (): multiplies it, if MEAN
     p_embeddings_gradient,  # (B, WIDTH)
-    p_targets_gradient,  # (B, WIDTH)
+    p_targets_gradient,  # (B, WIDTH), without target rows alone
     batch,
-    loss_gradient_stride,
+    target_count,
+    incoming_stride,
     WIDTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    HAS_TARGET_ROWS: tl.constexpr,
     NEED_EMBEDDINGS: tl.constexpr,
     NEED_TARGETS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -76,14 +122,15 @@ def code_regression_backward(
     m_b = o_b < batch - i_start
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = inside(o_d, WIDTH, BLOCK_D)
+    b_index, m_target, _ = gathered_index(p_target_rows, i_start, o_b, m_b, target_count, HAS_TARGET_ROWS)
     p_saved += i_start * 3 + o_b * 3
     b_z_inverse = tl.load(p_saved, mask=m_b, other=0.0)
     b_h_inverse = tl.load(p_saved + 1, mask=m_b, other=0.0)
-    b_cosine = tl.load(p_saved + 2, mask=m_b, other=0.0)
-    p_loss_gradient += i_start * loss_gradient_stride
-    b_slope = (b_cosine - 1.0) * tl.load(p_loss_gradient + o_b * loss_gradient_stride, mask=m_b, other=0.0)
+    b_distance = tl.load(p_saved + 2, mask=m_b, other=0.0)
+    b_cosine = b_distance + 1.0
+    b_slope = b_distance * row_factor(p_incoming, incoming_stride, p_share, i_start, o_b, m_b, MEAN)
     b_z = load_block(p_embeddings + i_start * WIDTH, o_b, m_b, o_d, m_d, WIDTH).to(tl.float32) * b_z_inverse[:, None]
-    b_h = load_block(p_targets + i_start * WIDTH, o_b, m_b, o_d, m_d, WIDTH).to(tl.float32) * b_h_inverse[:, None]
+    b_h = load_gathered(p_targets, b_index, m_target, o_d, m_d, WIDTH).to(tl.float32) * b_h_inverse[:, None]
     o_out = o_b[:, None] * WIDTH + o_d[None, :]
     m_out = m_b[:, None] & m_d[None, :]
     if NEED_EMBEDDINGS:
@@ -94,31 +141,48 @@ def code_regression_backward(
         tl.store(p_targets_gradient + i_start * WIDTH + o_out, b_gradient, mask=m_out)
 
 
-def code_regression_rows(embeddings: Tensor, targets: Tensor) -> Tensor:
-    """1/2 (zhat . hhat - 1)^2 of each row, (B,)."""
-    losses: Tensor = _CodeRegression.apply(embeddings, targets)
-    return losses
+def code_regression(
+    embeddings: Tensor,
+    targets: Tensor,
+    target_rows: Tensor | None,
+    reduction: Reduction,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """The reduced loss; arguments as of the specification.
+
+    ``counted`` (B,) integer, any stride, says by values >= 0 which rows count, where ``target_rows`` do not.
+    """
+    counted = target_rows if counted is None else counted
+    loss: Tensor = _CodeRegression.apply(embeddings, targets, target_rows, counted, reduction)
+    return loss
 
 
 class _CodeRegression(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        targets: Tensor,
+        target_rows: Tensor | None,
+        counted: Tensor | None,
+        reduction: Reduction,
+    ) -> Tensor:
         save = any(ctx.needs_input_grad)
         compiling = torch.compiler.is_compiling()
         forward: Callable[..., Any] = torch.ops.gif_kernels.code_regression_forward if compiling else _forward
-        losses, saved = forward(embeddings, targets, save)
+        loss, share, saved = forward(embeddings, targets, target_rows, counted, reduction, save)
         if save:
-            ctx.save_for_backward(embeddings, targets, saved)
-        return losses
+            ctx.save_for_backward(embeddings, targets, target_rows, saved, share)
+        return loss
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         backward: Callable[..., Any] = torch.ops.gif_kernels.code_regression_backward if compiling else _backward
-        need_embeddings, need_targets = ctx.needs_input_grad
-        gradients = backward(*ctx.saved_tensors, loss_gradient, need_embeddings, need_targets)
-        return gradients[0] if need_embeddings else None, gradients[1] if need_targets else None
+        need_embeddings, need_targets = ctx.needs_input_grad[:2]
+        gradients = backward(*ctx.saved_tensors, incoming, need_embeddings, need_targets)
+        return gradients[0] if need_embeddings else None, gradients[1] if need_targets else None, None, None, None
 
 
 # ---- launches
@@ -142,20 +206,37 @@ def _forward_outputs(embeddings: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     return losses, torch.empty((batch if save else 0, 3), dtype=torch.float32, device=device)
 
 
-def _forward(embeddings: Tensor, targets: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    """Losses (B,); then, empty unless ``save``: inverse norms of both and cosine, (B, 3)."""
+def _forward(
+    embeddings: Tensor,
+    targets: Tensor,
+    target_rows: Tensor | None,
+    counted: Tensor | None,
+    reduction: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and share of a row (see `reduced`); then, empty unless ``save``: what the kernel saves, (B, 3)."""
     losses, saved = _forward_outputs(embeddings, save)
     batch, width = embeddings.shape
     constants = _constants(width, architecture(embeddings.device))
+    target_rows = None if target_rows is None else target_rows.contiguous()
     with torch.cuda.device_of(embeddings):
         code_regression_forward[(triton.cdiv(batch, constants["BLOCK_B"]),)](
-            embeddings.contiguous(), targets.contiguous(), losses, saved, batch, SAVE=save, **constants
-        )
-    return losses, saved
+            embeddings.contiguous(), targets.contiguous(), target_rows, counted, losses, saved,
+            batch, len(targets), 0 if counted is None else counted.stride(0),
+            HAS_TARGET_ROWS=target_rows is not None, HAS_COUNTED=counted is not None, SAVE=save, **constants,
+        )  # fmt: skip
+    return *reduced(losses, counted, reduction), saved
 
 
 def _backward(
-    embeddings: Tensor, targets: Tensor, saved: Tensor, loss_gradient: Tensor, need_embeddings: bool, need_targets: bool
+    embeddings: Tensor,
+    targets: Tensor,
+    target_rows: Tensor | None,
+    saved: Tensor,
+    share: Tensor,
+    incoming: Tensor,
+    need_embeddings: bool,
+    need_targets: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both (B, d), each in its dtype; empty if not needed."""
     embeddings_gradient = empty_like_if(need_embeddings, embeddings)
@@ -163,10 +244,13 @@ def _backward(
     batch, width = embeddings.shape
     constants = _constants(width, architecture(embeddings.device))
     grid = (triton.cdiv(batch, constants["BLOCK_B"]), triton.cdiv(width, constants["BLOCK_D"]))
+    target_rows = None if target_rows is None else target_rows.contiguous()
     with torch.cuda.device_of(embeddings):
         code_regression_backward[grid](
-            embeddings.contiguous(), targets.contiguous(), saved, loss_gradient, embeddings_gradient, targets_gradient,
-            batch, loss_gradient.stride(0), NEED_EMBEDDINGS=need_embeddings, NEED_TARGETS=need_targets, **constants,
+            embeddings.contiguous(), targets.contiguous(), target_rows, saved, incoming, share,
+            embeddings_gradient, targets_gradient, batch, len(targets), incoming_stride(incoming),
+            MEAN=share.ndim == 0, HAS_TARGET_ROWS=target_rows is not None,
+            NEED_EMBEDDINGS=need_embeddings, NEED_TARGETS=need_targets, **constants,
         )  # fmt: skip
     return embeddings_gradient, targets_gradient
 
@@ -176,14 +260,21 @@ _backward_op = torch.library.custom_op("gif_kernels::code_regression_backward", 
 
 
 @_forward_op.register_fake
-def _(embeddings: Tensor, targets: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    return _forward_outputs(embeddings, save)
+def _(
+    embeddings: Tensor,
+    targets: Tensor,
+    target_rows: Tensor | None,
+    counted: Tensor | None,
+    reduction: Reduction,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses, saved = _forward_outputs(embeddings, save)
+    return *reduced_like(losses, reduction), saved
 
 
 @_backward_op.register_fake
-def _(
-    embeddings: Tensor, targets: Tensor, saved: Tensor, loss_gradient: Tensor, need_embeddings: bool, need_targets: bool
-) -> tuple[Tensor, Tensor]:
+def _(embeddings: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_embeddings, need_targets = rest[-2:]
     return empty_like_if(need_embeddings, embeddings), empty_like_if(need_targets, targets)
 
 
@@ -191,12 +282,23 @@ def shipped(architecture: str) -> Iterator[Configuration]:
     """What `gif_kernels.aot` compiles for ``architecture``: two dtypes, both gradients, three chunks of the width."""
     width, label = 768, "768 bfloat16 and float32"
     constants = _constants(width, architecture)
-    inputs = {"p_embeddings": "*bf16", "p_targets": "*fp32", "p_saved": "*fp32", "batch": "i32"}
-    yield Configuration(label, code_regression_forward, {**inputs, "p_losses": "*fp32"}, {**constants, "SAVE": True})
-    gradients = {"p_loss_gradient": "*fp32", "p_embeddings_gradient": "*bf16", "p_targets_gradient": "*fp32"}
+    inputs = {
+        "p_embeddings": "*bf16",
+        "p_targets": "*fp32",
+        "p_target_rows": "*i64",
+        "p_saved": "*fp32",
+        **dict.fromkeys(["batch", "target_count"], "i32"),
+    }
+    yield Configuration(
+        label,
+        code_regression_forward,
+        {**inputs, "p_counted": "*i64", "p_losses": "*fp32", "counted_stride": "i32"},
+        {**constants, "HAS_TARGET_ROWS": True, "HAS_COUNTED": True, "SAVE": True},
+    )
+    gradients = {"p_embeddings_gradient": "*bf16", "p_targets_gradient": "*fp32"}
     yield Configuration(
         label,
         code_regression_backward,
-        {**inputs, **gradients, "loss_gradient_stride": "i32"},
-        {**constants, "NEED_EMBEDDINGS": True, "NEED_TARGETS": True},
+        {**inputs, **gradients, "p_incoming": "*fp32", "p_share": "*fp32", "incoming_stride": "i32"},
+        {**constants, "MEAN": True, "HAS_TARGET_ROWS": True, "NEED_EMBEDDINGS": True, "NEED_TARGETS": True},
     )

@@ -1,7 +1,8 @@
 """Token-margin loss in a handful of matrix products: the CPU default.
 
 The loss is local to a row, so its gradient with respect to the cosines (B, l, v) comes out of the forward pass in the
-buffer that held the logits; the backward pass is products alone. Derivation in README.md.
+buffer that held the logits; the backward pass is products alone. Rows are compared as they are: every norm is a factor
+of a number that is already there, so that no normalised copy of the embeddings is made. Derivation in README.md.
 """
 
 from __future__ import annotations
@@ -12,23 +13,18 @@ import torch
 from torch import Tensor
 
 from gif_kernels.autograd import differentiable_once
+from gif_kernels.code_regression.blocked import Pull
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
+from gif_kernels.precision import gradient_dtype, product
+from gif_kernels.reduction import Reduction, row_weights
 from gif_kernels.sphere import compute_dtype, inverse_norm, tangent
 
 
-def token_margin_rows(
-    embeddings: Tensor,
-    centers: Tensor,
-    projections: Tensor | None,
-    codes: Tensor,
-    weights: Tensor,
-    margin: AngularMargin,
-    scale: float,
-) -> Tensor:
-    """Loss of each row, (B,); 0 where the code is -1."""
-    losses: Tensor = _TokenMargin.apply(embeddings, centers, projections, codes, weights, margin, scale)
-    return losses
+def token_margin(embeddings: Tensor, centers: Tensor, *rest: Any) -> Tensor:
+    """The reduced loss; arguments as of the specification."""
+    loss: Tensor = _TokenMargin.apply(embeddings, centers, *rest)
+    return loss
 
 
 class _TokenMargin(torch.autograd.Function):
@@ -39,86 +35,109 @@ class _TokenMargin(torch.autograd.Function):
         centers: Tensor,
         projections: Tensor | None,
         codes: Tensor,
-        weights: Tensor,
+        token_weights: Tensor | None,
+        targets: Tensor | None,
+        target_rows: Tensor | None,
+        pull: float,
         margin: AngularMargin,
         scale: float,
+        reduction: Reduction,
+        operand: torch.dtype,
     ) -> Tensor:
         dtype = compute_dtype(embeddings, centers, projections)
         length, vocab, inner = centers.shape
         z = embeddings.to(dtype)
-        z_inverse = inverse_norm(z)  # (B, 1)
         w = centers.to(dtype)
-        w = (w * inverse_norm(w)).reshape(length * vocab, inner)
+        w = w * inverse_norm(w)
         if projections is None:
-            u = u_inverse = None
-            cosine = (z @ w.T).mul_(z_inverse).view(-1, length, vocab)
+            u = None
+            inverse = inverse_norm(z).unsqueeze(1)  # (B, 1, 1)
+            logits = product(z, w.flatten(0, 1).T, operand).view(len(z), length, vocab)
         else:
-            flat = projections.to(dtype).reshape(length * inner, -1)
-            u = (z @ flat.T).mul_(z_inverse).view(-1, length, inner)
-            u_inverse = inverse_norm(u)  # (B, l, 1)
-            u.mul_(u_inverse)
-            cosine = torch.einsum("bli,lvi->blv", u, w.view(length, vocab, inner))
+            u = product(z, _flatten(projections).T.to(dtype), operand).view(len(z), length, inner)
+            inverse = inverse_norm(u)  # (B, l, 1)
+            logits = product(u.transpose(0, 1), w.transpose(1, 2), operand).transpose(0, 1).contiguous()
+        logits.mul_(inverse * scale)  # scale times cosine (B, l, v)
 
         index = codes.clamp(min=0).unsqueeze(-1)  # (B, l, 1)
-        own = cosine.gather(-1, index)
-        value, slope = margin.value_and_slope(own)
-        logits = (cosine * scale).scatter_(-1, index, value * scale)
-        # exponentials of differences from the largest logit: small numbers, so float32's rounding stays small too
-        largest = logits.amax(-1, keepdim=True)
-        exponentials = logits.sub_(largest).exp_()
-        total = exponentials.sum(-1, keepdim=True)
-        own_logit = value * scale - largest
-        weights = torch.where(codes >= 0, weights.to(dtype), 0).unsqueeze(-1)  # (B, l, 1), ignored rows weigh nothing
-        losses = ((total.log() - own_logit) * weights).sum((1, 2))
+        own = logits.gather(-1, index)
+        value, slope = margin.value_and_slope(own / scale)
+        value = value * scale
+        logits.scatter_(-1, index, value)
+        logarithms = torch.log_softmax(logits, -1)
+        own_logarithm = logarithms.gather(-1, index)
+        row_weight = row_weights(codes[:, 0] >= 0, reduction, dtype)
+        lambdas = z.new_full((length,), 1 / length) if token_weights is None else token_weights.to(dtype)
+        weight = (row_weight.unsqueeze(1) * lambdas).unsqueeze(-1)  # (B, l, 1)
+        losses = (own_logarithm * weight).sum((1, 2)).neg_()
+        pulled = None
+        if targets is not None:
+            z_inverse = inverse.squeeze(1) if projections is None else inverse_norm(z)
+            pulled = Pull.of(z, z_inverse, targets, target_rows, pull * row_weight)
+            losses += pulled.losses
 
         if any(ctx.needs_input_grad):
-            own_probability = own_logit.exp_() / total
-            slopes = exponentials.div_(total)  # softmax; then dloss/dcosine, in the same buffer
-            slopes.scatter_(-1, index, (own_probability - 1) * slope)
-            slopes.mul_(weights * scale)
-            radial = torch.einsum("blv,blv->bl", slopes, cosine)
-            ctx.save_for_backward(embeddings, centers, projections, z_inverse, u, u_inverse, slopes, radial)
-        return losses
+            weight = weight * inverse * scale
+            slopes = logarithms.exp_()  # softmax; then dloss/dcosine / ||row||, in the same buffer
+            own_slope = torch.expm1(own_logarithm) * slope
+            slopes.scatter_(-1, index, own_slope).mul_(weight)
+            # u . dloss/du, what the tangent projection needs, without a d-wide pass
+            radial = (slopes * logits).sum(-1, keepdim=True) + own_slope * weight * (own - value)
+            radial = radial * (inverse / -scale)
+            if projections is None:
+                radial = radial.sum(1, keepdim=True)
+            ctx.operand = operand
+            ctx.save_for_backward(
+                embeddings, centers, projections, u, slopes, radial, targets, target_rows,
+                *((None, None) if pulled is None else (pulled.along, pulled.towards)),
+            )  # fmt: skip
+        return losses if reduction == "none" else losses.sum()
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        with full_precision(row_gradient.device):
-            return *_gradients(ctx, row_gradient), None, None, None, None
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(incoming.device):
+            return *_gradients(ctx, incoming), *(None,) * 9
 
 
-def _gradients(ctx: Any, row_gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    embeddings, centers, projections, z_inverse, u, u_inverse, slopes, radial = ctx.saved_tensors
+def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    embeddings, centers, projections, u, slopes, radial, targets, target_rows, along, towards = ctx.saved_tensors
     need_embeddings, need_centers, need_projections = ctx.needs_input_grad[:3]
-    length, vocab, inner = centers.shape
+    operand = gradient_dtype(ctx.operand)
     z = embeddings.to(slopes.dtype)
     w_raw = centers.to(slopes.dtype)
     w_inverse = inverse_norm(w_raw)
     w = w_raw * w_inverse
-    slopes = slopes * row_gradient.view(-1, 1, 1)
-    radial = radial * row_gradient.view(-1, 1)  # u . dloss/du: what the tangent projection needs, without a d-wide pass
+    factor = incoming.view(-1, 1, 1)  # one, or one a row
+    slopes, radial = slopes * factor, radial * factor
 
-    embeddings_gradient = centers_gradient = projections_gradient = None
+    direction = embeddings_gradient = projections_gradient = None
+    along = None if along is None else along * factor.squeeze(1)
     if projections is None:
-        flat = slopes.view(-1, length * vocab)
+        flat = slopes.flatten(1)
         if need_centers:
-            direction = ((flat * z_inverse).T @ z).view_as(w)
-            centers_gradient = tangent(direction, w, w_inverse).to(centers.dtype)
+            direction = product(flat.T, z, operand).view_as(w)
         if need_embeddings:
-            direction = flat @ w.reshape(length * vocab, inner)
-            radial = radial.sum(1, keepdim=True) * z_inverse
-            embeddings_gradient = direction.addcmul_(z, radial, value=-1).mul_(z_inverse).to(embeddings.dtype)
-        return embeddings_gradient, centers_gradient, None
-
-    if need_centers:
-        direction = torch.einsum("blv,bli->lvi", slopes, u)
-        centers_gradient = tangent(direction, w, w_inverse).to(centers.dtype)
-    if need_embeddings or need_projections:
-        raw = torch.einsum("blv,lvi->bli", slopes, w)
-        raw = raw.addcmul_(u, radial.unsqueeze(-1), value=-1).mul_(u_inverse).reshape(-1, length * inner)
+            radial = radial.squeeze(1) if along is None else radial.squeeze(1) + along
+            embeddings_gradient = product(flat, w.flatten(0, 1), operand, add_to=z * radial)
+    else:
+        if need_centers:
+            direction = product(slopes.permute(1, 2, 0), u.transpose(0, 1), operand)
+        if need_embeddings or need_projections:
+            raw = u * radial  # dloss/d(P_j z), (B, l, d')
+            raw = product(slopes.transpose(0, 1), w, operand, add_to=raw.transpose(0, 1)).transpose(0, 1).flatten(1)
         if need_projections:
-            projections_gradient = ((raw * z_inverse).T @ z).view_as(projections).to(projections.dtype)
+            projections_gradient = product(raw.T, z, operand).view_as(projections).to(projections.dtype)
         if need_embeddings:
-            direction = raw @ projections.to(raw.dtype).reshape(length * inner, -1)
-            embeddings_gradient = tangent(direction, z * z_inverse, z_inverse).to(embeddings.dtype)
+            pulled = None if along is None else z * along
+            embeddings_gradient = product(raw, _flatten(projections).to(z.dtype), operand, add_to=pulled)
+    if embeddings_gradient is not None:
+        if towards is not None:
+            Pull.add_(embeddings_gradient, targets, target_rows, towards * factor.squeeze(1))
+        embeddings_gradient = embeddings_gradient.to(embeddings.dtype)
+    centers_gradient = None if direction is None else tangent(direction, w, w_inverse).to(centers.dtype)
     return embeddings_gradient, centers_gradient, projections_gradient
+
+
+def _flatten(projections: Tensor) -> Tensor:
+    return projections.reshape(-1, projections.shape[-1])  # (l d', d)

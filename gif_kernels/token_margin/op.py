@@ -5,18 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from gif_kernels import checks, dispatch
+from gif_kernels.code_regression.op import CodeRegression, check_targets, looked_up
 from gif_kernels.dispatch import Impl
 from gif_kernels.margins import AngularMargin
-from gif_kernels.reduction import REDUCTIONS, Reduction, reduce_rows
+from gif_kernels.precision import operand_dtype
+from gif_kernels.reduction import REDUCTIONS, Reduction
 from gif_kernels.sphere import compute_dtype
 from gif_kernels.token_margin import blocked, reference
+from gif_kernels.tuning import MAX_VOCAB
 
 OP = "token_margin_loss"
 dispatch.register(
     OP,
-    reference=reference.token_margin_rows,
-    blocked=blocked.token_margin_rows,
-    triton="gif_kernels.token_margin.kernels:token_margin_rows",
+    reference=reference.token_margin,
+    blocked=blocked.token_margin,
+    triton="gif_kernels.token_margin.kernels:token_margin",
 )
 
 
@@ -27,6 +30,7 @@ def token_margin_loss(
     *,
     projections: Tensor | None = None,
     token_weights: Tensor | None = None,
+    regression: CodeRegression | None = None,
     margin: AngularMargin = AngularMargin(),  # noqa: B008 (frozen)
     scale: float = 64.0,
     reduction: Reduction = "mean",
@@ -45,6 +49,8 @@ def token_margin_loss(
         codes: c, (B, l) integer in [0, v); a row of -1 is ignored (the mean is over the others).
         projections: P, (l, d', d), or None where d' = d.
         token_weights: lambda, (l,), a constant; default 1 / l each.
+        regression: adds `code_regression_loss` to each row, in the same pass over the embeddings. Rows that count are
+            those with a code.
         margin: psi.
         scale: s, > 0.
         reduction: "mean", "sum" or "none".
@@ -54,37 +60,62 @@ def token_margin_loss(
         () for "mean" and "sum", (B,) for "none"; float64 if an input is, else float32. Differentiable
         once, with respect to embeddings, centers and projections.
 
+    Products take operands in autocast's dtype where it is on, else in the dtype that the inputs share, else in float32.
+
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also NaN, or a code out of range.
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also NaN, or a code out of range (on an
+            accelerator its loss is NaN).
     """
-    checks.floating("embeddings", embeddings, ("B", "d"))
-    checks.floating("centers", centers, ("l", "v", "d'"))
+    checks.floating("embeddings", embeddings, ("B", "d"), finite=False)
+    checks.floating("centers", centers, ("l", "v", "d'"), finite=False)
     batch, width = embeddings.shape
     length, vocab, inner = centers.shape
     if projections is not None:
-        checks.floating("projections", projections, (length, inner, width))
+        checks.floating("projections", projections, (length, inner, width), finite=False)
     elif inner != width:
         raise ValueError(
             f"centers have width {inner} and embeddings {width}; without projections they must agree, otherwise give "
             f"projections of shape ({length}, {inner}, {width})"
         )
-    codes = checks.integer(
-        "codes", codes, (batch, length), low=-1, high=vocab, hint="-1, in every token, ignores a row"
-    )
-    counted = codes[:, 0] >= 0
-    checks.require(((codes >= 0) == counted.unsqueeze(1)).all(), "a row of codes must be -1 in every token or in none")
-    if token_weights is None:
-        dtype = compute_dtype(embeddings, centers, projections)
-        token_weights = embeddings.new_full((length,), 1 / length, dtype=dtype)
-    elif checks.floating("token_weights", token_weights, (length,)).requires_grad:
+    obstacle = f"at most {MAX_VOCAB} centers a token, got {vocab}" if vocab > MAX_VOCAB else ""
+    dtype = compute_dtype(embeddings, centers, projections)
+    name = dispatch.resolve(OP, impl, embeddings.device, dtype, obstacle=obstacle)
+    asserted = name != "triton"
+    hint = "-1, in every token, ignores a row"
+    codes = checks.integer("codes", codes, (batch, length), low=-1, high=vocab, hint=hint, asserted=asserted)
+    if asserted or checks.looks_at_values(codes):
+        counted = codes >= 0
+        whole = (counted == counted[:, :1]).all()
+        checks.require(whole, "a row of codes must be -1 in every token or in none")
+    if (
+        token_weights is not None
+        and checks.floating("token_weights", token_weights, (length,), finite=False).requires_grad
+    ):
         raise ValueError("token_weights are constants of the loss; detach them")
+    targets, target_rows, pull = regression or (None, None, 0.0)
+    if targets is not None:
+        target_rows = check_targets(embeddings, targets, target_rows, asserted=asserted)
+        if targets.requires_grad:
+            raise ValueError("targets are constants of this loss; detach them, or add code_regression_loss")
+        checks.positive("weight", pull)
     checks.angular_margin(margin)
     checks.positive("scale", scale)
     checks.choice("reduction", reduction, REDUCTIONS)
     checks.same_device(
         embeddings=embeddings, centers=centers, codes=codes, projections=projections, token_weights=token_weights
     )
-    rows = dispatch.select(OP, impl, embeddings.device, compute_dtype(embeddings, centers, projections))
+    operand = operand_dtype(embeddings, centers, projections)
     with dispatch.full_precision(embeddings.device):
-        losses = rows(embeddings, centers, projections, codes, token_weights, margin, float(scale))
-        return reduce_rows(losses, counted, reduction)
+        loss: Tensor = dispatch.implementation(OP, name)(
+            embeddings, centers, projections, codes, token_weights, targets, target_rows, float(pull), margin,
+            float(scale), reduction, operand,
+        )  # fmt: skip
+    if checks.seen_not_finite(loss):
+        checks.refuse_not_finite(
+            embeddings=embeddings,
+            centers=centers,
+            projections=projections,
+            token_weights=token_weights,
+            targets=None if targets is None else looked_up(targets, target_rows),
+        )
+    return loss

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from gif import AngularMargin, CodeVectors, GIFLoss, IdentityCodes, MarginSoftmax
 from gif.losses import HeadConfig, token_weights
@@ -161,6 +162,15 @@ class TestLiveVectors:
         untouched = sorted(set(range(M)) - set(candidates))
         assert torch.equal(vectors.table[untouched], before[untouched])
         assert not torch.equal(vectors.table[candidates], before[candidates])
+
+    def test_the_contrast_is_differentiated_once(self, codes, vectors):
+        """The step of the code vectors takes both gradients; the backward pass multiplies no matrices again."""
+        embeddings = torch.randn(6, WIDTH, requires_grad=True)
+        loss = GIFLoss(codes, vectors, WIDTH).contrast_loss(embeddings, torch.arange(6))
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        assert counter.get_total_flops() == 0
+        assert embeddings.grad.abs().max() > 0
 
     def test_vectors_move_in_training_only(self, codes, vectors):
         before = vectors.table.clone()

@@ -388,17 +388,22 @@ def test_inputs_are_left_as_they_were(op, impl):
 
 
 @every_op
-def test_autocast_changes_nothing(op, impl):
+def test_autocast_rounds_operands_of_products_and_nothing_else(op, impl):
+    """Each dtype stays; ops that learn multiply in 11 bits instead of 24, the others keep their precision."""
     tensors = op.tensors()
     expected = op(tensors, impl=impl)
-    given = op(tensors, impl=impl, forward_in=torch.autocast("cpu", torch.bfloat16))
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+    given = op(tensors, impl=impl, forward_in=torch.autocast("cpu", torch.float16))
+    assert [x.dtype for x in given] == [x.dtype for x in expected]
+    learns = op in (OPS["token_margin_loss"], OPS["code_contrast_loss"])
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)) is not learns
+    for a, b in zip(given, expected, strict=True):  # 64 times a rounding of 2^-11, times the slope near a pole
+        assert (a.double() - b.double()).norm() <= 0.5 * b.double().norm()
 
 
 @every_op
-def test_autocast_around_the_backward_pass_changes_nothing_either(op):
+def test_autocast_around_the_backward_pass_changes_nothing_else(op):
     tensors = op.tensors()
-    expected = op(tensors, impl="blocked")
+    expected = op(tensors, impl="blocked", forward_in=torch.autocast("cpu", torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
         given = op(tensors, impl="blocked")
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gif_kernels import AngularMargin, code_contrast_loss
+from gif_kernels.autograd import with_row_gradients
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,20 @@ def test_cosines_of_exactly_one(impl, dtype, margin, sign, differentiate, agree)
         agree(a, b, noise=noise)
 
 
-def test_low_precision(impl, low_dtype, differentiate, no_worse_than_pytorch):
-    tensors, labels = Case(64, 96, 48).tensors(low_dtype), torch.randint(96, (64,))
+@pytest.mark.parametrize("autocast", [False, True], ids=["inputs", "autocast"])
+def test_low_precision(impl, low_dtype, autocast, differentiate, no_worse_than_pytorch):
+    tensors, labels = Case(64, 96, 48).tensors(torch.float32 if autocast else low_dtype), torch.randint(96, (64,))
 
     def plain(z: Tensor, h: Tensor) -> Tensor:
         cosine = F.normalize(z) @ F.normalize(h).T
         own = F.one_hot(labels, 96).bool()
-        return F.cross_entropy(64.0 * torch.where(own, cosine - 0.35, cosine), labels, reduction="sum")
+        return F.cross_entropy(64.0 * torch.where(own, cosine - 0.35, cosine), labels, reduction="none")
 
-    options = {"margin": AngularMargin(m2=0.0, m3=0.35), "reduction": "sum"}
+    options = {"margin": AngularMargin(m2=0.0, m3=0.35), "reduction": "none"}
     truth = differentiate(loss_of(labels, impl="reference", **options), *(x.double() for x in tensors))
-    given = differentiate(loss_of(labels, impl=impl, **options), *tensors)
-    for a, b, c in zip(given, differentiate(plain, *tensors), truth, strict=True):
+    with torch.autocast("cpu", low_dtype, enabled=autocast):
+        given, naive = differentiate(loss_of(labels, impl=impl, **options), *tensors), differentiate(plain, *tensors)
+    for a, b, c in zip(given, naive, truth, strict=True):
         no_worse_than_pytorch(a, b, c)
 
 
@@ -229,3 +232,14 @@ def test_compiled_takes_other_batches_candidates_and_scales(compiled, agree):
         (z, h), candidates = case.tensors(torch.float32), case.candidates()
         labels, options = case.labels(candidates), {"candidates": candidates, "scale": scale}
         agree(loss(z, h, labels, **options), code_contrast_loss(z, h, labels, **options))
+
+
+def test_row_gradients_that_are_known():
+    """A graph that was differentiated where it was made is not differentiated again."""
+    z, weights = torch.randn(5, 3, requires_grad=True), torch.rand(5)
+    known = with_row_gradients(z.detach().square().sum(1), z, 2 * z.detach())
+    torch.testing.assert_close(torch.autograd.grad(known @ weights, z)[0], 2 * z.detach() * weights[:, None])
+    known = with_row_gradients(z.detach().square().sum(1), z, 2 * z.detach())
+    (gradient,) = torch.autograd.grad(known.sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()

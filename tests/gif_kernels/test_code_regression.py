@@ -75,6 +75,35 @@ def test_dtypes_may_differ(impl, differentiate):
     torch.testing.assert_close(h_gradient.double(), truth[2], rtol=2**-8, atol=1e-6)  # rounded once to 8 bits
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_of_a_table(reduction, impl, dtype, differentiate, agree):
+    z, table, rows = torch.randn(6, 5, dtype=dtype), torch.randn(3, 5).half(), torch.tensor([2, -1, 0, 0, 2, -1])
+
+    def gathered(z: Tensor) -> Tensor:
+        kept = rows >= 0
+        losses = code_regression_loss(z[kept], table[rows[kept]].double(), reduction="none", impl="reference")
+        if reduction == "none":
+            return losses.new_zeros(6).index_put((kept.nonzero()[:, 0],), losses)
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+    loss = partial(code_regression_loss, targets=table, rows=rows, reduction=reduction, impl=impl)
+    for a, b in zip(differentiate(loss, z), differentiate(gathered, z.double()), strict=True):
+        agree(a, b)
+
+
+def test_errors_of_rows():
+    z, table, rows = torch.randn(2, 5), torch.randn(3, 5), torch.tensor([2, 3])
+    with pytest.raises(ValueError, match=r"rows must lie in \[-1, 3\), got values from 2 to 3; -1 ignores a row"):
+        code_regression_loss(z, table, rows=rows)
+    with pytest.raises(ValueError, match=r"targets are constants where rows are given; detach them"):
+        code_regression_loss(z, table.requires_grad_(), rows=rows - 1)
+    table = table.detach()
+    table[0] = torch.nan  # never read
+    assert code_regression_loss(z, table, rows=rows - 1).isfinite()
+    with pytest.raises(ValueError, match="targets hold NaN or infinity"):
+        code_regression_loss(z, table, rows=rows - 2)
+
+
 def test_reductions(impl):
     z, h = pair((7, 5))
     rows = code_regression_loss(z, h, reduction="none", impl=impl)
@@ -101,6 +130,11 @@ def test_a_row_of_zeros_costs_a_half_and_gets_no_gradient(zeroed, impl, dtype, d
 )
 def test_compiled_equals_eager(impl, reduction, compiles):
     compiles(partial(code_regression_loss, reduction=reduction, impl=impl), *pair((7, 5), torch.float32))
+
+
+def test_compiled_equals_eager_with_rows_of_a_table(compiles):
+    table, rows = torch.randn(3, 5), torch.tensor([2, -1, 0])
+    compiles(lambda z: code_regression_loss(z, table, rows=rows), torch.randn(3, 5))
 
 
 def test_compiled_takes_other_batches(compiled, agree):

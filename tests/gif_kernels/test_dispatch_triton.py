@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from gif_kernels import code_regression_loss, dispatch
+from gif_kernels import code_regression_loss, dispatch, token_margin_loss
 
 OP = "code_regression_loss"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,6 +30,29 @@ def test_float64_is_blocked_on_a_gpu_and_says_why():
     )
     with pytest.raises(ValueError, match="compute in float32, an input is float64; use impl="):
         dispatch.select(OP, "triton", CUDA, torch.float64)
+
+
+@with_triton
+def test_inputs_that_are_not_for_the_kernel_are_blocked_on_a_gpu_and_say_why():
+    reason = "at most 256 centers a token, got 257"
+    assert dispatch.choose(OP, CUDA, obstacle=reason) == ("blocked", reason)
+    with pytest.raises(ValueError, match=f'impl="triton": {reason}; use impl="auto" or impl="blocked"'):
+        dispatch.select(OP, "triton", CUDA, obstacle=reason)
+
+
+@with_triton
+@pytest.mark.parametrize(("vocab", "name"), [(256, "triton"), (257, "blocked")])
+def test_large_vocabularies_run_in_blocks(vocab, name, monkeypatch):
+    """As on a GPU: what would run there for so many centres a token."""
+    chosen = []
+
+    def resolve(op, impl, device, dtype, *, obstacle=""):
+        chosen.append(dispatch.choose(op, CUDA, dtype, obstacle=obstacle)[0])
+        return "blocked"
+
+    monkeypatch.setattr(dispatch, "resolve", resolve)
+    token_margin_loss(torch.randn(2, 8), torch.randn(1, vocab, 8), torch.tensor([[vocab - 1], [0]]))
+    assert chosen == [name]
 
 
 @with_triton

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gif_kernels import AngularMargin, token_margin_loss
+from gif_kernels import AngularMargin, CodeRegression, code_regression_loss, token_margin_loss
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,10 @@ def test_cosines_of_exactly_one(impl, dtype, margin, sign, projected, differenti
 
 
 @pytest.mark.parametrize("case", [Case(64, 3, 20, 48), Case(64, 3, 20, 48, 32)], ids=["plain", "projected"])
-def test_low_precision(case, impl, low_dtype, differentiate, no_worse_than_pytorch):
+@pytest.mark.parametrize("autocast", [False, True], ids=["inputs", "autocast"])
+def test_low_precision(case, impl, low_dtype, autocast, differentiate, no_worse_than_pytorch):
     margin, codes = AngularMargin(m2=0.0, m3=0.35), case.codes()
-    tensors = case.tensors(low_dtype)
+    tensors = case.tensors(torch.float32 if autocast else low_dtype)
 
     def plain(z: Tensor, w: Tensor, p: Tensor | None = None) -> Tensor:
         u = F.normalize(z)[:, None].expand(-1, case.length, -1)
@@ -163,11 +164,12 @@ def test_low_precision(case, impl, low_dtype, differentiate, no_worse_than_pytor
         own = F.one_hot(codes.clamp(min=0), case.vocab).bool()
         logits = 64.0 * torch.where(own, cosine - margin.m3, cosine)
         losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), ignore_index=-1, reduction="none")
-        return losses.sum() / case.length
+        return losses.view(codes.shape).mean(1)
 
-    loss = partial(loss_of, codes, margin=margin, reduction="sum")
+    loss = partial(loss_of, codes, margin=margin, reduction="none")
     truth = differentiate(loss(impl="reference"), *(x.double() for x in tensors))
-    given, naive = differentiate(loss(impl=impl), *tensors), differentiate(plain, *tensors)
+    with torch.autocast("cpu", low_dtype, enabled=autocast):
+        given, naive = differentiate(loss(impl=impl), *tensors), differentiate(plain, *tensors)
     for a, b, c in zip(given, naive, truth, strict=True):
         no_worse_than_pytorch(a, b, c)
 
@@ -183,6 +185,58 @@ def test_dtypes_may_differ(impl, differentiate, agree):
     for a, b in zip((given[0], *given[2:]), (truth[0], *truth[2:]), strict=True):
         agree(a, b)
     torch.testing.assert_close(given[1].double(), truth[1], rtol=2**-8, atol=1e-5)  # rounded once to 8 bits
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "emulated"])
+@pytest.mark.parametrize("case", [Case(9, 2, 4, 8), Case(9, 2, 4, 8, 6)], ids=["plain", "projected"])
+def test_products_round_their_operands_alone(case, native, monkeypatch, differentiate):
+    """With or without units for it: bfloat16 operands, sums of 24 bits or, of a CPU's own units, rounded again."""
+    monkeypatch.setattr("gif_kernels.precision._NATIVE_ON_CPU", {torch.bfloat16} if native else set())
+    tensors, codes = case.tensors(torch.bfloat16), case.codes()
+    truth = differentiate(loss_of(codes, impl="reference"), *(x.double() for x in tensors))
+    given = differentiate(loss_of(codes), *tensors)
+    for a, b in zip(given, truth, strict=True):
+        assert (a - b).norm() <= 0.2 * b.norm()  # 64 times a rounding of 2^-8, of few numbers
+
+
+# ---- the pull towards code vectors
+
+
+@pytest.mark.parametrize("gathered", [True, False], ids=["rows of a table", "row by row"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", [Case(7, 3, 5, 11), Case(7, 3, 5, 11, 6)], ids=["plain", "projected"])
+def test_pulled_is_the_sum_of_both_losses(case, reduction, gathered, impl, differentiate, agree):
+    tensors, codes = case.tensors(torch.float32), case.codes()
+    targets = torch.randn(4 if gathered else 7, 11)
+    rows = torch.tensor([0, 1, 3, 3, -1, 2, 1]) if gathered else None
+    regression = CodeRegression(targets, rows, 0.7)
+    given = differentiate(loss_of(codes, regression=regression, reduction=reduction, impl=impl), *tensors)
+
+    pulled = torch.arange(7) if rows is None else rows
+    pulled = torch.where(codes[:, 0] >= 0, pulled, -1)
+
+    def both(z: Tensor, *rest: Tensor) -> Tensor:
+        pull = code_regression_loss(z, targets.double(), rows=pulled, reduction="none", impl="reference")
+        pull = pull if reduction == "none" else pull.sum()
+        pull = pull / (codes[:, 0] >= 0).sum() if reduction == "mean" else pull
+        return loss_of(codes, reduction=reduction, impl="reference")(z, *rest) + 0.7 * pull
+
+    for a, b in zip(given, differentiate(both, *(x.double() for x in tensors)), strict=True):
+        agree(a, b)
+
+
+def test_pull_errors():
+    case = Case(7, 3, 5, 11)
+    (z, w), codes, targets = case.tensors(), case.codes(), torch.randn(4, 11)
+    for regression, message in (
+        (CodeRegression(targets), r"targets must have shape \(7, 11\), got \(4, 11\)"),
+        (CodeRegression(targets, torch.full((7,), 4)), r"rows must lie in \[-1, 4\), got values from 4 to 4"),
+        (CodeRegression(torch.randn(7, 11, requires_grad=True)), "targets are constants of this loss; detach them"),
+        (CodeRegression(torch.randn(7, 11), weight=0.0), "weight must be a finite number > 0, got 0.0"),
+        (CodeRegression(torch.full((7, 11), torch.nan)), "targets hold NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            token_margin_loss(z, w, codes, regression=regression)
 
 
 # ---- options
@@ -287,6 +341,20 @@ def test_gradients_are_tangent(impl, differentiate):
 def test_compiled_equals_eager(impl, case, options, compiles):
     case = CASES[case]
     compiles(loss_of(case.codes(), impl=impl, **options), *case.tensors(torch.float32))
+
+
+@pytest.mark.parametrize("case", ["primes", "wider projection"])
+def test_compiled_equals_eager_with_a_pull(case, compiles):
+    case = CASES[case]
+    regression = CodeRegression(torch.randn(3, case.width), torch.arange(case.batch) % 4 - 1, 0.7)
+    compiles(loss_of(case.codes(), regression=regression), *case.tensors(torch.float32))
+
+
+@pytest.mark.parametrize("case", ["primes", "wider projection"])
+def test_compiled_equals_eager_under_autocast(case, compiles):
+    case = CASES[case]
+    with torch.autocast("cpu", torch.bfloat16):
+        compiles(loss_of(case.codes()), *case.tensors(torch.float32))
 
 
 def test_compiled_equals_eager_with_two_dtypes(compiles):

@@ -82,6 +82,24 @@ def test_dtypes_may_differ(differentiate, agree):
     agree(loss, truth[0]), agree(h_gradient, truth[2])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_of_a_table(reduction, differentiate, agree):
+    z, table, rows = torch.randn(67, 130), torch.randn(31, 130).half(), torch.randint(31, (67,))
+    rows[::5] = -1
+    options = {"rows": rows, "reduction": reduction}
+    truth = differentiate(lambda z: reference_loss(z, table, **options), z.double())
+    for a, b in zip(differentiate(lambda z: triton_loss(z, table, **options), z), truth, strict=True):
+        agree(a, b)
+
+
+def test_rows_out_of_range_make_the_loss_nan(monkeypatch):
+    """On an accelerator values are not looked at; the kernel that reads them answers."""
+    monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)
+    rows = torch.tensor([0, 3, -2, -1, 2])
+    losses = triton_loss(torch.randn(5, 48), torch.randn(3, 48), rows=rows, reduction="none")
+    assert losses.isnan().tolist() == [False, True, True, False, False]
+
+
 def test_gradients_where_they_are_asked_for_alone():
     tensors = pair((5, 48))
     leaves = [x.requires_grad_() for x in tensors]
@@ -136,11 +154,15 @@ def test_custom_ops_keep_their_word():
     """Schemas and fake implementations agree with what runs."""
     z, h = pair((5, 48))
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    for save in (False, True):
-        check(torch.ops.gif_kernels.code_regression_forward.default, (z, h, save))
-    _, saved = kernels._forward(z, h, True)
-    for needs in ((True, True), (True, False), (False, True)):
-        check(torch.ops.gif_kernels.code_regression_backward.default, (z, h, saved, torch.ones(5), *needs))
+    table, rows = torch.randn(3, 48), torch.arange(5) % 3
+    for targets, target_rows in ((h, None), (table, rows)):
+        for save, reduction in ((False, "none"), (True, "sum"), (True, "mean")):
+            inputs = (z, targets, target_rows, target_rows, reduction, save)
+            check(torch.ops.gif_kernels.code_regression_forward.default, inputs)
+        _, share, saved = kernels._forward(*inputs)
+        for needs in ((True, True), (True, False), (False, True)) if target_rows is None else ((True, False),):
+            backward = (z, targets, target_rows, saved, share, torch.ones(()), *needs)
+            check(torch.ops.gif_kernels.code_regression_backward.default, backward)
 
 
 @on_a_gpu
@@ -148,7 +170,7 @@ def test_two_launches_forward_and_backward():
     tensors = [x.requires_grad_() for x in pair((512, 512), torch.bfloat16)]
 
     def step() -> None:
-        torch.autograd.grad(kernels.code_regression_rows(*tensors), tensors, torch.ones(()).expand(512))
+        torch.autograd.grad(triton_loss(*tensors, reduction="none"), tensors, torch.ones(()).expand(512))
 
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gif_kernels import AngularMargin, dispatch, token_margin_loss
+from gif_kernels import AngularMargin, CodeRegression, dispatch, token_margin_loss
+from gif_kernels.tuning import MAX_VOCAB
 
 kernels = pytest.importorskip("gif_kernels.token_margin.kernels", reason="Triton is not installed")
+shared = pytest.importorskip("gif_kernels.cosine_kernels", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
     pytest.skip("needs a CUDA or ROCm device; test_interpreter.py runs it without one", allow_module_level=True)
 
@@ -95,7 +98,7 @@ def plain_loss(codes: Tensor, margin: AngularMargin):
         own = F.one_hot(codes.clamp(min=0), w.shape[1]).bool()
         logits = 64.0 * torch.where(own, cosine - margin.m3, cosine)
         losses = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), ignore_index=-1, reduction="none")
-        return losses.sum() / len(w)
+        return losses.view(codes.shape).mean(1)
 
     return loss
 
@@ -166,7 +169,7 @@ def test_bfloat16(case, differentiate, no_worse_than_pytorch):
 def check_low_precision(case, dtype, differentiate, no_worse_than_pytorch):
     margin, codes = AngularMargin(m2=0.0, m3=0.35), case.codes()
     tensors = case.tensors(dtype)
-    loss = partial(loss_of, codes, margin=margin, reduction="sum")
+    loss = partial(loss_of, codes, margin=margin, reduction="none")
     truth = differentiate(loss(impl="reference"), *(x.double() for x in tensors))
     naive = differentiate(plain_loss(codes, margin), *tensors)
     for a, b, c in zip(differentiate(loss(), *tensors), naive, truth, strict=True):
@@ -186,6 +189,41 @@ def test_dtypes_may_differ(case, differentiate, agree):
         agree(a, b)
 
 
+@plain_and_projected
+def test_autocast(case, differentiate, no_worse_than_pytorch):
+    """float32 inputs, products in autocast's dtype: errors are those of the plain loss under the same autocast."""
+    case, margin = replace(case, batch=67), AngularMargin(m2=0.0, m3=0.35)
+    tensors, codes = case.tensors(), case.codes()
+    loss = partial(loss_of, codes, margin=margin, reduction="none")
+    truth = differentiate(loss(impl="reference"), *(x.double() for x in tensors))
+    with torch.autocast(DEVICE, torch.float16):
+        given, plain = differentiate(loss(), *tensors), differentiate(plain_loss(codes, margin), *tensors)
+    exact = differentiate(loss(), *tensors)
+    assert [x.dtype for x in given] == [torch.float32] * len(given)
+    for a, b, c, d in zip(given, plain, truth, exact, strict=True):
+        assert not torch.equal(a, d)
+        no_worse_than_pytorch(a, b, c)
+
+
+# ---- the pull towards code vectors
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("gathered", [True, False], ids=["rows of a table", "row by row"])
+@plain_and_projected
+def test_pulled(case, gathered, reduction, differentiate, agree):
+    case = replace(case, batch=67)
+    tensors, codes = case.tensors(), case.codes()
+    targets = torch.randn(31 if gathered else case.batch, case.width).half()
+    rows = torch.randint(31, (case.batch,)) if gathered else None
+    if gathered:
+        rows[::5] = -1
+    options = {"regression": CodeRegression(targets, rows, 0.7), "reduction": reduction}
+    truth = differentiate(loss_of(codes, "reference", **options), *(x.double() for x in tensors))
+    for a, b in zip(differentiate(loss_of(codes, **options), *tensors), truth, strict=True):
+        agree(a, b)
+
+
 # ---- sums over many blocks
 
 
@@ -193,7 +231,8 @@ def test_dtypes_may_differ(case, differentiate, agree):
 @plain_and_projected
 def test_parts_of_the_batch(case, parts, monkeypatch, differentiate, agree):
     """Several blocks of rows a part, and parts that do not fill: the sums for the centre gradient."""
-    monkeypatch.setattr(kernels, "MAX_SPLITS", parts)
+    blocks_d = -(-(case.inner or case.width) // 64)
+    monkeypatch.setattr(shared, "PROGRAMS", parts * blocks_d * (1 if case.inner is None else case.length))
     case = replace(case, batch=257)  # 9 blocks of 32 rows, the last of one row
     tensors, codes = case.tensors(), case.codes()
     options = {"reduction": "none"}
@@ -259,13 +298,23 @@ def test_an_embedding_that_is_not_a_number_reaches_the_loss(monkeypatch):
     assert losses.isnan().tolist() == [False, False, True, False, False]
 
 
-@plain_and_projected
-def test_autocast_changes_nothing(case, differentiate):
-    tensors, codes = case.tensors(), case.codes()
-    expected = differentiate(loss_of(codes), *tensors)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        given = differentiate(loss_of(codes), *tensors)
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+@pytest.mark.parametrize("wrong", [[5, 0], [-2, 0], [0, -1], [-1, 0], [2**40, 0]], ids=str)
+def test_codes_out_of_range_make_the_loss_nan(wrong, monkeypatch):
+    """On an accelerator values are not looked at; the kernel that reads them answers."""
+    monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)
+    (z, w), codes = CASES["few"].tensors(), torch.randint(5, (5, 2))
+    codes[3] = torch.tensor(wrong)
+    losses = loss_of(codes, reduction="none")(z, w)
+    assert losses.isnan().tolist() == [False, False, False, True, False]
+    assert loss_of(codes)(z, w).isnan()
+
+
+def test_target_rows_out_of_range_make_the_loss_nan(monkeypatch):
+    monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)
+    (z, w), codes = CASES["few"].tensors(), torch.randint(5, (5, 2))
+    regression = CodeRegression(torch.randn(3, 48), torch.tensor([0, 3, -2, -1, 2]))
+    losses = loss_of(codes, regression=regression, reduction="none")(z, w)
+    assert losses.isnan().tolist() == [False, True, True, False, False]
 
 
 @plain_and_projected
@@ -278,10 +327,13 @@ def test_non_contiguous(case, differentiate, agree):
         agree(a, b)
 
 
-def test_more_centers_than_the_kernels_hold():
-    z, w = torch.randn(2, 8), torch.randn(1, kernels.MAX_VOCAB + 1, 8)
-    with pytest.raises(ValueError, match='at most 256 centers a token, got 257; use impl="blocked"'):
-        loss_of(torch.zeros(2, 1, dtype=torch.int64))(z, w)
+def test_as_many_centers_as_the_kernels_hold_and_no_more(differentiate, agree):
+    z, w, codes = torch.randn(2, 8), torch.randn(1, MAX_VOCAB, 8), torch.tensor([[MAX_VOCAB - 1], [0]])
+    truth = differentiate(loss_of(codes, "reference"), z.double(), w.double())
+    for a, b in zip(differentiate(loss_of(codes), z, w), truth, strict=True):
+        agree(a, b)
+    with pytest.raises(ValueError, match=r'impl="triton": at most 256 centers a token, got 257; use impl="auto"'):
+        loss_of(codes)(z, torch.randn(1, MAX_VOCAB + 1, 8))
 
 
 @plain_and_projected
@@ -312,18 +364,82 @@ def test_compiled_gives_the_gradients_asked_for_alone(compiled, agree):
 
 
 @plain_and_projected
+def test_compiled_equals_eager_with_a_pull(case, compiles):
+    regression = CodeRegression(torch.randn(7, case.width), torch.tensor([0, 6, -1, 3, 3]), 0.7)
+    compiles(loss_of(case.codes(), regression=regression), *case.tensors())
+
+
+@plain_and_projected
 def test_custom_ops_keep_their_word(case):
     """Schemas and fake implementations agree with what runs."""
     z, w, *projections = case.tensors()
-    rows = kernels._project(z, *projections) if projections else z.unsqueeze(1)
-    codes, weights = case.codes(), case.weights()
+    operand = torch.float32
+    rows = kernels._project(z, *projections, operand) if projections else z.unsqueeze(1)
+    pulls = [(None, None)] if projections else [(None, None), (torch.randn(3, case.width), torch.arange(5) % 3)]
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    for save in (False, True):
-        inputs = (rows, w, codes, weights, *kernels._margin_numbers(AngularMargin()), 64.0, save)
-        check(torch.ops.gif_kernels.token_margin_forward.default, inputs)
-    _, *saved = kernels._forward(*inputs)
-    for needs in ((True, True), (True, False), (False, True)):
-        check(torch.ops.gif_kernels.token_margin_backward.default, (rows, w, *saved, torch.ones(len(z)), *needs))
+    for targets in pulls:
+        for save, reduction in ((False, "sum"), (True, "none"), (True, "mean")):
+            numbers = (0.5, *shared.margin_numbers(AngularMargin()), 64.0)
+            inputs = (rows, w, case.codes(), case.weights(), *targets, *numbers, reduction, operand, save)
+            check(torch.ops.gif_kernels.token_margin_forward.default, inputs)
+        _, *saved = kernels._forward(*inputs)
+        for needs in ((True, True), (True, False), (False, True)):
+            backward = (rows, w, *targets, *saved, torch.ones(()), operand, *needs)
+            check(torch.ops.gif_kernels.token_margin_backward.default, backward)
+
+
+# ---- launches
+
+
+class Counted:
+    """A kernel that counts its launches by name."""
+
+    def __init__(self, kernel, counts):
+        self.kernel, self.counts = kernel, counts
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.counts.append(self.kernel.__name__)
+            return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    ("reduction", "pulled", "launches"), [("none", False, 3), ("none", True, 3), ("mean", False, 4), ("mean", True, 4)]
+)
+def test_launches_of_a_step_without_projections(reduction, pulled, launches, monkeypatch):
+    """Three for the loss and its gradients, one more for a mean; around them nothing touches the device."""
+    counts = []
+    for module, names in ((kernels, ["token_margin_forward"]), (shared, ["cosine_backward", "center_gradient"])):
+        for name in names:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), counts))
+    monkeypatch.setattr(shared, "reduce_losses", Counted(shared.reduce_losses, counts))
+    monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)
+    case = CASES["few"]
+    tensors = [x.requires_grad_() for x in case.tensors()]
+    regression = CodeRegression(torch.randn(9, case.width), torch.randint(9, (5,))) if pulled else None
+    codes, weights, incoming = case.codes(), case.weights(), torch.ones(5 if reduction == "none" else ())
+    with Dispatched() as dispatched:
+        loss = loss_of(codes, token_weights=weights, regression=regression, reduction=reduction)(*tensors)
+        torch.autograd.grad(loss, tensors, incoming)
+    assert len(counts) == launches
+    if not dispatch.INTERPRETING:  # which works by such operations itself
+        assert dispatched.launching == []
+
+
+class Dispatched(TorchDispatchMode):
+    """PyTorch's own operations that launch something: not allocations and views."""
+
+    def __init__(self):
+        super().__init__()
+        self.launching = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not (name.startswith(("empty", "new_empty")) or function.is_view):
+            self.launching.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 # ---- on a GPU alone
@@ -358,7 +474,7 @@ def test_three_launches_forward_and_backward():
     tensors, codes, weights = [x.requires_grad_() for x in case.tensors(torch.bfloat16)], case.codes(), case.weights()
 
     def step() -> None:
-        losses = kernels.token_margin_rows(tensors[0], tensors[1], None, codes, weights, AngularMargin(), 64.0)
+        losses = loss_of(codes, token_weights=weights, reduction="none")(*tensors)
         torch.autograd.grad(losses, tensors, torch.ones(()).expand(512))
 
     step()
@@ -366,7 +482,7 @@ def test_three_launches_forward_and_backward():
         step()
         torch.cuda.synchronize()
     launched = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    ours = [name for name in launched if name.startswith("token_margin")]
+    ours = [name for name in launched if name.startswith(("token_margin", "cosine_backward", "center_gradient"))]
     assert len(ours) == 3
     assert all(name in ours or "fill" in name.lower() for name in launched)  # the ones, and poison
 
@@ -375,11 +491,11 @@ def test_three_launches_forward_and_backward():
 def test_cuda_graph():
     case = Case(512, 5, 20, 512)
     tensors, codes, weights = [x.requires_grad_() for x in case.tensors(torch.bfloat16)], case.codes(), case.weights()
-    incoming = torch.ones(512)
+    incoming = torch.ones(())
 
     def step() -> tuple[Tensor, ...]:
-        losses = kernels.token_margin_rows(tensors[0], tensors[1], None, codes, weights, AngularMargin(), 64.0)
-        return losses, *torch.autograd.grad(losses, tensors, incoming)
+        loss = loss_of(codes, token_weights=weights)(*tensors)
+        return loss, *torch.autograd.grad(loss, tensors, incoming)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
