@@ -13,21 +13,27 @@ from jsonargparse import auto_cli
 
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.codes import IdentityCodes, judge_codes, tokenize
-from gif.data import DataName, load_data
+from gif.codes.commands import export_codes, extend_codes, inspect_codes
+from gif.data import HELD_OUT, ImageDecoder, broken_report, load_data
+from gif.data.convert import convert
+from gif.data.inspection import inspect
 from gif.data.report import glyph_report
+from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.doctor import doctor
-from gif.encoders import make_encoder
+from gif.encoders import Precision, make_encoder
 from gif.evaluation import judge, plot_roc
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
+from gif.export import export_command
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
+from gif.planning import plan
 from gif.progress import console, say
 from gif.resume import claim_folder
-from gif.training import TrainingConfig, embed, plot_losses, train
-from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
-from gif.vectors.plots import plot_nearest_cosines
+from gif.training import AUGMENTATIONS, AugmentationName, TrainingConfig, check_training, embed, plot_losses, train
+from gif.vectors import CodeVectors, Start, initial_code_vectors, spread_code_vectors, spread_file
+from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
 DESCRIPTION = "Train recognition models with millions of identities: identity codes instead of a softmax."
 HEAD_FORMAT = "gif.head/1"
@@ -36,32 +42,51 @@ HEAD_FORMAT = "gif.head/1"
 def vectors_command(
     output: Path,
     *,
-    data: DataName = "glyphs",
+    data: str = "glyphs",
+    held_out: int | float = HELD_OUT,
     encoder: Literal["pixels", "clip", "dino"] = "pixels",
     model: str | None = None,
     weights: str | None = None,
     width: int = 128,
+    image_size: int = 112,
     batch_size: int = 256,
+    workers: int = 0,
+    precision: Precision = "fp32",
     device: str = "cpu",
 ) -> None:
     """Make code vectors: each identity's mean image feature under a frozen encoder.
 
+    A run that was interrupted continues when the same command is given again, on as many processes. Several processes
+    share the identities: torchrun --nproc-per-node 8 -m gif.cli vectors ...
+
     Args:
         output: where to write the code vectors (.safetensors).
-        data: the data set; its training identities are encoded.
+        data: the data set, a name or a path (docs/data.md); its training identities are encoded.
+        held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
         encoder: "pixels" needs no weights; "clip" and "dino" are pretrained and load from a hub or from --weights.
         model: the network's name in open_clip or timm; by default ViT-B-32 (clip), vit_base_patch16_224.dino (dino).
         weights: file with the encoder's weights, instead of the hub; OpenAI's need --model ViT-B-32-quickgelu.
         width: of the vectors, for "pixels"; the backbone's embedding_size must equal it. clip and dino have their own.
+        image_size: pixels that images on disk are read in, before the encoder resizes them to its own.
         batch_size: images encoded at once.
+        workers: processes that read images, for each process that encodes.
+        precision: of a network; "bf16" is for GPUs.
         device: where to encode, "cpu" or "cuda".
     """
-    network = make_encoder(encoder, width=width, model=model, weights=weights, device=device)
-    vectors = initial_code_vectors(
-        load_data(data).train, network, batch_size=batch_size, checkpoint=output.with_suffix(".partial")
-    )
-    vectors.save(output)
-    say(f"wrote {vectors} to {output}")
+    with process_group(device) as own:
+        images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size)).train
+        network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
+        table = initial_code_vectors(
+            images,
+            network,
+            batch_size=batch_size,
+            num_workers=workers,
+            checkpoint=output.with_suffix(".partial"),
+            device=own,
+        )
+        if rank() == 0:
+            table.save(output)
+            say(f"wrote {table} to {output}")
 
 
 def spread_command(
@@ -71,37 +96,57 @@ def spread_command(
     epochs: int = 3,
     batch: int = 2048,
     lr: float = 0.1,
+    start: Start = "none",
+    neighbor_epochs: int = 0,
     target_gap: float | None = None,
+    minutes: float | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
+    in_file: bool = False,
 ) -> None:
     """Spread code vectors evenly over the sphere, and say how even they became and what it cost.
 
-    A run that was interrupted continues where it was when the same command is given again.
+    A run that was interrupted continues where it was when the same command is given again. Several processes share the
+    work: torchrun --nproc-per-node 8 -m gif.cli spread ...
 
     Args:
         vectors: the code vectors to start from, as `gif vectors` writes them.
-        output: where to write the spread ones; a histogram is drawn beside it (.png).
+        output: where to write the spread ones, and beside it the report (.json), a histogram (.png), the gap over
+            epochs (-gap.png).
         epochs: passes over all vectors; 3 do nearly all there is to do.
         batch: vectors that push each other apart in one step.
         lr: learning rate, per vector.
+        start: a closed form first; "center" subtracts the mean, "whiten" also evens out the covariance.
+        neighbor_epochs: passes in subsets of neighbours afterwards, which part near-duplicates.
         target_gap: stop early, once the mean optimality gap of an epoch is below this.
+        minutes: stop after so much time.
         seed: of the random subsets.
-        device: where to compute, "cpu" or "cuda".
+        device: where to compute.
+        in_file: leave the vectors in a file, which may be larger than memory, and step them there; several processes
+            always do.
     """
-    table = CodeVectors(CodeVectors.load(vectors).table.to(device), normalized=True)
-    report = spread_code_vectors(
-        table,
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-        target_gap=target_gap,
-        seed=seed,
-        checkpoint=output.with_suffix(".partial"),
-    )
-    table.save(output)
-    plot_nearest_cosines(report.before, report.after, output.with_suffix(".png"))
-    say(f"before: {report.before}\nafter:  {report.after}\nwrote {table} to {output}")
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "start": start,
+        "neighbor_epochs": neighbor_epochs,
+        "target_gap": target_gap,
+        "minutes": minutes,
+        "seed": seed,
+    }
+    with process_group(device) as own:
+        if in_file or world_size() > 1:
+            report = spread_file(vectors, output, device=own, **options)
+        else:
+            table = CodeVectors(CodeVectors.load(vectors).table.to(own), normalized=True)
+            report = spread_code_vectors(table, checkpoint=output.with_suffix(".partial"), **options)
+            table.save(output)
+        if rank() == 0:
+            write_text(output.with_suffix(".json"), json.dumps(report.to_dict(), indent=2))
+            plot_nearest_cosines(report.before, report.after, output.with_suffix(".png"))
+            plot_gaps(report, output.with_name(f"{output.stem}-gap.png"))
+            say(f"{report}\nwrote {output}")
 
 
 def tokenize_command(
@@ -117,6 +162,9 @@ def tokenize_command(
 ) -> None:
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
 
+    The vectors stay on disk. A run that was interrupted continues after its last whole level when the same command is
+    given again.
+
     Args:
         vectors: the (spread) code vectors.
         output: where to write the codes (.safetensors).
@@ -127,7 +175,7 @@ def tokenize_command(
         alignment: "residual" numbers branches so that a token means the same direction everywhere; "none" at random.
         seed: of the clustering.
     """
-    table = CodeVectors.load(vectors)
+    table = CodeVectors.load(vectors, mmap=True)
     codes = tokenize(
         table,
         vocab_size=vocab_size,
@@ -136,6 +184,7 @@ def tokenize_command(
         capacity_factor=capacity_factor,
         alignment=alignment,
         seed=seed,
+        checkpoint=output.with_suffix(".partial"),
     )
     codes.save(output)
     if len(codes) > 1:
@@ -146,73 +195,110 @@ def tokenize_command(
 def train_command(
     output: Path,
     *,
-    data: DataName = "glyphs",
+    data: str = "glyphs",
+    held_out: int | float = HELD_OUT,
     codes: Path | None = None,
     vectors: Path | None = None,
     head: HeadConfig = HeadConfig(),  # noqa: B008 (frozen)
     backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 (frozen)
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    augmentation: AugmentationName = "affine",
+    tensorboard: bool = False,
 ) -> None:
-    """Train a backbone, with identity codes or with a softmax.
+    """Train a backbone, with identity codes or with a softmax; under torchrun, in several processes.
 
-    A run that was interrupted continues after its last whole epoch when the same command is given again.
+    A run that was interrupted continues at its last checkpoint when the same command is given again, on as many
+    processes as there are then. A config from the repository's configs folder holds a recipe; any option after it wins.
 
     Args:
-        output: folder for the backbone, the head, the code vectors if it moved them, the losses and their plot, and the
-            checkpoints.
-        data: the data set; its training identities are used.
+        output: folder for the backbone, the head, the code vectors if it moved them, the losses and their plot, the
+            checkpoints and TensorBoard's files.
+        data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
+            in the backbone's size and colours.
+        held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
         codes: identity codes, as `gif tokenize` writes them (head kind gif).
         vectors: the code vectors they were cut from (head kind gif with a regression weight).
         head: which loss.
         backbone: which network.
         training: optimizer and schedule.
+        augmentation: "affine" for glyphs, "mirror" for aligned faces, or "none".
+        tensorboard: log to output/tensorboard.
     """
-    code_table = None if codes is None else IdentityCodes.load(codes)
-    images = load_data(data).train
-    torch.manual_seed(training.seed)
-    network = backbone.build()
-    loss_fn = head.build(
-        images.num_identities,
-        backbone.embedding_size,
-        code_table,
-        None if vectors is None else CodeVectors.load(vectors, mmap=True),
-    )
-    claim_folder(
-        output,
-        {
-            "command": "train",
-            "data": data,
-            "codes": code_table and code_table.fingerprint,
-            "vectors": vectors and str(vectors.resolve()),
-            "head": asdict(head),
-            "backbone": asdict(backbone),
-            "training": asdict(training),
-        },
-    )
-    log = train(network, loss_fn, images, training, checkpoints=output / "checkpoints")
-    save_backbone(output / "backbone.safetensors", network, backbone)
-    save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT)
-    if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None and loss_fn.recipe.moves_vectors:
-        loss_fn.vectors.save(output / "vectors.safetensors")
-    save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
-    plot_losses({head.kind: log.losses}, output / "losses.png")
-    say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
+    with process_group(training.device):
+        code_table = None if codes is None else IdentityCodes.load(codes)
+        decoder = ImageDecoder(backbone.image_size, backbone.channels)
+        images = load_data(data, held_out=held_out, decoder=decoder).train
+        torch.manual_seed(training.seed)
+        network = backbone.build()
+        loss_fn = head.build(
+            images.num_identities,
+            backbone.embedding_size,
+            code_table,
+            None if vectors is None else CodeVectors.load(vectors, mmap=True),
+        )
+        log_folder = output / "tensorboard" if tensorboard else None
+        check_training(loss_fn, images, training, tensorboard=log_folder)
+        if rank() == 0:
+            settings = {
+                "command": "train",
+                "data": data,
+                "held_out": held_out,
+                "codes": code_table and code_table.fingerprint,
+                "vectors": vectors and str(vectors.resolve()),
+                "head": asdict(head),
+                "backbone": asdict(backbone),
+                "training": training.settings(),
+                "augmentation": augmentation,
+            }
+            claim_folder(output, settings)
+        wait_for_all()
+        log = train(
+            network,
+            loss_fn,
+            images,
+            training,
+            augment=AUGMENTATIONS[augmentation],
+            checkpoints=output / "checkpoints",
+            tensorboard=log_folder,
+        )
+        if report := broken_report(images):
+            say(report)
+        if rank() > 0:
+            return
+        save_backbone(output / "backbone.safetensors", network, backbone)
+        save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT)
+        if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None and loss_fn.recipe.moves_vectors:
+            loss_fn.vectors.save(output / "vectors.safetensors")
+        save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
+        plot_losses({head.kind: log.losses}, output / "losses.png")
+        say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
 
 
 def evaluate_command(
-    model: Path, *, data: DataName = "glyphs", output: Path | None = None, device: str = "cpu"
+    model: Path,
+    *,
+    data: str = "glyphs",
+    held_out: int | float = HELD_OUT,
+    output: Path | None = None,
+    device: str = "cpu",
 ) -> None:
     """Judge a trained backbone on identities that training never saw.
 
     Args:
         model: backbone.safetensors, as `gif train` writes it.
-        data: the data set; its held-out identities are used.
+        data: the data set, a name or a path (docs/data.md); its held-out identities are used.
+        held_out: share of the identities that training never saw, or how many, as `gif train` was told.
         output: folder for roc.png and evaluation.json; beside the model where it is not given.
         device: where to compute, "cpu" or "cuda".
     """
-    network, _ = load_backbone(model)
-    images = load_data(data).held_out
-    judgement = judge(embed(network, images, device=device), images.labels)
+    network, config = load_backbone(model)
+    decoder = ImageDecoder(config.image_size, config.channels)
+    images = load_data(data, held_out=held_out, decoder=decoder).held_out
+    embeddings = embed(network, images, device=device)
+    readable = ~images.broken(torch.arange(len(images)))
+    if report := broken_report(images):
+        say(report)
+    judgement = judge(embeddings, images.labels[readable])
     folder = output or model.parent
     plot_roc({model.parent.name: judgement}, folder / "roc.png")
     write_text(folder / "evaluation.json", json.dumps(judgement.to_dict(), indent=2))
@@ -222,12 +308,25 @@ def evaluate_command(
 
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
-    "data": {"_help": "Render data sets, and say what is in them.", "glyphs": glyph_report},
+    "data": {
+        "_help": "Say what is in a data set, convert it, render glyphs.",
+        "inspect": inspect,
+        "convert": convert,
+        "glyphs": glyph_report,
+    },
     "vectors": vectors_command,
     "spread": spread_command,
+    "plan": plan,
     "tokenize": tokenize_command,
+    "codes": {
+        "_help": "Look into identity codes, export them, and give codes to identities that come later.",
+        "inspect": inspect_codes,
+        "export": export_codes,
+        "extend": extend_codes,
+    },
     "train": train_command,
     "evaluate": evaluate_command,
+    "export": export_command,
     "accuracy": accuracy,
     "sweep": sweep,
     "doctor": doctor,

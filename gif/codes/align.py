@@ -39,15 +39,15 @@ def fit_codebook(residuals: Tensor, seed: int, depth: int) -> Tensor:
 
 
 def match(residuals: Tensor, codebook: Tensor) -> Tensor:
-    """Names (g, v) int64, a permutation of [0, v) a node: the maximum-weight matching of residuals to codebook.
+    """Names (g, w) int64 of w <= v children, all different in a node: the maximum-weight matching to codebook (v, d).
 
     A child that is not there, a residual of zero, weighs nothing under any name and takes one that is left.
     """
-    weights = (residuals @ codebook.mT).cpu().numpy()
-    names = np.empty(weights.shape[:2], np.int64)
-    for node, weight in enumerate(weights):
-        names[node] = linear_sum_assignment(weight, maximize=True)[1]
-    return torch.from_numpy(names).to(residuals.device)
+    weights = residuals @ codebook.mT
+    if weights.shape[1] == 1:
+        return weights.argmax(-1)
+    names = [linear_sum_assignment(weight, maximize=True)[1] for weight in weights.cpu().numpy()]
+    return torch.from_numpy(np.array(names, np.int64).reshape(weights.shape[:2])).to(residuals.device)
 
 
 def random_names(seeds: np.ndarray, v: int) -> Tensor:

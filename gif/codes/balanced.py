@@ -1,27 +1,32 @@
 """One level of balanced spherical k-means: many nodes at once, each cut into k children that have capacities.
 
 Nodes are padded to the largest and every step is a batched product or an integer count, so that a level of 160,000
-small nodes costs what its rows cost. A large node is streamed: only its (n, k) similarities are held.
+small nodes costs what its rows cost. A node of more rows than a block is streamed: its centroids and prices come from a
+sample, each row is read once for its child and again where it might have to move, and a row costs some bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gif.codes.segments import BLOCK_FLOATS
 from gif_kernels.sphere import unit
 
-BLOCK_FLOATS = 1 << 24  # rows gathered at a time, in floats: 64 MiB
 SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
 LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last assignment sees every row
+STARTS = 4  # of k-means in a node whose sample is at most as large a part of it: the seeding decides most there
 BALANCING_ROUNDS = 3  # assignment within the capacities, and new centroids
 PRICE_RATES = tuple(0.2 * 0.88**i for i in range(30))  # of a node's mean spread of similarities; falls to 0.005
 FINAL_RATES = tuple(0.02 * 0.86**i for i in range(10))  # from prices that are nearly right already
+MISPLACED = 0.01  # of a node's rows by which children with a price are not just full: beyond, prices are refined
+REFINING_ROUNDS = 60
+FASTER, SLOWER = 1.2, 0.5  # a price's next step where demand still errs to the same side, and where it has crossed
 
 
 @dataclass(frozen=True)
@@ -58,23 +63,33 @@ class Nodes:
     def similarity(self, centroids: Tensor) -> Tensor:
         """Cosine of each row to its node's ``centroids`` (g, k, d): (g, M, k)."""
         similarity = centroids.new_empty(*self.index.shape, centroids.shape[1])
-        for columns, rows in self._blocks():
-            similarity[:, columns] = torch.bmm(rows, centroids.mT)
+        for columns, block in self.similarities(centroids):
+            similarity[:, columns] = block
         return similarity
+
+    def similarities(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """`similarity` in blocks: columns of the index, and their (g, columns, k)."""
+        for columns, rows in self._blocks(centroids.shape[1]):
+            yield columns, torch.bmm(rows, centroids.mT)
+
+    def sums(self, child: Tensor, k: int) -> Tensor:
+        """Sum (g, k, d) of the unit rows of each ``child`` (g, M)."""
+        children = torch.arange(k, device=child.device)
+        sums = torch.zeros(len(child), k, self.table.shape[1], device=child.device)
+        for columns, rows in self._blocks(k):
+            member = (child[:, columns, None] == children) & self.mask[:, columns, None]
+            sums.baddbmm_(member.to(rows.dtype).mT, rows)
+        return sums
 
     def centroids(self, child: Tensor, empty: Tensor) -> Tensor:
         """Unit mean (g, k, d) of the rows of each ``child`` (g, M), or of ``empty`` (g, k, d) where it has none."""
-        children = torch.arange(empty.shape[1], device=child.device)
-        sums = torch.zeros_like(empty)
-        for columns, rows in self._blocks():
-            member = (child[:, columns, None] == children) & self.mask[:, columns, None]
-            sums.baddbmm_(member.to(rows.dtype).mT, rows)
-        return torch.where((count(child, self.mask, len(children)) > 0)[:, :, None], unit(sums), empty)
+        k = empty.shape[1]
+        return torch.where((count(child, self.mask, k) > 0)[:, :, None], unit(self.sums(child, k)), empty)
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of the index, and their unit rows (g, columns, d) in float32, zero on padding."""
+    def _blocks(self, k: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of the index, and their unit rows (g, columns, d) in float32, zero on padding, to go with (., k)."""
         g, width = self.index.shape
-        step = max(1, BLOCK_FLOATS // (g * self.table.shape[1]))
+        step = max(1, BLOCK_FLOATS // (g * max(k, self.table.shape[1])))
         if step >= width:
             yield slice(0, width), self.rows
             return
@@ -83,7 +98,13 @@ class Nodes:
             yield columns, self._gather(columns)
 
     def _gather(self, columns: slice) -> Tensor:
-        return unit(self.table[self.index[:, columns]].float()) * self.mask[:, columns, None]
+        rows = self.table[self.index[:, columns]].float()
+        rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+        return rows if self._full else rows.mul_(self.mask[:, columns, None])
+
+    @cached_property
+    def _full(self) -> bool:
+        return bool(self.mask.all())
 
 
 def split(
@@ -95,24 +116,100 @@ def split(
     cosine: a child has a price >= 0, rows take the largest similarity - price, and prices rise where too many come.
     ``seeds`` (g,) make a node's result independent of the nodes beside it. Needs k * limit >= n.
 
-    Returns child (g, M) int64 in [0, k), meaningless on padding, and unit centroids (g, k, d), zero where there are no
-    rows.
+    Returns child (g, M) uint8 in [0, k), meaningless on padding, and the sum (g, k, d) of each child's unit rows.
     """
     sample = nodes.sample(LLOYD_ROWS * k, seeds)
+    capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
+    centroids, prices, cosine = balanced_kmeans(sample, k, capacity, iterations, seeds)
+    large = nodes.sizes > STARTS * LLOYD_ROWS * k
+    for start in range(1, STARTS if bool(large.any()) else 1):
+        others = balanced_kmeans(sample, k, capacity, iterations, _mix(seeds + np.uint64(start)))
+        better = (large & (others[2] > cosine))[:, None]
+        centroids = torch.where(better[:, :, None], others[0], centroids)
+        prices = torch.where(better, others[1], prices)
+        cosine = torch.where(better[:, 0], others[2], cosine)
+    assigned = partial(assign, nodes, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
+    child = assigned(centroids, prices)
+    if bool(large.any()):  # a sample's centroids fit its own rows best: once more from those of all rows
+        centroids = torch.where(large[:, None, None], nodes.centroids(child, centroids), centroids)
+        child = assigned(centroids, prices)
+    return child, nodes.sums(child, k)
+
+
+def balanced_kmeans(
+    sample: Nodes, k: int, capacity: Tensor, iterations: int, seeds: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit centroids (g, k, d), prices (g, k) that keep the ``capacity`` (g, 1) nearly, and the mean cosine (g,) so."""
     centroids = kmeans(sample, k, iterations, seeds)
-    share = (limit / nodes.sizes).clamp_max(capacity_factor / k)[:, None]  # of a node's rows, that a child may take
     prices = torch.zeros_like(centroids[:, :, 0])
     for _ in range(BALANCING_ROUNDS):
         similarity = sample.similarity(centroids)
-        prices = balancing_prices(similarity, sample.mask, share * sample.sizes[:, None], prices, PRICE_RATES)
-        centroids = sample.centroids(dearest(similarity, prices), centroids)
+        prices = balancing_prices(similarity, sample.mask, capacity, prices, PRICE_RATES)
+        child = dearest(similarity, prices)
+        centroids = sample.centroids(child, centroids)
+    kept = similarity.gather(2, child[:, :, None])[:, :, 0]
+    return centroids, prices, (kept * sample.mask).sum(1) / sample.sizes
 
-    similarity = nodes.similarity(centroids)
-    prices = balancing_prices(similarity, nodes.mask, share * nodes.sizes[:, None], prices, FINAL_RATES)
-    child = dearest(similarity, prices)
+
+def assign(
+    nodes: Nodes, centroids: Tensor, prices: Tensor, *, capacity_factor: float, limit: int, seeds: np.ndarray
+) -> Tensor:
+    """The child (g, M) uint8 of each row, within the capacities, from ``prices`` (g, k) that are nearly right."""
+    k = centroids.shape[1]
+    scores = Scores(nodes, centroids)
+    sample, similarity = scores.sample(seeds)
+    capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
+    prices = balancing_prices(similarity, sample.mask, capacity, prices, FINAL_RATES)
+    prices = refined_prices(similarity, sample.mask, capacity, prices)
+    child = scores.dearest(prices)
     room = capacities(count(child, nodes.mask, k), capacity_factor, limit)
-    child = repair(similarity, child, nodes.mask, room)
-    return child, nodes.centroids(child, torch.zeros_like(centroids))
+    return repair(scores, child, nodes.mask, room)
+
+
+def largest_share(nodes: Nodes, k: int, capacity_factor: float, limit: int) -> Tensor:
+    """(g, 1): how much of a node's rows one child may take."""
+    return (limit / nodes.sizes).clamp_max(capacity_factor / k)[:, None]
+
+
+class Scores:
+    """Cosines of the rows of ``nodes`` to ``centroids`` (g, k, d): held where they fit a block, else made on demand."""
+
+    def __init__(self, nodes: Nodes, centroids: Tensor) -> None:
+        self._nodes, self._centroids = nodes, centroids
+        fit = nodes.index.numel() * centroids.shape[1] <= BLOCK_FLOATS
+        self._held = nodes.similarity(centroids) if fit else None
+
+    def sample(self, seeds: np.ndarray) -> tuple[Nodes, Tensor]:
+        """Nodes of as many rows as fit a block, and their similarity: all rows where they are held."""
+        if self._held is not None:
+            return self._nodes, self._held
+        g, k = self._centroids.shape[:2]
+        sample = self._nodes.sample(max(1, BLOCK_FLOATS // (g * k)), seeds)
+        return sample, sample.similarity(self._centroids)
+
+    def dearest(self, prices: Tensor) -> Tensor:
+        """The child (g, M) uint8 with the largest similarity - price for each row; the lowest number on ties."""
+        child = torch.empty(self._nodes.index.shape, dtype=torch.uint8, device=prices.device)
+        for columns, similarity in self._blocks():
+            child[:, columns] = dearest(similarity, prices)
+        return child
+
+    def moves(self, child: Tensor, wanted: Tensor, open: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Node, row, best other child that is ``open`` (g, k), and what it loses, of the rows in ``wanted`` (g, M)."""
+        found = []
+        for columns, similarity in self._blocks():
+            node, row = wanted[:, columns].nonzero(as_tuple=True)
+            scores = similarity[node, row]  # (c, k)
+            best, target = scores.masked_fill(~open[node], -torch.inf).max(1)
+            source = child[:, columns][node, row].long()
+            found.append((node, row + columns.start, target, scores.gather(1, source[:, None])[:, 0] - best))
+        node, row, target, loss = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return node, row, target, loss
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        if self._held is not None:
+            return iter([(slice(0, self._held.shape[1]), self._held)])
+        return self._nodes.similarities(self._centroids)
 
 
 def kmeans(nodes: Nodes, k: int, iterations: int, seeds: np.ndarray) -> Tensor:
@@ -148,17 +245,56 @@ def balancing_prices(
     subgradient steps at ``rates``, in units of the node's mean spread of similarities. Returns the best prices met,
     lest one end higher than it need be.
     """
-    present, k = mask.to(similarity.dtype), similarity.shape[2]
-    spread = ((similarity.amax(-1) - similarity.mean(-1)) * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+    spread = _spread(similarity, mask)
     prices = best = start
     least = torch.full_like(spread, torch.inf)
     for rate in rates:
-        score, child = _best_scores(similarity, prices)
-        dual = torch.linalg.vecdot(score, present)[:, None] + (capacity * prices).sum(1, keepdim=True)
+        dual, counts = _demand(similarity, mask, capacity, prices)
         best = torch.where(dual < least, prices, best)
         least = least.minimum(dual)
-        prices = (prices + rate * spread * (count(child, mask, k) / capacity - 1)).clamp_min(0)
+        prices = (prices + rate * spread * (counts / capacity - 1)).clamp_min(0)
     return best
+
+
+def refined_prices(similarity: Tensor, mask: Tensor, capacity: Tensor, start: Tensor) -> Tensor:
+    """Better prices for nodes whose ``start`` (g, k) came from a sample and is off by more than MISPLACED rows.
+
+    At the optimum a child with a price is just full, and one without is not over-full.
+
+    Where all capacities bind, prices depend on each other, and steps in proportion to demand take hundreds of rounds.
+    Here a step has the sign of what demand errs by, and a length of its own (Rprop: Riedmiller and Braun, 1993).
+    """
+    prices = best = start
+    k = start.shape[1]
+    least, counts = _demand(similarity, mask, capacity, start)
+    rows = mask.sum(1, keepdim=True)
+    excess = counts - capacity
+    misplaced = torch.where(start > 0, excess.abs(), excess.clamp_min(0)).sum(1, keepdim=True)
+    refined = (misplaced > MISPLACED * rows) & (rows > LLOYD_ROWS * k)
+    if not bool(refined.any()):
+        return start
+    step, last = FINAL_RATES[0] * _spread(similarity, mask).expand_as(start), torch.zeros_like(start)
+    for _ in range(REFINING_ROUNDS):
+        sign = torch.sign(counts - capacity)
+        step = torch.where(sign * last > 0, step * FASTER, torch.where(sign * last < 0, step * SLOWER, step))
+        prices, last = (prices + sign * step).clamp_min(0), sign
+        dual, counts = _demand(similarity, mask, capacity, prices)
+        best = torch.where(refined & (dual < least), prices, best)
+        least = least.minimum(dual)
+    return best
+
+
+def _demand(similarity: Tensor, mask: Tensor, capacity: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
+    """The dual objective (g, 1) at ``prices``, and the rows (g, k) that want each child."""
+    score, child = _best_scores(similarity, prices)
+    dual = torch.linalg.vecdot(score, mask.to(score.dtype))[:, None] + (capacity * prices).sum(1, keepdim=True)
+    return dual, count(child, mask, similarity.shape[2])
+
+
+def _spread(similarity: Tensor, mask: Tensor) -> Tensor:
+    """(g, 1): how far a row's best similarity is above its mean, on average over a node's rows."""
+    present = mask.to(similarity.dtype)
+    return ((similarity.amax(-1) - similarity.mean(-1)) * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
 
 
 def dearest(similarity: Tensor, prices: Tensor) -> Tensor:
@@ -186,22 +322,22 @@ def capacities(counts: Tensor, capacity_factor: float, limit: int) -> Tensor:
     return (total // k + (rank < total % k)).clamp_max(limit)
 
 
-def repair(similarity: Tensor, child: Tensor, mask: Tensor, room: Tensor) -> Tensor:
+def repair(scores: Scores, child: Tensor, mask: Tensor, room: Tensor) -> Tensor:
     """Move the rows that lose least out of over-full children into children with room, until none is over-full.
 
     Where a move is refused its target has become full, so at most k rounds are needed. Ties go to the lower row.
     """
     child, k = child.clone(), room.shape[1]
     while bool(((excess := count(child, mask, k) - room) > 0).any()):
-        node, row = ((excess > 0).gather(1, child) & mask).nonzero(as_tuple=True)
-        source = child[node, row]
-        scores = similarity[node, row]  # (c, k)
-        best, target = scores.masked_fill((excess >= 0)[node], -torch.inf).max(1)
-        loss = scores.gather(1, source[:, None])[:, 0] - best
+        crowded = torch.zeros_like(mask)
+        for columns in column_blocks(mask):
+            crowded[:, columns] = (excess > 0).gather(1, child[:, columns].long()) & mask[:, columns]
+        node, row, target, loss = scores.moves(child, crowded, excess < 0)
+        source = child[node, row].long()
         leaves = rank_in_group(node * k + source, loss) < excess[node, source]
         node, row, target, loss = node[leaves], row[leaves], target[leaves], loss[leaves]
         enters = rank_in_group(node * k + target, loss) < -excess[node, target]
-        child[node[enters], row[enters]] = target[enters]
+        child[node[enters], row[enters]] = target[enters].to(child.dtype)
     return child
 
 
@@ -217,7 +353,16 @@ def rank_in_group(group: Tensor, value: Tensor) -> Tensor:
 
 def count(child: Tensor, mask: Tensor, k: int) -> Tensor:
     """Rows (g, k) int64 of each child, padding left out."""
-    return torch.zeros(len(child), k, dtype=torch.int64, device=child.device).scatter_add_(1, child, mask.long())
+    counts = torch.zeros(len(child), k, dtype=torch.int64, device=child.device)
+    for columns in column_blocks(mask):
+        counts.scatter_add_(1, child[:, columns].long(), mask[:, columns].long())
+    return counts
+
+
+def column_blocks(mask: Tensor) -> Iterator[slice]:
+    """Slices of the columns of ``mask`` (g, M) that hold about BLOCK_FLOATS entries."""
+    step = max(1, BLOCK_FLOATS // max(1, len(mask)))
+    return (slice(start, start + step) for start in range(0, mask.shape[1], step))
 
 
 def node_seeds(seed: int, depth: int, paths: np.ndarray) -> np.ndarray:

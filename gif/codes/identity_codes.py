@@ -11,39 +11,56 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gif.codes.extend import place_newcomers
+from gif.codes.segments import offsets_of
 from gif.files import load_tensors, save_tensors
 from gif_kernels import checks
 
 FORMAT = "gif.identity_codes/1"
 LARGEST_VOCAB = 256  # a token is one byte
 _LARGEST_KEY = torch.iinfo(torch.int64).max
+_ROWS_A_BLOCK = 1 << 22
 
 
 class IdentityCodes:
     """Codes of m identities: l tokens each, every token in [0, v), all codes distinct (METHOD: c^y).
 
     Args:
-        codes: (m, l) integers; kept as uint8.
+        codes: (m, l) integers; kept as uint8, the very tensor where it is one.
         vocab_size: v, in [2, 256]; v^l must fit int64.
         centroids: unit vectors of the tree's nodes where `tokenize` made the codes: tensor j is (nodes, d), a row for
             each prefix of j + 1 tokens in use, in increasing order of the prefixes. May stop at any level.
+        directions: (l, v, d) what each token means under every prefix, where `tokenize` aligned them: the direction of
+            a child from its parent.
+
+    Besides the codes it holds 4 bytes an identity: their order; and 4 more from the first call of `siblings` on.
 
     Raises TypeError if the codes are not an integer tensor, ValueError if a token is out of range, two identities share
-    a code, or the centroids do not belong to the codes.
+    a code, or the centroids or directions do not belong to the codes.
     """
 
-    def __init__(self, codes: Tensor, vocab_size: int, *, centroids: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        vocab_size: int,
+        *,
+        centroids: Sequence[Tensor] | None = None,
+        directions: Tensor | None = None,
+    ) -> None:
         _check_vocab_size(vocab_size)
-        tokens = checks.integer(
-            "codes", codes, ("m", "l"), low=0, high=vocab_size, hint="give the vocab_size the codes were made with"
-        )
-        check_code_space(vocab_size, tokens.shape[1])
-        self.codes = tokens.to(torch.uint8)
+        for rows in codes.split(_ROWS_A_BLOCK) if isinstance(codes, Tensor) and codes.ndim else (codes,):
+            hint = "give the vocab_size the codes were made with"
+            checks.integer("codes", rows, ("m", "l"), low=0, high=vocab_size, hint=hint)
+        check_code_space(vocab_size, codes.shape[1])
+        self.codes = codes.to(torch.uint8)
         self.vocab_size = vocab_size
         self.centroids = tuple(centroids or ())
+        self.directions = directions
         keys, identities = self._keys(self.codes).sort(stable=True)
         self._check_distinct(keys, identities)
         self._check_centroids(keys)
+        self._check_directions()
+        self._order = identities.to(_index_dtype(len(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> IdentityCodes:
@@ -54,12 +71,19 @@ class IdentityCodes:
         tensors, metadata = load_tensors(path, format=FORMAT)
         if "codes" not in tensors or not metadata.get("vocab_size", "").isdecimal():
             raise ValueError(f"{path} has no codes or no vocab_size; make it again with IdentityCodes.save")
-        centroids = [tensors[_centroids(level)] for level in range(len(tensors) - 1) if _centroids(level) in tensors]
-        return cls(tensors["codes"], int(metadata["vocab_size"]), centroids=centroids)
+        centroids = [tensors[_centroids(level)] for level in range(len(tensors)) if _centroids(level) in tensors]
+        return cls(
+            tensors["codes"],
+            int(metadata["vocab_size"]),
+            centroids=centroids,
+            directions=tensors.get("directions"),
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write the codes, and the centroids if there are any, as safetensors, atomically."""
+        """Write the codes, and the centroids and directions if there are any, as safetensors, atomically."""
         tensors = {"codes": self.codes} | {_centroids(level): rows for level, rows in enumerate(self.centroids)}
+        if self.directions is not None:
+            tensors["directions"] = self.directions
         save_tensors(path, tensors, format=FORMAT, vocab_size=str(self.vocab_size))
 
     def lookup(self, labels: Tensor) -> Tensor:
@@ -79,11 +103,16 @@ class IdentityCodes:
         if codes.ndim != 2 or codes.shape[1] != self.length:
             raise ValueError(f"codes must have shape (n, {self.length}), got {tuple(codes.shape)}")
         tokens = codes.to(self.codes.device).long()
-        keys, identities = self._key_table
         wanted = self._keys(tokens)
-        place = torch.searchsorted(keys, wanted).clamp_max(len(keys) - 1)
+        place = torch.zeros_like(wanted)  # of codes that are smaller: a binary search, so that no keys need be kept
+        for step in (1 << bit for bit in reversed(range(len(self).bit_length()))):
+            further = place + step
+            inside = further <= len(self)
+            smaller = self._keys(self.codes[self._order[torch.where(inside, further, 1) - 1]]) < wanted
+            place = torch.where(inside & smaller, further, place)
+        identities = self._order[place.clamp_max(len(self) - 1)].long()
         valid = ((tokens >= 0) & (tokens < self.vocab_size)).all(1)
-        return torch.where(valid & (keys[place] == wanted), identities[place], -1).to(codes.device)
+        return torch.where(valid & (self._keys(self.codes[identities]) == wanted), identities, -1).to(codes.device)
 
     def prefixes(self, tokens: int) -> Tensor:
         """The first ``tokens`` tokens of each code as a number in base v, (m,) int64: its node at that depth."""
@@ -96,8 +125,48 @@ class IdentityCodes:
         """
         index = labels.to(self.codes.device)
         steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], dtype=torch.int64, device=index.device)
-        place = (self._rank[index][:, None] + steps) % len(self)
-        return self._key_table[1][place].to(labels.device)
+        place = (self._rank[index].long()[:, None] + steps) % len(self)
+        return self._order[place].long().to(labels.device)
+
+    def nodes(self, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tree's nodes of ``depth`` tokens: identities by code (m,), offsets (n + 1,), paths (n,).
+
+        Node i holds identities[offsets[i]:offsets[i + 1]]; its path is a number in base v, as in `prefixes`.
+        """
+        paths, sizes = self._keys(self.codes[:, :depth][self._order]).unique_consecutive(return_counts=True)
+        return self._order, offsets_of(sizes), paths
+
+    @property
+    def free(self) -> int:
+        """Codes that no identity has, v^l - m."""
+        return int(self.vocab_size**self.length - len(self))
+
+    def extend(self, vectors: Tensor, *, seed: int = 0) -> IdentityCodes:
+        """These codes, unchanged, and after them one for each of ``vectors`` (n, d) of identities that came later.
+
+        Each goes down the tree to the child of nearest centroid that has a free leaf, and where no such child exists
+        starts the one whose direction its residual is nearest to, or a random one where the codes have no directions.
+        Where more come than a child has room for, the nearest take it. Centroids of nodes there were stay.
+
+        Raises ValueError if the codes have no centroids (of depth 1 at least), the vectors are not (n, d) or without a
+        direction, or fewer than n codes are free.
+        """
+        if not self.centroids and self.length > 1:
+            raise ValueError(
+                "these codes have no centroids to find the newcomers' place by; make them with gif.tokenize and its "
+                "default centroid_levels"
+            )
+        if len(vectors) > self.free:
+            raise ValueError(
+                f"{len(vectors)} newcomers, but only {self.free} of {self.vocab_size}^{self.length} codes are free: "
+                "the tree is full; make new codes with a larger length or vocab_size (gif.tokenize with slack)"
+            )
+        tokens, centroids = place_newcomers(
+            self._keys(self.codes[self._order]), vectors, self.vocab_size, self.length, self.centroids,
+            self.directions, seed,
+        )  # fmt: skip
+        codes = torch.cat([self.codes, tokens.to(self.codes.device)])
+        return IdentityCodes(codes, self.vocab_size, centroids=centroids, directions=self.directions)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,15 +187,11 @@ class IdentityCodes:
         return f"IdentityCodes({len(self)} identities, {self.length} tokens of {self.vocab_size})"
 
     @cached_property
-    def _key_table(self) -> tuple[Tensor, Tensor]:
-        keys, identities = self._keys(self.codes).sort(stable=True)
-        return keys, identities
-
-    @cached_property
     def _rank(self) -> Tensor:
-        """The place of each identity in the order of the codes, (m,) int64."""
-        identities = self._key_table[1]
-        return torch.empty_like(identities).scatter_(0, identities, torch.arange(len(self), device=identities.device))
+        """The place of each identity in the order of the codes, (m,)."""
+        rank = torch.empty_like(self._order)
+        rank[self._order] = torch.arange(len(self), dtype=rank.dtype, device=rank.device)
+        return rank
 
     def _keys(self, codes: Tensor) -> Tensor:
         """Codes (n, l) as numbers in base v, (n,) int64."""
@@ -153,6 +218,13 @@ class IdentityCodes:
                     f"centroids of level {level} must be ({nodes}, d) floating point, got {tuple(rows.shape)} "
                     f"{rows.dtype}; give the centroids that came with these codes, or none"
                 )
+
+    def _check_directions(self) -> None:
+        if self.directions is not None and self.directions.shape[:-1] != (self.length, self.vocab_size):
+            raise ValueError(
+                f"directions must be ({self.length}, {self.vocab_size}, d), got {tuple(self.directions.shape)}; give "
+                "those that came with these codes, or none"
+            )
 
 
 def code_length(m: int, vocab_size: int, slack: float = 0.0) -> int:
@@ -181,6 +253,10 @@ def check_code_space(vocab_size: int, length: int) -> None:
 def _check_vocab_size(vocab_size: int) -> None:
     if not isinstance(vocab_size, int) or not 2 <= vocab_size <= LARGEST_VOCAB:
         raise ValueError(f"vocab_size must be an integer in [2, {LARGEST_VOCAB}], got {vocab_size}")
+
+
+def _index_dtype(m: int) -> torch.dtype:
+    return torch.int32 if m <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _centroids(level: int) -> str:

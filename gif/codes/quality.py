@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from gif.codes.balanced import Nodes, kmeans, node_seeds
 from gif.codes.identity_codes import IdentityCodes
-from gif.vectors.quality import sample_rows
+from gif.codes.segments import ancestors, tree_sums
+from gif.vectors.quality import SAMPLE, sample_rows
 from gif.vectors.store import CodeVectors
 from gif_kernels import max_cosine
 from gif_kernels.sphere import unit
@@ -20,6 +22,8 @@ KMEANS_ROUNDS = 20
 KMEANS_STARTS = 3
 RIDGE = 1e-3  # of the features' mean square
 TRAINING_SHARE = 0.8
+PROBED = 1 << 20  # identities that the probe is fitted to and tested on, at most
+JUDGED_NODES = 64  # of a depth, whose cut is compared with k-means
 _ROWS_A_BLOCK = 1 << 16
 
 
@@ -28,15 +32,15 @@ class CodeQuality:
     """What `judge_codes` found.
 
     Per token: ``cosine``, the mean cosine of identities to the centroid of those that share the code up to it;
-    ``entropy`` of its use, as a share of log2 v; ``readout``, the accuracy of `linear_probe`. ``root_share``: the first
-    token's cosine as a share of what k-means without capacities reaches. ``neighbor_prefix`` and ``random_prefix``:
-    tokens that nearest neighbours, and random pairs, share before they part.
+    ``entropy`` of its use, as a share of log2 v; ``readout``, the accuracy of `linear_probe`; ``kmeans_share``, its
+    cosine as a share of what k-means without capacities reaches in the same nodes. ``neighbor_prefix`` and
+    ``random_prefix``: tokens that nearest neighbours, and random pairs, share before they part.
     """
 
     cosine: tuple[float, ...]
     entropy: tuple[float, ...]
     readout: tuple[float, ...]
-    root_share: float
+    kmeans_share: tuple[float, ...]
     neighbor_prefix: float
     random_prefix: float
 
@@ -45,16 +49,21 @@ class CodeQuality:
             return " ".join(f"{value:.3f}" for value in values)
 
         return (
-            f"cosine to centroids {listed(self.cosine)} ({self.root_share:.1%} of free k-means at the root), "
+            f"cosine to centroids {listed(self.cosine)} ({listed(self.kmeans_share)} of free k-means), "
             f"token entropy {listed(self.entropy)}, linear read-out {listed(self.readout)}, "
             f"prefix shared {self.neighbor_prefix:.2f} by neighbours, {self.random_prefix:.2f} by random pairs"
         )
 
 
+def token_entropy(codes: IdentityCodes) -> tuple[float, ...]:
+    """Entropy of each token's use, as a share of log2 v: 1 where all values are used alike."""
+    return tuple(_entropy(column, codes.vocab_size) for column in codes.codes.unbind(1))
+
+
 def judge_codes(codes: IdentityCodes, vectors: CodeVectors | Tensor, *, seed: int = 0) -> CodeQuality:
     """Judge codes (m, l) by the vectors (m, d), m >= 2, they were made from.
 
-    Above 20,000 identities, neighbours and the root's k-means are judged on a sample of that many.
+    Above 20,000 identities, neighbours, and k-means a depth, are judged on samples of about that many.
 
     Raises ValueError if there are not as many vectors as codes.
     """
@@ -65,9 +74,9 @@ def judge_codes(codes: IdentityCodes, vectors: CodeVectors | Tensor, *, seed: in
     _, neighbor = max_cosine(rows)
     return CodeQuality(
         cosine=_cosines(codes, table),
-        entropy=tuple(_entropy(column, codes.vocab_size) for column in tokens.unbind(1)),
+        entropy=token_entropy(codes),
         readout=linear_probe(codes, vectors, seed=seed),
-        root_share=_root_share(rows, sampled[:, 0].long(), codes.vocab_size, seed),
+        kmeans_share=tuple(_kmeans_share(codes, table, depth, seed) for depth in range(codes.length)),
         neighbor_prefix=_shared_prefix(sampled, sampled[neighbor]),
         random_prefix=_shared_prefix(sampled, sampled.roll(len(sampled) // 2, 0)),
     )
@@ -76,14 +85,15 @@ def judge_codes(codes: IdentityCodes, vectors: CodeVectors | Tensor, *, seed: in
 def linear_probe(codes: IdentityCodes, vectors: CodeVectors | Tensor, *, seed: int = 0) -> tuple[float, ...]:
     """Held-out accuracy, token by token, of a linear read-out of the code from the vector: how learnable it is.
 
-    Ridge regression to one-hot tokens, fitted in closed form on 80 % of the identities and tested on the others.
+    Ridge regression to one-hot tokens, fitted in closed form on 80 % of the identities, or of a million of them, and
+    tested on the others.
 
     Raises ValueError if there are not as many vectors as codes.
     """
     table = _checked_table(codes, vectors)
     v, l, d = codes.vocab_size, codes.length, table.shape[1]  # noqa: E741 (METHOD's l)
     tokens = codes.codes.to(table.device)
-    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).to(table.device)
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:PROBED].to(table.device)
     training, test = rows.tensor_split([math.ceil(TRAINING_SHARE * len(rows))])
 
     def features(block: Tensor) -> Tensor:
@@ -113,16 +123,13 @@ def _checked_table(codes: IdentityCodes, vectors: CodeVectors | Tensor) -> Tenso
 
 def _cosines(codes: IdentityCodes, table: Tensor) -> tuple[float, ...]:
     """Mean cosine to the centroid for each prefix length: a node's unit rows add up to size times mean cosine."""
-    nodes, node = codes.prefixes(codes.length - 1).to(table.device).unique(return_inverse=True)
-    sums = torch.zeros(len(nodes), table.shape[1], device=table.device)
-    for row in torch.arange(len(table), device=table.device).split(_ROWS_A_BLOCK):
-        sums.index_add_(0, node[row], unit(table[row].float()))
-    cosines = [1.0]  # an identity is its own leaf
-    for _ in range(codes.length - 1):
-        cosines.append(float(sums.norm(dim=1).sum()) / len(table))
-        nodes, parent = (nodes // codes.vocab_size).unique(return_inverse=True)
-        sums = torch.zeros(len(nodes), table.shape[1], device=table.device).index_add_(0, parent, sums)
-    return tuple(reversed(cosines))
+    cosines = [0.0] * (codes.length - 1) + [1.0]  # an identity is its own leaf
+    if codes.length > 1:
+        order, offsets, paths = (tensor.to(table.device) for tensor in codes.nodes(codes.length - 1))
+        levels = ancestors(paths, codes.vocab_size, codes.length - 1)
+        for depth, _, sums in tree_sums(table, order, offsets, levels, codes.vocab_size):
+            cosines[depth - 1] += float(sums.norm(dim=1).double().sum()) / len(table)
+    return tuple(cosines)
 
 
 def _entropy(tokens: Tensor, vocab_size: int) -> float:
@@ -130,13 +137,34 @@ def _entropy(tokens: Tensor, vocab_size: int) -> float:
     return float(torch.special.entr(share).sum()) / math.log(vocab_size)
 
 
-def _root_share(rows: Tensor, child: Tensor, k: int, seed: int) -> float:
-    index = torch.arange(len(rows), device=rows.device).expand(KMEANS_STARTS, -1)
-    nodes = Nodes(rows, index, torch.ones_like(index, dtype=torch.bool))
-    free = kmeans(nodes, k, KMEANS_ROUNDS, node_seeds(seed, 0, np.arange(KMEANS_STARTS)))
-    best = float(nodes.similarity(free).amax(-1).mean(1).max())
-    ours = nodes.centroids(child.expand(KMEANS_STARTS, -1), torch.zeros_like(free))[0]
-    return float((rows * ours[child]).sum(1).mean()) / best
+def _kmeans_share(codes: IdentityCodes, table: Tensor, depth: int, seed: int) -> float:
+    """Cosine to the children of nodes of ``depth``, as a share of the best of a few runs of k-means.
+
+    1 where every node has a child a row.
+    """
+    ours = best = 0.0
+    for rows, child in _nodes_to_judge(codes, table, depth, seed):
+        index = torch.arange(len(rows), device=rows.device).expand(KMEANS_STARTS, -1)
+        nodes = Nodes(rows, index, torch.ones_like(index, dtype=torch.bool))
+        free = kmeans(nodes, codes.vocab_size, KMEANS_ROUNDS, node_seeds(seed, depth, np.arange(KMEANS_STARTS)))
+        best += float(nodes.similarity(free).amax(-1).sum(1).max())
+        centroids = nodes.centroids(child.expand(KMEANS_STARTS, -1), torch.zeros_like(free))[0]
+        ours += float((rows * centroids[child]).sum())
+    return ours / best if best else 1.0
+
+
+def _nodes_to_judge(codes: IdentityCodes, table: Tensor, depth: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unit rows (n, d) and next tokens (n,) of some nodes of ``depth`` that have more than v rows, all or a sample."""
+    order, offsets, _ = codes.nodes(depth)
+    large = (offsets.diff() > codes.vocab_size).nonzero()[:, 0]
+    nodes = large[:: math.ceil(len(large) / JUDGED_NODES)] if len(large) else large
+    for node in nodes.tolist():
+        members = order[offsets[node] : offsets[node + 1]]
+        if len(members) > SAMPLE // len(nodes):
+            generator = torch.Generator().manual_seed(seed)
+            members = members[torch.randint(len(members), (SAMPLE // len(nodes),), generator=generator)]
+        rows = unit(table[members.to(table.device)].float())
+        yield rows, codes.codes[members, depth].long().to(table.device)
 
 
 def _shared_prefix(left: Tensor, right: Tensor) -> float:

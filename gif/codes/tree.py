@@ -1,4 +1,7 @@
-"""The tree of clusters, a level at a time: all nodes of one depth are cut, named and replaced by their children."""
+"""The tree of clusters, a level at a time: all nodes of one depth are cut, named and replaced by their children.
+
+A level is what its rows' tokens so far make it, and costs some bytes a row and a node; vectors are read in blocks.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,45 @@ import torch
 from torch import Tensor
 
 from gif.codes.align import fit_codebook, match, random_names
-from gif.codes.balanced import BLOCK_FLOATS, Nodes, node_seeds, split
+from gif.codes.balanced import Nodes, column_blocks, node_seeds, split
+from gif.codes.segments import BLOCK_FLOATS, ancestors, offsets_of, tree_sums, whole_segments
 from gif_kernels.sphere import unit
 
 Alignment = Literal["none", "residual"]
 ALIGNMENTS: tuple[Alignment, ...] = ("none", "residual")
 CODEBOOK_NODES = 1024  # a level's codebook is fitted to the children of this many nodes at most
 PADDING = 0.25  # nodes worked on together differ by this share in size at most
+SORTED_ROWS = 1 << 22  # rows sorted by node and token at a time, unless a node has more
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How nodes are cut (see `gif.codes.balanced.split`)."""
+
+    limit: int
+    capacity_factor: float
+    iterations: int
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The children of a level's nodes, as yet without names.
+    """Nodes and their children, as yet without names.
 
-    child: (m,) uint8 in [0, v), for each row in the level's order. Node i with more than v rows has its children's unit
-    centroids in centroids[slot[i]], (v, d) float16; a smaller one has slot -1, and each row for a child.
+    node: (g,) of a level. child: (g, M) uint8 in [0, w), w <= v, for the rows of each node, meaningless past its size.
+    residuals: (g, w, d) of children to their node, of unit length; zero where there is no child.
     """
 
+    node: Tensor
     child: Tensor
-    slot: Tensor
-    centroids: Tensor
+    residuals: Tensor
 
 
 @dataclass(frozen=True)
 class Level:
     """The nodes of one depth, by increasing path: node i holds identities order[offsets[i]:offsets[i + 1]], by id.
 
-    bases: (n, d) float16 directions that residuals are taken from: the node's centroid; where the node has one row, and
-    so no residual of its own, its parent's base.
+    paths: (n,) of the nodes. base_start, base_size: (n,) the rows whose mean direction a node's residuals are taken
+    from: its own, or, where it has one row and so no residual, those of the last node above it that has more.
     """
 
     table: Tensor
@@ -49,8 +63,8 @@ class Level:
     order: Tensor
     offsets: Tensor
     paths: Tensor
-    centroids: Tensor
-    bases: Tensor
+    base_start: Tensor
+    base_size: Tensor
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -59,89 +73,139 @@ class Level:
     @property
     def block_rows(self) -> int:
         """Rows that are gathered at a time."""
-        return max(1, BLOCK_FLOATS // self.table.shape[1])
+        return max(1, BLOCK_FLOATS // max(self.table.shape[1], self.vocab_size))
 
-    def node_of_row(self) -> Tensor:
-        """(m,) the node of each row, in the level's order."""
-        return torch.repeat_interleave(self.sizes)
+    def tokens(self, cutting: Cutting, alignment: Alignment, advance: Callable[..., None]) -> tuple[Tensor, Tensor]:
+        """Cut and name all nodes: the next token (m,) uint8 of each identity, and the codebook (v, d) of names.
 
-    def split(self, *, capacity_factor: float, limit: int, iterations: int, advance: Callable[..., None]) -> Cut:
-        """Cut every node of more than v rows by balanced k-means; give each row of the others a child of its own."""
-        v = self.vocab_size
-        large = (self.sizes > v).nonzero()[:, 0]
-        slot = torch.full_like(self.sizes, -1)
-        slot[large] = torch.arange(len(large), device=slot.device)
-        centroids = torch.empty(len(large), v, self.table.shape[1], dtype=torch.float16, device=slot.device)
-        row = torch.arange(len(self.order), device=slot.device)
-        child = (row - self.offsets[self.node_of_row()]).clamp_max(v - 1).to(torch.uint8)
-        for chunk in _chunks(self.sizes[large], self.block_rows):
-            node = large[chunk]
-            nodes = self.rows(node, int(self.sizes[node[0]]))
-            seeds = self.seeds(node)
-            token, centroid = split(
-                nodes, v, capacity_factor=capacity_factor, limit=limit, iterations=iterations, seeds=seeds
-            )
-            child[self.positions(node, nodes.mask.shape[1])[nodes.mask]] = token[nodes.mask].to(torch.uint8)
-            centroids[chunk] = centroid.to(centroids.dtype)
-            advance(int(self.sizes[node].sum()))
-        return Cut(child, slot, centroids)
-
-    def names(self, cut: Cut, alignment: Alignment, advance: Callable[..., None]) -> Tensor:
-        """(n, v) uint8: the token that each child of each node is called by."""
-        v, n = self.vocab_size, len(self.sizes)
-        names = torch.empty(n, v, dtype=torch.uint8, device=self.order.device)
+        The codebook has no rows with alignment "none".
+        """
+        tokens = torch.empty(len(self.order), dtype=torch.uint8, device=self.order.device)
+        codebook = self.table.new_empty(0, self.table.shape[1], dtype=torch.float32)
+        rest = torch.ones_like(self.sizes, dtype=torch.bool)
+        sampled = []
         if alignment == "residual":
-            sample = min(n, CODEBOOK_NODES, max(1, self.block_rows // v))
-            spaced = torch.linspace(0, n - 1, sample, device=self.order.device, dtype=torch.float64).round().long()
-            codebook = fit_codebook(self.residuals(spaced, cut), self.seed, self.depth)
-        for node in torch.arange(n, device=self.order.device).split(max(1, self.block_rows // v)):
-            if alignment == "residual":
-                names[node] = match(self.residuals(node, cut), codebook).to(torch.uint8)
-            else:
-                names[node] = random_names(self.seeds(node), v).to(names)
-            advance(int(self.sizes[node][cut.slot[node] < 0].sum()))
-        return names
+            sample = self.spread_out(CODEBOOK_NODES)
+            sampled = list(self.cut(sample, cutting))
+            codebook = fit_codebook(self._padded(sampled, sample), self.seed, self.depth)
+            rest[sample] = False
+        for cuts in (sampled, self.cut(rest.nonzero()[:, 0], cutting)):
+            for cut in cuts:
+                names = match(cut.residuals, codebook) if len(codebook) else self._random_names(cut.node)
+                self._write(tokens, cut, names.to(torch.uint8))
+                advance(int(self.sizes[cut.node].sum()))
+        return tokens, codebook
 
-    def residuals(self, node: Tensor, cut: Cut) -> Tensor:
-        """Unit residuals (g, v, d) of the children of each ``node`` (g,) to its base; zero where there is no child."""
-        v, d = cut.centroids.shape[1:]
-        children = torch.empty(len(node), v, d, device=node.device)
-        slot = cut.slot[node]
-        children[slot >= 0] = cut.centroids[slot[slot >= 0]].float()
-        children[slot < 0] = self.rows(node[slot < 0], v).rows
-        return unit(children - self.bases[node].float()[:, None]) * children.any(-1, keepdim=True)
+    def spread_out(self, most: int) -> Tensor:
+        """At most ``most`` nodes at equal distances, and no more than have their children in a block: (n,) int64."""
+        n = len(self.sizes)
+        count = min(n, most, max(1, BLOCK_FLOATS // self.table.shape[1] // self.vocab_size))
+        return torch.linspace(0, n - 1, count, device=self.order.device, dtype=torch.float64).round().long()
 
-    def descend(self, cut: Cut, names: Tensor, tokens: Tensor) -> Level:
-        """The next level, given what the children are called (n, v) and so the token of each row (m,)."""
-        key, rank = (self.node_of_row() * self.vocab_size + tokens).sort(stable=True)
-        key, sizes = key.unique_consecutive(return_counts=True)
-        order, offsets = self.order[rank], _offsets(sizes)
-        parent, name = key // self.vocab_size, key % self.vocab_size
-        centroids = torch.empty(len(key), self.table.shape[1], dtype=torch.float16, device=key.device)
-        for node in torch.arange(len(key), device=key.device).split(self.block_rows):
-            centroids[node] = unit(self.table[order[offsets[node]]].float()).half()  # right where the row is alone
-            node = node[cut.slot[parent[node]] >= 0]
-            child = names[parent[node]].long().argsort(1).gather(1, name[node, None])[:, 0]
-            centroids[node] = cut.centroids[cut.slot[parent[node]], child]
+    def cut(self, node: Tensor, cutting: Cutting) -> Iterator[Cut]:
+        """Cut each ``node`` (g,) of more than v rows by balanced k-means; make each row of the others a child."""
+        large = self.sizes[node] > self.vocab_size
+        for nodes, cut in ((node[large], self._cut_large), (node[~large], self._cut_small)):
+            for chunk in _chunks(self.sizes[nodes], self.block_rows):
+                yield cut(nodes[chunk], cutting)
+
+    def _cut_large(self, node: Tensor, cutting: Cutting) -> Cut:
+        nodes = self.rows(node)
+        child, sums = split(
+            nodes,
+            self.vocab_size,
+            capacity_factor=cutting.capacity_factor,
+            limit=cutting.limit,
+            iterations=cutting.iterations,
+            seeds=self.seeds(node),
+        )
+        return Cut(node, child, _residuals(direction(sums), direction(sums.sum(1))))
+
+    def _cut_small(self, node: Tensor, cutting: Cutting) -> Cut:
+        nodes = self.rows(node)
+        width = nodes.mask.shape[1]
+        base = self._inherited_base(node) if width == 1 else _mean_direction(nodes)
+        child = torch.arange(width, dtype=torch.uint8, device=node.device).expand(len(node), -1)
+        return Cut(node, child, _residuals(nodes.rows, base))
+
+    def _inherited_base(self, node: Tensor) -> Tensor:
+        """Mean direction (g, d) of the base rows of each ``node`` (g,), each set of rows read once."""
+        key = self.base_start[node].long() * (len(self.order) + 1) + self.base_size[node]
+        key, place = key.unique(return_inverse=True)
+        start, size = key // (len(self.order) + 1), key % (len(self.order) + 1)
+        bases = torch.empty(len(key), self.table.shape[1], device=node.device)
+        for chunk in _chunks(size, self.block_rows):
+            bases[chunk] = _mean_direction(self._gather(start[chunk], size[chunk]))
+        return bases[place]
+
+    def _padded(self, cuts: list[Cut], nodes: Tensor) -> Tensor:
+        """The residuals of ``cuts`` in the order of ``nodes`` (n,), which increase: (n, v, d), zero beyond a cut's."""
+        residuals = torch.zeros(len(nodes), self.vocab_size, self.table.shape[1], device=nodes.device)
+        for cut in cuts:
+            residuals[torch.searchsorted(nodes, cut.node), : cut.residuals.shape[1]] = cut.residuals
+        return residuals
+
+    def _random_names(self, node: Tensor) -> Tensor:
+        return random_names(self.seeds(node), self.vocab_size).to(node.device)
+
+    def _write(self, tokens: Tensor, cut: Cut, names: Tensor) -> None:
+        nodes = self.rows(cut.node)
+        for columns in column_blocks(nodes.mask):
+            mask = nodes.mask[:, columns]
+            named = names.gather(1, cut.child[:, columns].long())
+            tokens[nodes.index[:, columns][mask]] = named[mask]
+
+    def descend(self, tokens: Tensor) -> Level:
+        """The next level, given the next token (m,) of each identity."""
+        order = torch.empty_like(self.order)
+        paths, sizes, parents = [], [], []
+        for nodes in whole_segments(self.offsets, SORTED_ROWS):
+            rows = slice(int(self.offsets[nodes.start]), int(self.offsets[nodes.stop]))
+            node = torch.repeat_interleave(self.sizes[nodes]).int()
+            key, rank = node.mul_(self.vocab_size).add_(tokens[self.order[rows]]).sort(stable=True)
+            order[rows] = self.order[rows][rank]
+            key, size = key.unique_consecutive(return_counts=True)
+            parent = nodes.start + key.long() // self.vocab_size
+            parents.append(parent)
+            sizes.append(size)
+            paths.append(self.paths[parent] * self.vocab_size + key % self.vocab_size)
+        size, parent = torch.cat(sizes), torch.cat(parents)
+        offsets = offsets_of(size)
         return replace(
             self,
             depth=self.depth + 1,
             order=order,
             offsets=offsets,
-            paths=self.paths[parent] * self.vocab_size + name,
-            centroids=centroids,
-            bases=torch.where((sizes > 1)[:, None], centroids, self.bases[parent]),
+            paths=torch.cat(paths),
+            base_start=torch.where(size > 1, offsets[:-1].to(order.dtype), self.base_start[parent]),
+            base_size=torch.where(size > 1, size.to(order.dtype), self.base_size[parent]),
         )
 
-    def rows(self, node: Tensor, width: int) -> Nodes:
-        """The rows of each ``node`` (g,), padded to ``width``."""
-        mask = torch.arange(width, device=node.device) < self.sizes[node, None]
-        position = self.positions(node, width).clamp_max(len(self.order) - 1)
-        return Nodes(self.table, self.order[position], mask)
+    def centroids(self, levels: int) -> list[Tensor]:
+        """Unit centroids (nodes, d) float16 of the nodes of depths 1 to ``levels``, at most this level's."""
+        paths, offsets = self.paths, self.offsets
+        for _ in range(self.depth - levels):
+            paths, children = (paths // self.vocab_size).unique_consecutive(return_counts=True)
+            offsets = offsets[offsets_of(children)]
+        above = ancestors(paths, self.vocab_size, levels)
+        width = self.table.shape[1]
+        centroids = [torch.empty(len(nodes), width, dtype=torch.float16, device=paths.device) for nodes in above]
+        for depth, nodes, sums in tree_sums(self.table, self.order, offsets, above, self.vocab_size):
+            centroids[depth - 1][nodes] = direction(sums).half()
+        return centroids
 
-    def positions(self, node: Tensor, width: int) -> Tensor:
-        """(g, width) places in the order: the node's own rows, then those that follow them."""
-        return self.offsets[node, None] + torch.arange(width, device=node.device)
+    def rows(self, node: Tensor) -> Nodes:
+        """The rows of each ``node`` (g,), padded to the largest."""
+        return self._gather(self.offsets[node], self.sizes[node])
+
+    def _gather(self, start: Tensor, size: Tensor) -> Nodes:
+        width = int(size.max())
+        if len(start) == 1:  # perhaps of all rows there are: no positions
+            index = self.order[int(start) : int(start) + width][None]
+            return Nodes(self.table, index, torch.ones_like(index, dtype=torch.bool))
+        place = torch.arange(width, device=start.device)
+        index = self.order[(start[:, None] + place).clamp_max(len(self.order) - 1)]
+        return Nodes(self.table, index, place < size[:, None])
 
     def seeds(self, node: Tensor) -> np.ndarray:
         return node_seeds(self.seed, self.depth, self.paths[node].cpu().numpy())
@@ -149,18 +213,27 @@ class Level:
 
 def root(table: Tensor, vocab_size: int, seed: int) -> Level:
     """The level of depth 0: one node that holds every row of ``table``."""
-    m, d = table.shape
-    total = torch.zeros(d, dtype=torch.float64, device=table.device)
-    for rows in table.split(max(1, BLOCK_FLOATS // d)):
-        total += unit(rows.float()).sum(0)
-    centroid = unit(total)[None].half()
-    zero = torch.zeros(1, dtype=torch.int64, device=table.device)
-    order = torch.arange(m, device=table.device)
-    return Level(table, vocab_size, seed, 0, order, _offsets(zero + m), zero, centroid, centroid)
+    m = len(table)
+    dtype = torch.int32 if m <= torch.iinfo(torch.int32).max else torch.int64
+    order = torch.arange(m, dtype=dtype, device=table.device)
+    zero, all_rows = torch.zeros(1, dtype=torch.int64, device=table.device), order.new_full((1,), m)
+    return Level(table, vocab_size, seed, 0, order, offsets_of(zero + m), zero, order.new_zeros(1), all_rows)
 
 
-def _offsets(sizes: Tensor) -> Tensor:
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+def direction(sums: Tensor) -> Tensor:
+    """Unit rows in the precision of float16, in which centroids are kept: the order of a sum does not show in it."""
+    return unit(sums).half().float()
+
+
+def _mean_direction(nodes: Nodes) -> Tensor:
+    return direction(nodes.sums(torch.zeros_like(nodes.mask, dtype=torch.uint8), 1)[:, 0])
+
+
+def _residuals(children: Tensor, bases: Tensor) -> Tensor:
+    """Unit residuals (g, w, d) of ``children`` (g, w, d) to ``bases`` (g, d); zero where a child is zero."""
+    residuals = children - bases[:, None]
+    norm = torch.linalg.vector_norm(residuals, dim=-1, keepdim=True)
+    return residuals.div_(torch.where(norm > 0, norm, 1)).mul_(children.any(-1, keepdim=True))
 
 
 def _chunks(sizes: Tensor, rows: int) -> Iterator[Tensor]:

@@ -11,7 +11,12 @@ from gif_kernels.nearest_centroid import blocked, reference
 from gif_kernels.sphere import compute_dtype
 
 OP = "nearest_centroid"
-dispatch.register(OP, reference=reference.nearest_centroid, blocked=blocked.nearest_centroid)
+dispatch.register(
+    OP,
+    reference=reference.nearest_centroid,
+    blocked=blocked.nearest_centroid,
+    triton="gif_kernels.nearest_centroid.kernels:nearest_centroid",
+)
 
 
 def nearest_centroid(
@@ -55,7 +60,7 @@ def nearest_centroid(
 
 @torch.no_grad()
 def _nearest(vectors: Tensor, centroids: Tensor, offsets: Tensor, impl: Impl) -> tuple[Tensor, Tensor]:
-    implementation = dispatch.select(OP, impl, vectors.device)
+    implementation = dispatch.select(OP, impl, vectors.device, compute_dtype(vectors, centroids))
     with dispatch.full_precision(vectors.device):
         found: tuple[Tensor, Tensor] = implementation(vectors, centroids, offsets)
     return found

@@ -3,11 +3,15 @@
 import itertools
 import sys
 
+import numpy as np
 import pytest
 import torch
+from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
-from gif.codes import IdentityCodes, code_length, tokenize
+from gif.cli import COMMANDS
+from gif.codes import IdentityCodes, code_length, picture, tokenize
+from gif.vectors.store import CodeVectors
 
 
 def random_codes(m: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
@@ -133,6 +137,7 @@ def test_files_that_are_missing_foreign_truncated_or_tampered_with(tmp_path):
         ({"codes": tokens_u8}, ours | {"vocab_size": "3"}, r"must lie in \[0, 3\)"),
         ({"codes": twice}, ours, "identities 0 and 1 share"),
         ({"codes": tokens_u8, "centroids.0": torch.zeros(3, 4)}, ours, r"centroids of level 0 must be \(20, d\)"),
+        ({"codes": tokens_u8, "directions": torch.zeros(3, 20, 4)}, ours, r"directions must be \(2, 20, d\)"),
     ]:
         save_file(tensors, path, metadata=metadata)
         with pytest.raises(ValueError, match=message):
@@ -157,3 +162,54 @@ def test_code_length_leaves_slack():
     for m, slack in ((0, 0.0), (5, -0.1), (5, float("nan")), (5, float("inf"))):
         with pytest.raises(ValueError, match="at least one identity and a finite slack"):
             code_length(m, 2, slack)
+
+
+def run(*arguments: object) -> None:
+    auto_cli(COMMANDS, as_positional=False, args=list(map(str, arguments)))
+
+
+def test_commands_inspect_export_and_extend(tmp_path, capsys):
+    rows = torch.nn.functional.normalize(torch.randn(90, 6), dim=1)
+    CodeVectors(rows[:70].clone()).save(tmp_path / "vectors.safetensors")
+    CodeVectors(rows[70:].clone()).save(tmp_path / "late.safetensors")
+    codes, late = tmp_path / "codes.safetensors", tmp_path / "all.safetensors"
+    run("tokenize", "--vectors", tmp_path / "vectors.safetensors", "--output", codes, "--vocab_size", 5)
+    cut = IdentityCodes.load(codes)
+
+    run("codes", "inspect", "--codes", codes, "--vectors", tmp_path / "vectors.safetensors")
+    said = capsys.readouterr().out
+    assert "55 of 125 codes free (78.6% of the identities there are)" in said
+    assert "free k-means" in said
+    assert (tmp_path / "codes.png").read_bytes().startswith(b"\x89PNG")
+
+    run("codes", "export", "--codes", codes, "--output", tmp_path / "codes.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "codes.npy"), cut.codes.numpy())
+    run("codes", "export", "--codes", codes, "--output", tmp_path / "codes.csv")
+    assert (tmp_path / "codes.csv").read_text().splitlines()[0] == "token_1,token_2,token_3"
+    np.testing.assert_array_equal(np.loadtxt(tmp_path / "codes.csv", int, delimiter=",", skiprows=1), cut.codes.numpy())
+    with pytest.raises(ValueError, match=r"must end in .npy or .csv"):
+        run("codes", "export", "--codes", codes, "--output", tmp_path / "codes.txt")
+
+    run("codes", "extend", "--codes", codes, "--vectors", tmp_path / "late.safetensors", "--output", late)
+    assert torch.equal(IdentityCodes.load(late).codes, cut.extend(rows[70:]).codes)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_picture_shows_how_full_nodes_are(length, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(picture, "save_figure", lambda drawing, path: drawn.append(drawing))
+    codes = IdentityCodes(random_codes(4, length, 4), 4)
+    picture.plot_occupancy(codes, tmp_path / "picture.png")
+    fill, use = (axes.images[0].get_array() for axes in drawn[0].axes[:2])
+    room = 4 ** (length - min(2, length))
+    assert fill.sum() * room == pytest.approx(4)  # each identity takes 1 / room of its node
+    for position in range(length):
+        np.testing.assert_allclose(use[position], codes.codes[:, position].long().bincount(minlength=4).numpy())
+
+
+def test_what_is_held_is_the_codes_and_an_order():
+    codes = IdentityCodes(random_codes(500, 3, 20).to(torch.uint8), 20)
+    codes.siblings(torch.arange(5), 4)
+    codes.decode(codes.codes)
+    held = sum(value.nbytes for value in vars(codes).values() if isinstance(value, torch.Tensor))
+    assert held == 500 * (3 + 4 + 4)

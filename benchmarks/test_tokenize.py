@@ -1,0 +1,200 @@
+"""Identity codes: ours beside recursive k-means by other libraries: time, memory, similarity kept, distinct or not.
+
+`pytest benchmarks/test_tokenize.py --benchmark-json=results.json` for 10,000 identities; `--full` for a million.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import psutil
+import pytest
+import torch
+from k_means_constrained import KMeansConstrained
+from sklearn.cluster import BisectingKMeans
+from torch import Tensor
+
+from benchmarks.harness import Reference, machine
+from gif.codes import code_length, tokenize
+from gif_kernels.sphere import unit
+
+VOCAB = 20
+ITERATIONS = 8
+REFERENCES = 10
+"""Reference products before a run, and after it."""
+SAMPLING_SECONDS = 0.02
+SLOWEST = 200_000
+"""Rows above which k-means-constrained, whose time grows faster than they do, is left out."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Identities and the width of their vectors."""
+
+    m: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"m{self.m}-d{self.d}"
+
+
+NEARLY_FULL = Size(7_600, 128)
+"""Of 20^3 codes: plain recursion has no room to spare."""
+QUICK = [Size(10_000, 128), NEARLY_FULL]
+FULL = [*QUICK, Size(100_000, 512), Size(1_000_000, 512)]
+
+Split = Callable[[np.ndarray], np.ndarray]
+
+
+def clustered(size: Size) -> Tensor:
+    """Three levels of clusters of uneven sizes, and noise around them: (m, d) unit rows."""
+    generator = torch.Generator().manual_seed(0)
+    rows, node = torch.zeros(size.m, size.d), torch.zeros(size.m, dtype=torch.int64)
+    for depth, scale in enumerate((1.0, 0.8, 0.7), start=1):
+        weights = torch.rand(VOCAB, generator=generator) + 0.3
+        node = VOCAB * node + torch.multinomial(weights, size.m, replacement=True, generator=generator)
+        rows += scale * unit(torch.randn(VOCAB**depth, size.d, generator=generator))[node]
+    return unit(rows + 0.8 * unit(torch.randn(size.m, size.d, generator=generator)))
+
+
+class ResidentMemory:
+    """The most resident memory inside the block, beyond what there was: libraries allocate on their own."""
+
+    def __enter__(self) -> ResidentMemory:
+        self._process, self._done = psutil.Process(), threading.Event()
+        self._before = self._most = self._process.memory_info().rss
+        self._watch = threading.Thread(target=self._sample)
+        self._watch.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLING_SECONDS):
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watch.join()
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self._most - self._before
+
+
+def recursive(rows: np.ndarray, length: int, split: Split) -> np.ndarray:
+    """Codes (m, l): a loop over nodes; where a node has no more than v rows, or no token is left, rows are numbered.
+
+    Numbers past v wrap around: those identities share a code.
+    """
+    codes = np.zeros((len(rows), length), np.uint8)
+    nodes = [np.arange(len(rows))]
+    for depth in range(length):
+        children = []
+        for node in nodes:
+            last = depth == length - 1 or len(node) <= VOCAB
+            child = np.arange(len(node)) % VOCAB if last else split(rows[node])
+            codes[node, depth] = child
+            children += [node[child == token] for token in range(VOCAB)]
+        nodes = [node for node in children if len(node)]
+    return codes
+
+
+def faiss_split(rows: np.ndarray) -> np.ndarray:
+    clustering = faiss.Kmeans(rows.shape[1], VOCAB, niter=ITERATIONS, spherical=True, seed=0, min_points_per_centroid=1)
+    clustering.train(rows)
+    return clustering.index.search(rows, 1)[1][:, 0]
+
+
+def torch_split(rows: np.ndarray) -> np.ndarray:
+    """What a user would write: a random start, Lloyd's rounds."""
+    table = torch.from_numpy(rows)
+    centroids = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:VOCAB]]
+    for _ in range(ITERATIONS):
+        child = (table @ centroids.T).argmax(1)
+        centroids = unit(torch.zeros_like(centroids).index_add_(0, child, table))
+    return (table @ centroids.T).argmax(1).numpy()
+
+
+def bisecting_split(rows: np.ndarray) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fewer distinct rows than clusters
+        return BisectingKMeans(VOCAB, max_iter=ITERATIONS, random_state=0).fit_predict(rows)
+
+
+def constrained_split(rows: np.ndarray) -> np.ndarray:
+    """The same capacities as ours, exactly: at most 1.5 n / v rows a child."""
+    most = math.ceil(1.5 * len(rows) / VOCAB)
+    return KMeansConstrained(VOCAB, size_max=most, n_init=1, max_iter=ITERATIONS, random_state=0, n_jobs=1).fit_predict(
+        rows
+    )
+
+
+PROVIDERS: dict[str, Split | None] = {
+    "ours": None,
+    "faiss": faiss_split,
+    "torch": torch_split,
+    "bisecting": bisecting_split,
+    "constrained": constrained_split,
+}
+
+
+def cosine(rows: Tensor, codes: np.ndarray, depth: int) -> float:
+    """Mean cosine of identities to the centroid of those that share ``depth`` tokens."""
+    key = codes[:, :depth].astype(np.int64) @ VOCAB ** np.arange(depth)
+    _, node = np.unique(key, return_inverse=True)
+    sums = torch.zeros(node.max() + 1, rows.shape[1]).index_add_(0, torch.from_numpy(node), rows)
+    return float(sums.norm(dim=1).sum()) / len(rows)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sizes = FULL if metafunc.config.getoption("--full") else QUICK
+    metafunc.parametrize("size", sizes, ids=str)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_tokenize(benchmark, size: Size, provider: str) -> None:
+    if provider == "constrained" and size.m > SLOWEST:
+        pytest.skip(f"takes hours above {SLOWEST} rows")
+    rows = clustered(size)
+    length = code_length(size.m, VOCAB)
+    split = PROVIDERS[provider]
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def run() -> np.ndarray:
+        if split is None:
+            return tokenize(rows, vocab_size=VOCAB, iterations=ITERATIONS).codes.numpy()
+        return recursive(rows.numpy(), length, split)
+
+    reference = Reference()
+    for _ in range(REFERENCES):
+        reference()
+    with ResidentMemory() as memory:
+        codes = benchmark.pedantic(run, rounds=1)
+    for _ in range(REFERENCES):
+        reference()
+    distinct = len(np.unique(codes, axis=0))
+    assert codes.shape == (size.m, length)
+    assert provider != "ours" or distinct == size.m
+    ratio = benchmark.stats.stats.mean / float(np.median(reference.seconds))
+    benchmark.group = f"tokenize {size}"
+    benchmark.extra_info |= {
+        "kernel": "tokenize",
+        "provider": provider,
+        "mode": f"v{VOCAB}",
+        "shape": str(size),
+        "dtype": "float32",
+        "machine": machine(),
+        "ratio": ratio,
+        "ratio_20": ratio,  # one run
+        "ratio_80": ratio,
+        "reference_flops": reference.flops,
+        "peak_bytes": memory.peak,
+        "distinct": distinct / size.m,
+        "cosine": [cosine(rows, codes, depth) for depth in range(1, length)],
+    }

@@ -1,0 +1,90 @@
+"""`gif codes`: look into identity codes, hand them to other programs, and give codes to identities that come later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from gif.codes.identity_codes import IdentityCodes
+from gif.codes.picture import plot_occupancy
+from gif.codes.quality import judge_codes, token_entropy
+from gif.files import atomic_path
+from gif.progress import console, say
+from gif.vectors.store import CodeVectors
+
+EXPORT_FORMATS = (".npy", ".csv")
+
+
+def inspect_codes(codes: Path, *, vectors: Path | None = None, picture: Path | None = None) -> None:
+    """Say how large a code table is, how full its tree and how evenly used its tokens are, and draw that.
+
+    Args:
+        codes: identity codes, as `gif tokenize` writes them.
+        vectors: the code vectors they were cut from, to judge the codes by.
+        picture: where to draw the tree's occupancy (.png); beside the codes where it is not given.
+    """
+    table = IdentityCodes.load(codes)
+    total = table.vocab_size**table.length
+    say(f"{table}, {table.free:,} of {total:,} codes free ({table.free / len(table):.1%} of the identities there are)")
+    console.print(_levels(table))
+    if vectors is not None:
+        say(str(judge_codes(table, CodeVectors.load(vectors, mmap=True))))
+    picture = picture or codes.with_suffix(".png")
+    plot_occupancy(table, picture)
+    say(f"drew {picture}")
+
+
+def export_codes(codes: Path, output: Path) -> None:
+    """Write the codes for other programs: an identity a row, a token a column.
+
+    Args:
+        codes: identity codes, as `gif tokenize` writes them.
+        output: a NumPy array of uint8 (.npy), or text with a header (.csv).
+    """
+    if output.suffix not in EXPORT_FORMATS:
+        raise ValueError(f"--output must end in {' or '.join(EXPORT_FORMATS)}, got {output}")
+    table = IdentityCodes.load(codes)
+    tokens = table.codes.cpu().numpy()
+    with atomic_path(output) as temporary:
+        if output.suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, tokens)
+        else:
+            header = ",".join(f"token_{position + 1}" for position in range(table.length))
+            np.savetxt(temporary, tokens, fmt="%d", delimiter=",", header=header, comments="")
+    say(f"wrote {table} to {output}")
+
+
+def extend_codes(codes: Path, vectors: Path, output: Path) -> None:
+    """Give codes to identities that came later; those there are keep theirs.
+
+    Each newcomer takes the free code nearest down the tree. Their rows follow the others', in order.
+
+    Args:
+        codes: identity codes with centroids, as `gif tokenize` writes them.
+        vectors: code vectors of the newcomers alone.
+        output: where to write all the codes (.safetensors).
+    """
+    before = IdentityCodes.load(codes)
+    after = before.extend(CodeVectors.load(vectors).table)
+    after.save(output)
+    say(f"wrote {after} to {output}: {len(after) - len(before):,} came, {after.free:,} codes are free")
+
+
+def _levels(codes: IdentityCodes) -> Table:
+    """Nodes of each depth: how many, how large, how full; and how evenly its token is used."""
+    drawn = Table("tokens", "nodes", "identities a node", "largest", "fullest", "token entropy")
+    for depth, entropy in enumerate(token_entropy(codes), start=1):
+        sizes = codes.nodes(depth)[1].diff()
+        largest, room = int(sizes.max()), codes.vocab_size ** (codes.length - depth)
+        drawn.add_row(
+            str(depth),
+            f"{len(sizes):,}",
+            f"{len(codes) / len(sizes):.1f}",
+            f"{largest:,}",
+            f"{largest / room:.1%}",
+            f"{entropy:.4f}",
+        )
+    return drawn

@@ -1,0 +1,76 @@
+"""Sums of unit rows over the nodes of a tree whose rows stand in order: streamed, and the same on every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gif_kernels.sphere import unit
+
+BLOCK_FLOATS = 1 << 24  # rows gathered at a time, in floats: 64 MiB
+
+
+def offsets_of(sizes: Tensor) -> Tensor:
+    """Where segments of ``sizes`` (n,) begin, and the last one ends: (n + 1,) int64."""
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def whole_segments(offsets: Tensor, rows: int) -> Iterator[slice]:
+    """Slices of the segments [offsets[i], offsets[i + 1]): together of at most ``rows`` rows, or one that has more."""
+    bounds = offsets.cpu().numpy()
+    start = 0
+    while start < len(bounds) - 1:
+        end = int(np.searchsorted(bounds, bounds[start] + rows, side="right")) - 1
+        yield slice(start, max(start + 1, end))
+        start = max(start + 1, end)
+
+
+def ancestors(paths: Tensor, vocab_size: int, depth: int) -> list[Tensor]:
+    """Paths of the nodes of depths 1 to ``depth``, given those of ``depth`` (n,), which increase."""
+    levels = [paths]
+    for _ in range(depth - 1):
+        levels.insert(0, (levels[0] // vocab_size).unique_consecutive())
+    return levels
+
+
+def tree_sums(
+    table: Tensor, order: Tensor, offsets: Tensor, levels: Sequence[Tensor], vocab_size: int
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """Sums of unit rows of ``table`` (m, d) over the nodes of each depth, the deepest first.
+
+    Yields a depth, a slice of its nodes, and their sums (g, d) float32. ``levels`` are `ancestors`; node i of the
+    deepest holds rows order[offsets[i]:offsets[i + 1]], read once, a block at a time. Each sum has a fixed order,
+    without atomic additions.
+    """
+    *upper, deepest = levels
+    above = torch.zeros(len(upper[-1]) if upper else 0, table.shape[1], device=table.device)
+    for nodes, sums in _segment_sums(table, order, offsets):
+        yield len(levels), nodes, sums
+        if upper:
+            parents, sizes = (deepest[nodes] // vocab_size).unique_consecutive(return_counts=True)
+            first = int(torch.searchsorted(upper[-1], parents[0]))
+            above[first : first + len(sizes)] += torch.segment_reduce(sums, "sum", lengths=sizes, axis=0)
+    while upper:
+        yield len(upper), slice(0, len(above)), above
+        paths = upper.pop()
+        if upper:
+            sizes = (paths // vocab_size).unique_consecutive(return_counts=True)[1]
+            above = torch.segment_reduce(above, "sum", lengths=sizes, axis=0)
+
+
+def _segment_sums(table: Tensor, order: Tensor, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    block = max(1, BLOCK_FLOATS // table.shape[1])
+    for nodes in whole_segments(offsets, block):
+        start, end = int(offsets[nodes.start]), int(offsets[nodes.stop])
+        sizes = offsets[nodes.start : nodes.stop + 1].diff()
+        sums = torch.zeros(len(sizes), table.shape[1], device=table.device)
+        if len(sizes) > 1:
+            rows = unit(table[order[start:end]].float())
+            sums += torch.segment_reduce(rows, "sum", lengths=sizes, axis=0)
+        else:
+            for part in order[start:end].split(block):
+                sums[0] += unit(table[part].float()).sum(0)
+        yield nodes, sums
