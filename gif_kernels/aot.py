@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,18 @@ def configurations(architecture: str) -> list[Configuration]:
 
 
 def compile_all(architectures: Iterable[str]) -> Iterator[Compiled]:
-    """Compile every shipped configuration, in parallel; results come in order."""
-    jobs = [(name, configuration) for name in architectures for configuration in configurations(name)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda job: compile_one(*job), jobs)
+    """Compile every shipped configuration, in parallel; results come in order.
+
+    In processes, not threads: `ast.parse`, with which Triton begins, is not safe in threads before Python 3.12.
+    """
+    jobs = [(name, number) for name in architectures for number in range(len(configurations(name)))]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_compile_numbered, *zip(*jobs, strict=True))
+
+
+def _compile_numbered(architecture: str, number: int) -> Compiled:
+    """One of `configurations`, by its place: a kernel cannot be sent to another process."""
+    return compile_one(architecture, configurations(architecture)[number])
 
 
 def compile_one(architecture: str, configuration: Configuration) -> Compiled:
