@@ -131,9 +131,9 @@ def _rms(x: Tensor) -> float:
 def no_worse_than_pytorch() -> Callable[[Tensor, Tensor, Tensor], None]:
     """FlashAttention's rule: RMS error at most twice that of plain PyTorch in the same dtype, the largest three times.
 
-    The largest of a few hundred errors is chance: between two equally good computations it differs by more than twice
-    in some hundred seeds. Float32's rounding is granted besides, since one number of low precision may come out right by chance.
-    The truth is float64 on the same rounded inputs, so the rounding of the inputs counts for neither.
+    The largest of a few hundred errors is chance: of two equally good computations one may have twice the other's.
+    Float32's rounding is granted besides, since one number of low precision may come out right by chance. The truth
+    is float64 on the same rounded inputs, so the rounding of the inputs counts for neither.
     """
 
     def rule(given: Tensor, plain: Tensor, truth: Tensor) -> None:
