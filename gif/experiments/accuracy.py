@@ -122,5 +122,5 @@ def _plot_rarity(found: Comparison, path: Path) -> None:
             axes.errorbar(list(groups), means, spread, marker="o", capsize=2, color=color, label=name)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("images an identity has")
-    panels[0].legend(fontsize="small")
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.folders))
     save_figure(drawing, path)

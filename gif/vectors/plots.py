@@ -21,7 +21,8 @@ def plot_nearest_cosines(before: VectorQuality, after: VectorQuality, path: str 
         axes.hist(quality.nearest.cpu().numpy(), bins, color=color, alpha=0.6, label=label)
     axes.axvline(after.largest_uniform, color=COLORS[1], linestyle=":", label="largest of as many uniform points")
     axes.set(xlabel="cosine to the nearest other code vector", ylabel="identities", title="Code vectors spread out")
-    axes.legend(frameon=False)
+    axes.set_ylim(top=1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, loc="upper left")
     save_figure(drawing, path)
 
 
