@@ -129,9 +129,7 @@ def plot_heads(found: Sequence[Measurement], path: Path) -> bool:
             unmeasured, [needed_bytes(name, m) / 2**20 for m in unmeasured], "o", color=color, fillstyle="none"
         )
     time.set(xlabel="identities", ylabel="ms", title="One step of the head")
-    memory.set(
-        xlabel="identities", ylabel="MiB", title="Memory, codes and centres included (hollow: did not fit, by formula)"
-    )
+    memory.set(xlabel="identities", ylabel="MiB", title="Memory of the head (hollow: by formula, did not fit)")
     time.legend(fontsize="small")
     save_figure(drawing, path)
     return True
