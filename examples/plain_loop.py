@@ -9,7 +9,7 @@ from gif.backbones import BackboneConfig
 from gif.data import IdentitySplit, glyphs
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.encoders import PixelEncoder
-from gif.evaluation import Judgement, embed_images, judge
+from gif.evaluation import Judgement, embed, judge
 
 
 def run(data: IdentitySplit, config: BackboneConfig, *, epochs: int = 4, batch_size: int = 128) -> Judgement:
@@ -40,7 +40,7 @@ def run(data: IdentitySplit, config: BackboneConfig, *, epochs: int = 4, batch_s
             total += loss.item()
         print(f"epoch {epoch + 1}: loss {total / len(loader):.3f}")
 
-    embeddings = embed_images(backbone, data.held_out.image_batches(512), flip=False)  # a mirrored glyph is another
+    embeddings = embed(backbone, data.held_out)
     return judge(embeddings, data.held_out.labels)
 
 

@@ -21,7 +21,7 @@ from gif.data.report import glyph_report
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.doctor import doctor
 from gif.encoders import Precision, make_encoder
-from gif.evaluation import judge, plot_roc
+from gif.evaluation import embed, judge, plot_roc
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
@@ -31,7 +31,7 @@ from gif.losses import GIFLoss, HeadConfig
 from gif.planning import plan
 from gif.progress import console, say
 from gif.resume import claim_folder
-from gif.training import AUGMENTATIONS, AugmentationName, TrainingConfig, check_training, embed, plot_losses, train
+from gif.training import AUGMENTATIONS, AugmentationName, TrainingConfig, check_training, plot_losses, train
 from gif.vectors import CodeVectors, Start, initial_code_vectors, spread_code_vectors, spread_file
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 

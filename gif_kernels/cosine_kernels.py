@@ -28,13 +28,10 @@ from gif_kernels.primitives import (
     load_block,
     tf32_allowed,
 )
-from gif_kernels.tuning import Configuration, MatrixUnits, architecture, tile
+from gif_kernels.tuning import WIDEST_ROWS, Configuration, MatrixUnits, architecture, tile
 
 PROGRAMS = 256
 """That the centre gradient is shared among, by splitting the batch, where there are fewer blocks of it."""
-
-WIDEST_ROWS = 64
-"""Rows that a warp group multiplies at once on sm_90 (and sm_100)."""
 
 REDUCED_AT_ONCE = 1024
 

@@ -42,7 +42,7 @@ def block_size(size: int, most: int, least: int = SMALLEST_BLOCK) -> int:
     return max(least, min(most, triton.next_power_of_2(size)))
 
 
-def operand_dtype(*dtypes: torch.dtype) -> torch.dtype:
+def shared_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype that a product's operands are brought to: their own if they share it, else float32."""
     return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
 

@@ -18,6 +18,8 @@ FEWEST_ROWS = 16
 FEWEST_WARPS = 4
 MAX_VOCAB = 256
 """Centres a token that the token-margin kernels hold at once."""
+WIDEST_ROWS = 64
+"""Rows that a warp group multiplies at once on sm_90 (and sm_100)."""
 
 
 @dataclass(frozen=True)

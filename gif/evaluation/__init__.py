@@ -2,7 +2,7 @@
 
 from gif.evaluation.alignment import align_face
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
-from gif.evaluation.embedding import embed_images
+from gif.evaluation.embedding import embed, embed_images
 from gif.evaluation.identification import Identification, identify, rank1
 from gif.evaluation.ijb import Ijb, IjbFaces, IjbResult, evaluate_ijb
 from gif.evaluation.open_set import Judgement, judge
@@ -30,6 +30,7 @@ __all__ = [
     "TemplateVerification",
     "Templates",
     "align_face",
+    "embed",
     "embed_images",
     "evaluate_ijb",
     "groups_by_images",

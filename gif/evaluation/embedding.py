@@ -1,4 +1,4 @@
-"""Images to embeddings, as verification protocols ask for them: the image and its mirror together."""
+"""Images to embeddings: of a data set, or as verification protocols ask for them, the image and its mirror together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gif.data.augment import normalize_pixels
+from gif.data.images import IdentityDataset
+from gif.progress import progress
 
 
 @contextmanager
@@ -35,6 +37,20 @@ def embed_images(
     """
     with evaluating(backbone, device) as network:
         return torch.cat([embed_batch(network, batch.to(device), flip=flip).cpu() for batch in batches])
+
+
+def embed(
+    backbone: nn.Module, data: IdentityDataset, *, batch_size: int = 512, device: str | torch.device = "cpu"
+) -> Tensor:
+    """Embeddings (n, d) float32 of a data set's images, on the CPU, not normalised, not mirrored."""
+
+    def batches() -> Iterator[Tensor]:
+        with progress("embedding", len(data), "images") as advance:
+            for batch in data.image_batches(batch_size):
+                yield batch
+                advance(len(batch))
+
+    return embed_images(backbone, batches(), flip=False, device=device)
 
 
 def embed_batch(backbone: nn.Module, images: Tensor, *, flip: bool) -> Tensor:

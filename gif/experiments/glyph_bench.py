@@ -14,10 +14,10 @@ from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, tokenize
 from gif.data import IdentitySplit, load_data, split_identities
 from gif.encoders import PixelEncoder
-from gif.evaluation import Judgement, groups_by_images, judge, judge_group, spread_of_centers
+from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_group, spread_of_centers
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
 from gif.progress import say
-from gif.training import TrainingConfig, TrainingLog, embed, train
+from gif.training import TrainingConfig, TrainingLog, train
 from gif.vectors import CodeVectors, SpreadReport, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
 

@@ -4,7 +4,6 @@ from gif.training.augmentation import AUGMENTATIONS, AugmentationName
 from gif.training.checkpoint import Checkpoints
 from gif.training.config import TrainingConfig
 from gif.training.curves import plot_losses
-from gif.training.inference import embed
 from gif.training.loop import TrainingLog, check_training, train
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "TrainingConfig",
     "TrainingLog",
     "check_training",
-    "embed",
     "plot_losses",
     "train",
 ]

@@ -28,6 +28,7 @@ from gif_kernels.primitives import (
 )
 from gif_kernels.tuning import (
     FUSED_POTENTIAL,
+    WIDEST_ROWS,
     Configuration,
     MatrixUnits,
     Tile,
@@ -41,8 +42,6 @@ BLOCK = 4096
 """Rows of a block in the second design: 32 MiB of bfloat16 pairs, which an L2 cache of 40 MiB or more keeps."""
 SYMMETRY_PAYS = 2 * BLOCK
 """Rows beyond which half of the pairs, written and read again, cost less than all of them at once."""
-WIDEST_ROWS = 64
-"""Rows that a warp group multiplies at once on sm_90 (and sm_100)."""
 ONE_WARP, MOST_WARPS = 256, 8
 """Elements of a row that one warp takes in the kernels of a row a program, and warps at most."""
 

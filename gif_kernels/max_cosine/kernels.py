@@ -19,7 +19,7 @@ from gif_kernels.primitives import (
     inside,
     inverse_norm,
     load_block,
-    operand_dtype,
+    shared_dtype,
     tf32_allowed,
 )
 from gif_kernels.tuning import Configuration, MatrixUnits, architecture, multiprocessors, tile
@@ -144,7 +144,7 @@ def _constants(
     tf32: bool,
     architecture: str,
 ) -> dict[str, Any]:
-    operand = operand_dtype(row_dtype, column_dtype)
+    operand = shared_dtype(row_dtype, column_dtype)
     limits = tile("max_cosine", operand, architecture)
     return {
         "WIDTH": width,

@@ -19,7 +19,7 @@ from gif_kernels.primitives import (
     inside,
     inverse_norm,
     load_block,
-    operand_dtype,
+    shared_dtype,
     tf32_allowed,
 )
 from gif_kernels.tuning import Configuration, MatrixUnits, architecture, tile
@@ -103,7 +103,7 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
 def _constants(
     row_dtype: torch.dtype, centroid_dtype: torch.dtype, count: int, width: int, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    operand = operand_dtype(row_dtype, centroid_dtype)
+    operand = shared_dtype(row_dtype, centroid_dtype)
     limits = tile("nearest_centroid", operand, architecture)
     columns = block_size(count, limits.columns)
     return {

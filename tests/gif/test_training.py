@@ -14,9 +14,10 @@ from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages
 from gif.data.augment import RandomAffine, normalize_pixels
+from gif.evaluation import embed
 from gif.losses import MarginSoftmax
 from gif.progress import console
-from gif.training import TrainingConfig, embed, plot_losses, train
+from gif.training import TrainingConfig, plot_losses, train
 from gif.training import loop as loop_module
 from gif.training.health import health, summary
 from gif.training.order import EpochOrder, begin_epoch
