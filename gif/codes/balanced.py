@@ -19,8 +19,11 @@ from gif.codes.segments import BLOCK_FLOATS
 from gif_kernels.sphere import unit
 
 SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
+CANDIDATES = 2  # rows it draws for each centroid
 LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last assignment sees every row
-STARTS = 4  # of k-means in a node whose sample is at most as large a part of it: the seeding decides most there
+CACHE_FLOATS = 1 << 18  # similarities that demand is counted on at a time: 1 MiB, that stays in a core's caches
+ANY_CHILD = 1e30  # a similarity beside which no price shows
+STARTS = 8  # of k-means in a node that has as many samples' rows, for the seeding decides most; else as many as it has
 BALANCING_ROUNDS = 3  # assignment within the capacities, and new centroids
 PRICE_RATES = tuple(0.2 * 0.88**i for i in range(30))  # of a node's mean spread of similarities; falls to 0.005
 FINAL_RATES = tuple(0.02 * 0.86**i for i in range(10))  # from prices that are nearly right already
@@ -121,17 +124,18 @@ def split(
     sample = nodes.sample(LLOYD_ROWS * k, seeds)
     capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
     centroids, prices, cosine = balanced_kmeans(sample, k, capacity, iterations, seeds)
-    large = nodes.sizes > STARTS * LLOYD_ROWS * k
-    for start in range(1, STARTS if bool(large.any()) else 1):
+    starts = (nodes.sizes // (LLOYD_ROWS * k)).clamp(1, STARTS)
+    for start in range(1, int(starts.max())):
         others = balanced_kmeans(sample, k, capacity, iterations, _mix(seeds + np.uint64(start)))
-        better = (large & (others[2] > cosine))[:, None]
+        better = ((starts > start) & (others[2] > cosine))[:, None]
         centroids = torch.where(better[:, :, None], others[0], centroids)
         prices = torch.where(better, others[1], prices)
         cosine = torch.where(better[:, 0], others[2], cosine)
     assigned = partial(assign, nodes, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
     child = assigned(centroids, prices)
-    if bool(large.any()):  # a sample's centroids fit its own rows best: once more from those of all rows
-        centroids = torch.where(large[:, None, None], nodes.centroids(child, centroids), centroids)
+    sampled = starts > 1
+    if bool(sampled.any()):  # a sample's centroids fit its own rows best: once more from those of all rows
+        centroids = torch.where(sampled[:, None, None], nodes.centroids(child, centroids), centroids)
         child = assigned(centroids, prices)
     return child, nodes.sums(child, k)
 
@@ -144,7 +148,7 @@ def balanced_kmeans(
     prices = torch.zeros_like(centroids[:, :, 0])
     for _ in range(BALANCING_ROUNDS):
         similarity = sample.similarity(centroids)
-        prices = balancing_prices(similarity, sample.mask, capacity, prices, PRICE_RATES)
+        prices = balancing_prices(Market(similarity, sample.mask, capacity), prices, PRICE_RATES)
         child = dearest(similarity, prices)
         centroids = sample.centroids(child, centroids)
     kept = similarity.gather(2, child[:, :, None])[:, :, 0]
@@ -159,8 +163,8 @@ def assign(
     scores = Scores(nodes, centroids)
     sample, similarity = scores.sample(seeds)
     capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
-    prices = balancing_prices(similarity, sample.mask, capacity, prices, FINAL_RATES)
-    prices = refined_prices(similarity, sample.mask, capacity, prices)
+    market = Market(similarity, sample.mask, capacity)
+    prices = refined_prices(market, balancing_prices(market, prices, FINAL_RATES))
     child = scores.dearest(prices)
     room = capacities(count(child, nodes.mask, k), capacity_factor, limit)
     return repair(scores, child, nodes.mask, room)
@@ -221,42 +225,86 @@ def kmeans(nodes: Nodes, k: int, iterations: int, seeds: np.ndarray) -> Tensor:
 
 
 def seed_centroids(nodes: Nodes, k: int, seeds: np.ndarray) -> Tensor:
-    """k-means++ on the sphere: k rows (g, k, d) a node, drawn in proportion to 1 - cosine to the nearest so far."""
+    """Greedy k-means++ on the sphere: k rows (g, k, d) of each node.
+
+    Candidates are drawn in proportion to 1 - cosine to the nearest so far; the one that leaves the least sum is taken.
+    """
     rows, present = nodes.rows, nodes.mask.float()
-    random = uniforms(seeds, k).to(rows.device)
+    random = uniforms(seeds, k * CANDIDATES).view(-1, k, CANDIDATES).to(rows.device)
     node = torch.arange(len(rows), device=rows.device)
-    distance = present
+    distance = 2 * present  # the largest 1 - cosine
     centroids = rows.new_empty(len(rows), k, rows.shape[2])
     for i in range(k):
         weight = torch.where(distance.any(1, keepdim=True), distance, present).double().cumsum(1)
-        pick = torch.searchsorted(weight, random[:, i, None] * weight[:, -1:], right=True).clamp_max(rows.shape[1] - 1)
-        centroids[:, i] = rows[node, pick[:, 0]]
-        away = 1 - torch.bmm(rows, centroids[:, i, :, None])[:, :, 0]
-        distance = away.clamp_min(0) * present if i == 0 else distance.minimum(away.clamp_min(0))
+        pick = torch.searchsorted(weight, random[:, i] * weight[:, -1:], right=True).clamp_max(rows.shape[1] - 1)
+        candidates = rows[node[:, None], pick]
+        away = (1 - torch.bmm(candidates, rows.mT)).clamp_min(0).minimum(distance[:, None])
+        best = away.sum(2).argmin(1)
+        centroids[:, i], distance = candidates[node, best], away[node, best]
     return centroids
 
 
-def balancing_prices(
-    similarity: Tensor, mask: Tensor, capacity: Tensor, start: Tensor, rates: tuple[float, ...]
-) -> Tensor:
-    """Prices (g, k) >= 0 of children with a ``capacity`` (g, k) in rows: dual ascent from ``start``.
+class Market:
+    """What rows want at given prices: ``similarity`` (g, M, k), ``mask`` (g, M), False on padding, ``capacity`` (g, k).
+
+    Similarities are kept with rows last, so that the largest of k is found for many rows at a time.
+    """
+
+    def __init__(self, similarity: Tensor, mask: Tensor, capacity: Tensor) -> None:
+        self._similarity = similarity.mT.contiguous()
+        self._similarity += torch.where(mask, 0, ANY_CHILD)[:, None]
+        self._present = mask.to(similarity.dtype)
+        self.capacity = capacity
+        self.rows = mask.sum(1, keepdim=True)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """(g, 1): how far a row's best similarity is above its mean, on average over a node's rows."""
+        above = self._similarity.amax(1) - self._similarity.mean(1)
+        return torch.linalg.vecdot(above, self._present)[:, None] / self.rows
+
+    def demand(self, prices: Tensor) -> tuple[Tensor, Tensor]:
+        """The dual objective (g, 1) at ``prices`` (g, k), and how many rows (g, k) want each child.
+
+        A row whose best children are alike counts for each of them.
+        """
+        dual = (self.capacity * prices).sum(1, keepdim=True)
+        wanted = self.rows.repeat(1, prices.shape[1])
+        for nodes, columns in self._tiles():
+            score = self._similarity[nodes, :, columns] - prices[nodes, :, None]
+            best = score.amax(1, keepdim=True)
+            dual[nodes] += torch.linalg.vecdot(best[:, 0], self._present[nodes, columns])[:, None]
+            wanted[nodes] += score.sub_(best).sign_().sum(2).long()  # -1 where another child is better; 0 on padding
+        return dual, wanted
+
+    def _tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Slices of the nodes and of their rows whose similarities fit a cache."""
+        g, k, width = self._similarity.shape
+        nodes = min(g, max(1, CACHE_FLOATS // (k * width)))
+        columns = max(1, CACHE_FLOATS // (k * nodes))
+        for first in range(0, g, nodes):
+            for start in range(0, width, columns):
+                yield slice(first, first + nodes), slice(start, start + columns)
+
+
+def balancing_prices(market: Market, start: Tensor, rates: tuple[float, ...]) -> Tensor:
+    """Prices (g, k) >= 0 of children with capacities: dual ascent from ``start``.
 
     Minimises the dual of the transport problem, sum_i max_k(similarity - price) + sum_k capacity * price, by
     subgradient steps at ``rates``, in units of the node's mean spread of similarities. Returns the best prices met,
     lest one end higher than it need be.
     """
-    spread = _spread(similarity, mask)
     prices = best = start
-    least = torch.full_like(spread, torch.inf)
+    least = torch.full_like(market.spread, torch.inf)
     for rate in rates:
-        dual, counts = _demand(similarity, mask, capacity, prices)
+        dual, wanted = market.demand(prices)
         best = torch.where(dual < least, prices, best)
         least = least.minimum(dual)
-        prices = (prices + rate * spread * (counts / capacity - 1)).clamp_min(0)
+        prices = (prices + rate * market.spread * (wanted / market.capacity - 1)).clamp_min(0)
     return best
 
 
-def refined_prices(similarity: Tensor, mask: Tensor, capacity: Tensor, start: Tensor) -> Tensor:
+def refined_prices(market: Market, start: Tensor) -> Tensor:
     """Better prices for nodes whose ``start`` (g, k) came from a sample and is off by more than MISPLACED rows.
 
     At the optimum a child with a price is just full, and one without is not over-full.
@@ -266,49 +314,30 @@ def refined_prices(similarity: Tensor, mask: Tensor, capacity: Tensor, start: Te
     """
     prices = best = start
     k = start.shape[1]
-    least, counts = _demand(similarity, mask, capacity, start)
-    rows = mask.sum(1, keepdim=True)
-    excess = counts - capacity
+    least, wanted = market.demand(start)
+    excess = wanted - market.capacity
     misplaced = torch.where(start > 0, excess.abs(), excess.clamp_min(0)).sum(1, keepdim=True)
-    refined = (misplaced > MISPLACED * rows) & (rows > LLOYD_ROWS * k)
+    refined = (misplaced > MISPLACED * market.rows) & (market.rows > LLOYD_ROWS * k)
     if not bool(refined.any()):
         return start
-    step, last = FINAL_RATES[0] * _spread(similarity, mask).expand_as(start), torch.zeros_like(start)
+    step, last = (FINAL_RATES[0] * market.spread).expand_as(start), torch.zeros_like(start)
     for _ in range(REFINING_ROUNDS):
-        sign = torch.sign(counts - capacity)
+        sign = torch.sign(wanted - market.capacity)
         step = torch.where(sign * last > 0, step * FASTER, torch.where(sign * last < 0, step * SLOWER, step))
         prices, last = (prices + sign * step).clamp_min(0), sign
-        dual, counts = _demand(similarity, mask, capacity, prices)
+        dual, wanted = market.demand(prices)
         best = torch.where(refined & (dual < least), prices, best)
         least = least.minimum(dual)
     return best
 
 
-def _demand(similarity: Tensor, mask: Tensor, capacity: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
-    """The dual objective (g, 1) at ``prices``, and the rows (g, k) that want each child."""
-    score, child = _best_scores(similarity, prices)
-    dual = torch.linalg.vecdot(score, mask.to(score.dtype))[:, None] + (capacity * prices).sum(1, keepdim=True)
-    return dual, count(child, mask, similarity.shape[2])
-
-
-def _spread(similarity: Tensor, mask: Tensor) -> Tensor:
-    """(g, 1): how far a row's best similarity is above its mean, on average over a node's rows."""
-    present = mask.to(similarity.dtype)
-    return ((similarity.amax(-1) - similarity.mean(-1)) * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
-
-
 def dearest(similarity: Tensor, prices: Tensor) -> Tensor:
     """The child (g, M) with the largest similarity - price for each row; the lowest number on ties."""
-    return _best_scores(similarity, prices)[1]
-
-
-def _best_scores(similarity: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
-    score = similarity.new_empty(similarity.shape[:2])
-    child = torch.empty_like(score, dtype=torch.int64)
+    child = torch.empty(similarity.shape[:2], dtype=torch.int64, device=similarity.device)
     step = max(1, BLOCK_FLOATS // similarity[:, 0].numel())
-    for rows, best, which in zip(similarity.split(step, 1), score.split(step, 1), child.split(step, 1), strict=True):
-        torch.max(rows - prices[:, None], dim=-1, out=(best, which))
-    return score, child
+    for rows, which in zip(similarity.split(step, 1), child.split(step, 1), strict=True):
+        torch.argmax(rows - prices[:, None], dim=-1, out=which)
+    return child
 
 
 def capacities(counts: Tensor, capacity_factor: float, limit: int) -> Tensor:

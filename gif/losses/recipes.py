@@ -65,7 +65,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         margin=AngularMargin(m2=0.0, m3=0.1),
         regression_weight=1.0,
         contrast_weight=1.0,
-        vector_lr=2.0,
+        vector_lr=4.0,
     ),
 }
 """paper: the two losses as published. live: with contrast against code vectors that move, at a cost that knows no m."""

@@ -205,13 +205,13 @@ def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
     monkeypatch.setattr(balanced, "balanced_kmeans", remember)
     monkeypatch.setattr(balanced, "assign", look)
     index = torch.arange(2000).view(2, 1000)
-    mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 800 are 4 times the sample
+    mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 5 samples of 10 rows a child, and 3
     options = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
     balanced.split(balanced.Nodes(vectors, index, mask), V, seeds=balanced.node_seeds(0, 1, np.arange(2)), **options)
-    assert len(starts) == 4
-    best = max(range(4), key=lambda start: starts[start][2][0])
-    assert torch.equal(assigned[0][0], starts[best][0][0])
-    assert torch.equal(assigned[0][1], starts[0][0][1])
+    assert len(starts) == 5
+    for node, samples in enumerate((5, 3)):
+        best = max(range(samples), key=lambda start: starts[start][2][node])
+        assert torch.equal(assigned[0][node], starts[best][0][node])
 
 
 def test_a_node_depends_on_the_nodes_beside_it_by_rounding_alone(vectors):
@@ -253,12 +253,27 @@ def test_the_assignment_is_within_a_thousandth_of_the_optimum(vectors, capacity_
     centroids = balanced.kmeans(nodes, V, 8, seeds)
     similarity = nodes.similarity(centroids)
     capacity = torch.full((1, V), capacity_factor * n / V)
-    prices = balanced.balancing_prices(similarity, nodes.mask, capacity, torch.zeros(1, V), balanced.PRICE_RATES)
+    prices = balanced.balancing_prices(
+        balanced.Market(similarity, nodes.mask, capacity), torch.zeros(1, V), balanced.PRICE_RATES
+    )
     child = balanced.assign(nodes, centroids, start * prices, capacity_factor=capacity_factor, limit=n, seeds=seeds)
     assert (balanced.count(child, nodes.mask, V) <= capacity).all()
     optimum = exact_optimum(similarity[0].double().numpy(), int(capacity[0, 0]))
     ours = similarity[0].gather(1, child[0, :, None].long()).double().mean()
     assert optimum + 1e-6 >= ours >= (1 - 1e-3) * optimum  # costs are whole millionths
+
+
+@pytest.mark.parametrize("cache", [1, 100, 1 << 18])
+def test_demand_is_what_rows_want_at_given_prices(cache, monkeypatch):
+    monkeypatch.setattr(balanced, "CACHE_FLOATS", cache)
+    mask = torch.arange(53) < torch.tensor([53, 1, 33])[:, None]
+    similarity = torch.rand(3, 53, 7) * mask[:, :, None]
+    prices, capacity = torch.rand(3, 7) / 4, torch.full((3, 7), 9.0)
+    dual, wanted = balanced.Market(similarity, mask, capacity).demand(prices)
+    score, child = (similarity - prices[:, None]).double().max(2)
+    assert torch.equal(wanted, balanced.count(child, mask, 7))
+    expected = (score * mask).sum(1) + (capacity * prices).double().sum(1)
+    torch.testing.assert_close(dual[:, 0].double(), expected, rtol=1e-6, atol=0)  # float32 sums of 53
 
 
 def test_similar_identities_share_a_prefix(quality):
