@@ -110,7 +110,7 @@ def judge(
     genuine, impostor = int(genuine_left.sum()), int(impostor_left.sum())
     require_both(genuine, impostor)
 
-    kept = _Scores(highest=math.ceil(max(fars, default=0) * impostor))
+    kept = _Scores(genuine, math.ceil(max(fars, default=0) * impostor), unit_rows[:0].cpu().numpy().dtype)
     for genuine_scores, impostor_scores in _all_pairs(unit_rows, ends):
         kept.add(genuine_scores, impostor_scores)
     exact = kept.exact_roc(impostor)
@@ -156,33 +156,40 @@ def _all_pairs(vectors: Tensor, ends: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 class _Scores:
-    """All genuine scores; of impostor scores the highest, each distinct one with its count, and a histogram of all."""
+    """All genuine scores; of impostor scores the highest, each distinct one with its count, and a histogram of all.
 
-    def __init__(self, highest: int) -> None:
+    What a tile leaves is copied into arrays that are there from the start: thousands of small arrays, each from between
+    the tiles' large ones, would keep the heap from shrinking.
+    """
+
+    def __init__(self, genuine: int, highest: int, dtype: np.dtype[Any]) -> None:
         self.highest = max(highest, 1)
-        self.genuine: list[Floats] = []
-        self.values: Floats = np.empty(0, np.float32)  # descending; complete from ``cutoff`` up
+        self.genuine: Floats = np.empty(genuine, dtype)
+        self.genuine_added = 0
+        self.values: Floats = np.empty(0, dtype)  # descending; complete from ``cutoff`` up
         self.counts: Integers = np.empty(0, np.int64)
         self.cutoff = -math.inf  # no lower score matters any more
-        self.pending: list[Floats] = []
+        self.pending: Floats = np.empty(max(self.highest, PENDING) + ROWS * COLUMNS, dtype)
+        self.pending_added = 0
         self.histogram: Integers = np.zeros(BINS + 1, np.int64)
 
     def add(self, genuine: Tensor, impostor: Tensor) -> None:
-        self.genuine.append(genuine.cpu().numpy())
+        self.genuine_added = _append(self.genuine, self.genuine_added, genuine)
         self.histogram += _histogram(impostor)
-        self.pending.append(impostor[impostor >= self.cutoff].cpu().numpy())
-        if sum(map(len, self.pending)) > max(self.highest, PENDING):
+        self.pending_added = _append(self.pending, self.pending_added, impostor[impostor >= self.cutoff])
+        if self.pending_added > max(self.highest, PENDING):
             self._merge()
 
     def _merge(self) -> None:
-        values, counts = self._cut(*np.unique(np.concatenate([self.values[:0], *self.pending]), return_counts=True))
+        pending = self.pending[: self.pending_added]
+        values, counts = self._cut(*np.unique(pending, return_counts=True))
         values, place = np.unique(np.concatenate([self.values, values]), return_inverse=True)
         total = np.zeros(len(values), np.int64)
         np.add.at(total, place, np.concatenate([self.counts, counts]))
         values, total = self._cut(values, total)
         if total[1:].sum() >= self.highest:  # else the next distinct score may be still to come
             self.cutoff = float(values[0])
-        self.values, self.counts, self.pending = values[::-1], total[::-1], []
+        self.values, self.counts, self.pending_added = values[::-1], total[::-1], 0
 
     def _cut(self, values: Floats, counts: Integers) -> tuple[Floats, Integers]:
         """Of ascending values the last that count ``highest`` together, and the next below them."""
@@ -198,17 +205,24 @@ class _Scores:
             values = np.append(values, values.dtype.type(-np.inf))  # the threshold that accepts every pair
         else:
             false_accepts = false_accepts[:-1]
-        genuine = np.sort(np.concatenate(self.genuine))
+        genuine = np.sort(self.genuine)
         true_accepts = len(genuine) - np.searchsorted(genuine, values, side="right")
         just_above = np.nextafter(values, values.dtype.type(np.inf))
         return Roc(false_accepts / impostors, true_accepts / len(genuine), just_above)
 
     def binned_roc(self) -> Roc:
         """A point at the lower edge of each bin, from the highest down."""
-        genuine = _histogram(torch.from_numpy(np.concatenate(self.genuine)))
+        genuine = _histogram(torch.from_numpy(self.genuine))
         false_accepts, true_accepts = self.histogram[::-1].cumsum(), genuine[::-1].cumsum()
         edges = np.linspace(-1, 1, BINS + 1)[::-1]
         return Roc(false_accepts / false_accepts[-1], true_accepts / true_accepts[-1], edges)
+
+
+def _append(array: Floats, count: int, scores: Tensor) -> int:
+    """Write ``scores`` behind the first ``count`` entries of ``array``, and count them too."""
+    end = count + len(scores)
+    array[count:end] = scores.cpu().numpy()
+    return end
 
 
 def _histogram(scores: Tensor) -> Integers:

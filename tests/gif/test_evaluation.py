@@ -206,18 +206,18 @@ class TestJudge:
 
     def test_memory_is_bounded_whatever_the_ties(self, monkeypatch):
         monkeypatch.setattr(open_set, "PENDING", 1000)
-        kept = _Scores(highest=20)
+        kept = _Scores(200, 20, np.dtype(np.float32))
         scores = torch.rand(200, 500, generator=torch.Generator().manual_seed(0)).mul(1000).round() / 1000
         for chunk in scores:
             kept.add(chunk[:1], chunk)
-            assert sum(map(len, kept.pending)) <= 1000
+            assert kept.pending_added <= 1000
             assert len(kept.values) <= 21
         assert kept.exact_roc(scores.numel()).fpr[-1] >= 20 / scores.numel()
         assert kept.histogram.sum() == scores.numel()
 
     def test_scores_that_begin_with_one_great_tie(self, monkeypatch):
         monkeypatch.setattr(open_set, "PENDING", 10)
-        kept = _Scores(highest=20)
+        kept = _Scores(4, 20, np.dtype(np.float32))
         impostor = torch.tensor([0.5] * 40 + [0.25] * 30 + [-0.5] * 30)
         genuine = torch.tensor([0.75, 0.3, 0.2, 0.0])
         for i in range(0, 100, 10):
