@@ -59,14 +59,12 @@ def accuracy(
         epochs: passes over the training images in each run.
         batch_size: images a step.
         split: seed of the split into training and held-out identities.
-        docs: a document whose block "accuracy NAME OF THE DATA" gets the tables; the pictures go into its folder
-            pictures.
+        docs: a document whose block "accuracy DATA", or "accuracy DATA IDENTITIES", gets the tables; the pictures go
+            into its folder pictures.
     """
     unknown = [head for head in heads if head not in CONTENDERS]
     if unknown or not heads:
         raise ValueError(f"wanted heads among {list(CONTENDERS)}, got {list(heads)}")
-    if docs is not None:
-        require_block(docs, f"accuracy {data}")
     budget = Budget(
         data=data,
         identities=identities,
@@ -75,11 +73,14 @@ def accuracy(
         epochs=epochs,
         batch_size=batch_size,
     )
+    block = f"accuracy {budget.subject}"
+    if docs is not None:
+        require_block(docs, block)
     chosen = {name: CONTENDERS[name] for name in heads}
     found = compare(output, chosen, budget, settings_of("accuracy", budget, CONTENDERS))
 
     columns, rows = ("head", *MEASURES.values()), found.rows()
-    show(columns, rows, f"held-out identities of {data}, mean ± deviation of {seeds} seeds, {epochs} epochs")
+    show(columns, rows, f"held-out identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs")
     parts = [markdown_table(columns, rows)]
     for what, title in RARITY_TITLES.items():
         columns, rows = _by_images(found, what)
@@ -92,8 +93,8 @@ def accuracy(
     _plot_rarity(found, output / "rarity.png")
     say(f"wrote {output / 'accuracy.md'}, drew {output / 'roc.png'} and {output / 'rarity.png'}")
     if docs is not None:
-        pictures = f"pictures/accuracy-{data}"
-        replace_block(docs, f"accuracy {data}", f"{tables}\n![ROC]({pictures}-roc.png)\n\n![]({pictures}-rarity.png)")
+        pictures = f"pictures/{block.replace(' ', '-')}"
+        replace_block(docs, block, f"{tables}\n![ROC]({pictures}-roc.png)\n\n![]({pictures}-rarity.png)")
         plot_roc(curves, docs.parent / f"{pictures}-roc.png")
         _plot_rarity(found, docs.parent / f"{pictures}-rarity.png")
         say(f"wrote the tables into {docs}")

@@ -50,6 +50,11 @@ class Budget:
     epochs: int = 4
     batch_size: int = 128
 
+    @property
+    def subject(self) -> str:
+        """The data set's name, and how many of its identities where not all: what a document calls it."""
+        return self.data if self.identities is None else f"{self.data} {self.identities}"
+
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"wanted at least one seed, got seeds={self.seeds}")

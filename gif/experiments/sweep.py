@@ -26,9 +26,10 @@ SOFTMAX_KNOBS = {"lr": (0.05, 0.1, 0.2, 0.4), "scale": (8, 12, 16, 24, 32), "mar
 KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
     "GIF": {
         "lr": (0.05, 0.1, 0.2),
-        "contrast_scale": (12, 16, 24, 32),
+        "contrast_scale": (12, 16, 24),
         "contrast_margin": (0.1, 0.2, 0.3),
-        "vector_lr": (1, 2, 4),
+        "vector_lr": (2, 4, 8),
+        "siblings": (2, 8),
     },
     "full softmax": SOFTMAX_KNOBS,
     "Partial FC 0.1": SOFTMAX_KNOBS,
@@ -65,15 +66,13 @@ def sweep(
         epochs: passes over the training images in each run.
         batch_size: images a step.
         split: seed of the split into training and held-out identities, the same as of `gif accuracy`.
-        docs: a document whose block "sweep NAME OF THE DATA" gets the table.
+        docs: a document whose block "sweep DATA", or "sweep DATA IDENTITIES", gets the table.
     """
     unknown = [head for head in heads if head not in KNOBS]
     if unknown or not heads:
         raise ValueError(f"wanted heads among {list(KNOBS)}, got {list(heads)}")
     if (strange := set(settings) - set(SETTINGS)) or not settings:
         raise ValueError(f"wanted settings among {list(SETTINGS)}, got {sorted(strange)}")
-    if docs is not None:
-        require_block(docs, f"sweep {data}")
     budget = Budget(
         data=data,
         identities=identities,
@@ -83,6 +82,9 @@ def sweep(
         epochs=epochs,
         batch_size=batch_size,
     )
+    block = f"sweep {budget.subject}"
+    if docs is not None:
+        require_block(docs, block)
     trials = {head: dict(variations(head, settings)) for head in heads}
     everything = {name: contender for head in KNOBS for name, contender in variations(head)}
     chosen = {name: contender for found in trials.values() for name, contender in found.items()}
@@ -94,11 +96,11 @@ def sweep(
     best = {max(names, key=score) for names in trials.values()}
     columns = ("head", *MEASURES.values(), "best")
     rows = [(*row, "best" if row[0] in best else "") for row in found.rows()]
-    show(columns, rows, f"validation identities of {data}, mean ± deviation of {seeds} seeds, {epochs} epochs")
+    show(columns, rows, f"validation identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs")
     table = markdown_table(columns, rows)
     write_text(output / "sweep.md", table)
     if docs is not None:
-        replace_block(docs, f"sweep {data}", table)
+        replace_block(docs, block, table)
     say(f"wrote {output / 'sweep.md'}; best by TAR: {', '.join(sorted(best))}")
 
 
@@ -108,7 +110,7 @@ def variations(head: str, settings: Sequence[str] = SETTINGS) -> Iterator[tuple[
     yield head, base
     for knob, values in KNOBS[head].items():
         for value in values if knob in settings else ():
-            setting: Any = AngularMargin(m2=0.0, m3=value) if knob.endswith("margin") else float(value)
+            setting: Any = AngularMargin(m2=0.0, m3=value) if knob.endswith("margin") else value
             if setting != _setting(base, knob):
                 yield f"{head}, {knob}={value:g}", _turned(base, knob, setting)
 
