@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 
-from gif.backbones import BackboneConfig, load_backbone, save_backbone
+from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, judge_codes, tokenize
 from gif.codes.commands import export_codes, extend_codes, inspect_codes
 from gif.data import HELD_OUT, ImageDecoder, broken_report, load_data
@@ -21,7 +21,7 @@ from gif.data.report import glyph_report
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.doctor import doctor
 from gif.encoders import Precision, make_encoder
-from gif.evaluation import embed, judge, plot_roc
+from gif.evaluation.command import evaluate
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
@@ -29,9 +29,19 @@ from gif.export import export_command
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
 from gif.planning import plan
-from gif.progress import console, say
+from gif.progress import say
 from gif.resume import claim_folder
-from gif.training import AUGMENTATIONS, AugmentationName, TrainingConfig, check_training, plot_losses, train
+from gif.training import (
+    AUGMENTATIONS,
+    AugmentationName,
+    Checkpoints,
+    TrainingConfig,
+    ValidationConfig,
+    check_training,
+    plot_losses,
+    plot_validations,
+    train,
+)
 from gif.vectors import CodeVectors, Start, initial_code_vectors, spread_code_vectors, spread_file
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
@@ -202,8 +212,10 @@ def train_command(
     head: HeadConfig = HeadConfig(),  # noqa: B008 (frozen)
     backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 (frozen)
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    validation: ValidationConfig = ValidationConfig(),  # noqa: B008 (frozen)
     augmentation: AugmentationName = "affine",
     tensorboard: bool = False,
+    resume: Literal["auto", "never"] = "auto",
 ) -> None:
     """Train a backbone, with identity codes or with a softmax; under torchrun, in several processes.
 
@@ -212,7 +224,7 @@ def train_command(
 
     Args:
         output: folder for the backbone, the head, the code vectors if it moved them, the losses and their plot, the
-            checkpoints and TensorBoard's files.
+            checkpoints and TensorBoard's files; of a run that is validated, the best backbone and the scores too.
         data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
             in the backbone's size and colours.
         held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
@@ -221,13 +233,19 @@ def train_command(
         head: which loss.
         backbone: which network.
         training: optimizer and schedule.
+        validation: what the backbone is judged by while it trains, and how often. The best one is kept.
         augmentation: "affine" for glyphs, "mirror" for aligned faces, or "none".
         tensorboard: log to output/tensorboard.
+        resume: "auto" continues the run that output holds, if it does; "never" refuses it.
     """
-    with process_group(training.device):
+    if resume == "never" and output.exists():
+        raise ValueError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
+    with process_group(training.device) as own:
         code_table = None if codes is None else IdentityCodes.load(codes)
         decoder = ImageDecoder(backbone.image_size, backbone.channels)
-        images = load_data(data, held_out=held_out, decoder=decoder).train
+        split = load_data(data, held_out=held_out, decoder=decoder)
+        images = split.train
+        validate = validation.open(split.held_out, decoder, workers=training.workers, device=own)
         torch.manual_seed(training.seed)
         network = backbone.build()
         loss_fn = head.build(
@@ -258,6 +276,8 @@ def train_command(
             images,
             training,
             augment=AUGMENTATIONS[augmentation],
+            validate=validate,
+            validate_every=validation.every,
             checkpoints=output / "checkpoints",
             tensorboard=log_folder,
         )
@@ -272,38 +292,12 @@ def train_command(
         save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
         plot_losses({head.kind: log.losses}, output / "losses.png")
         say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
-
-
-def evaluate_command(
-    model: Path,
-    *,
-    data: str = "glyphs",
-    held_out: int | float = HELD_OUT,
-    output: Path | None = None,
-    device: str = "cpu",
-) -> None:
-    """Judge a trained backbone on identities that training never saw.
-
-    Args:
-        model: backbone.safetensors, as `gif train` writes it.
-        data: the data set, a name or a path (docs/data.md); its held-out identities are used.
-        held_out: share of the identities that training never saw, or how many, as `gif train` was told.
-        output: folder for roc.png and evaluation.json; beside the model where it is not given.
-        device: where to compute, "cpu" or "cuda".
-    """
-    network, config = load_backbone(model)
-    decoder = ImageDecoder(config.image_size, config.channels)
-    images = load_data(data, held_out=held_out, decoder=decoder).held_out
-    embeddings = embed(network, images, device=device)
-    readable = ~images.broken(torch.arange(len(images)))
-    if report := broken_report(images):
-        say(report)
-    judgement = judge(embeddings, images.labels[readable])
-    folder = output or model.parent
-    plot_roc({model.parent.name: judgement}, folder / "roc.png")
-    write_text(folder / "evaluation.json", json.dumps(judgement.to_dict(), indent=2))
-    console.print(judgement.table())
-    say(f"drew {folder / 'roc.png'}")
+        if log.validations:
+            best = Checkpoints(output / "checkpoints").load_best(network)
+            save_backbone(output / "best.safetensors", network, backbone)
+            write_text(output / "validations.json", json.dumps(log.validations, indent=2))
+            plot_validations(log.validations, output / "validations.png")
+            say(f"wrote the best one, after {best:,} steps, to {output / 'best.safetensors'}")
 
 
 COMMANDS: dict[str, Any] = {
@@ -325,7 +319,7 @@ COMMANDS: dict[str, Any] = {
         "extend": extend_codes,
     },
     "train": train_command,
-    "evaluate": evaluate_command,
+    "evaluate": evaluate,
     "export": export_command,
     "accuracy": accuracy,
     "sweep": sweep,

@@ -98,6 +98,14 @@ def replicate(module: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(_average_gradient)
 
 
+@torch.no_grad()
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process rank 0's buffers, such as the running statistics of batch normalisation."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def _average_gradient(parameter: Tensor) -> None:
     if parameter.grad is not None:
         parameter.grad.copy_(mean_over_processes(parameter.grad))

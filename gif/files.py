@@ -40,7 +40,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def fsync(path: Path) -> None:
     """Wait until what was written to ``path``, also through memory maps, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows opens no folder, and files alone can be waited for
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs what is open for writing
     try:
         os.fsync(descriptor)
     finally:

@@ -41,20 +41,21 @@ def load_data(
 
     Args:
         data: a name in `NAMES`, or a path as for `open_data`.
-        held_out: fraction of the identities to hold out, or how many; 0 trains on all.
+        held_out: fraction of the identities to hold out, or how many; 0 trains on all, 1 holds all out.
         seed: decides which identities are held out.
         decoder, on_broken: of images that lie on disk, as for `open_data`; glyphs are drawn in their set's own size.
 
     Raises ValueError for an unknown name, or where none of a few images can be decoded; and as `open_data` and
     `split_identities` do; FileNotFoundError where fonts are missing.
     """
-    if held_out != 0:
+    if held_out not in (0, 1):
         check_held_out(held_out)
     images = open_data(data, decoder=decoder, on_broken=on_broken)
     if isinstance(images, EncodedImages):
         images.check_readable()
-    if held_out == 0:
-        return IdentitySplit(images, images.of_identities(torch.empty(0, dtype=torch.int64)))
+    if held_out in (0, 1):
+        nobody = images.of_identities(torch.empty(0, dtype=torch.int64))
+        return IdentitySplit(images, nobody) if held_out == 0 else IdentitySplit(nobody, images)
     return IdentitySplit(*split_identities(images, held_out, seed))
 
 

@@ -30,14 +30,15 @@ class ImagePairs:
 
         Raises BrokenImageError: a protocol's pairs are all or none.
         """
-        for begin in range(0, len(self.encoded), size):
-            images = []
-            for place, encoded in enumerate(self.encoded[begin : begin + size], begin):
-                try:
-                    images.append(decoder(encoded))
-                except BrokenImageError as error:
-                    raise BrokenImageError(f"image {place % 2} of pair {place // 2} is broken: {error}") from error
-            yield torch.stack(images)
+        for places in torch.arange(len(self.encoded)).split(size):
+            yield torch.stack([self.image(place, decoder) for place in places.tolist()])
+
+    def image(self, place: int, decoder: ImageDecoder = ImageDecoder()) -> Tensor:  # noqa: B008 (frozen)
+        """Image ``place`` in [0, 2n), (c, h, w) uint8. Raises BrokenImageError."""
+        try:
+            return decoder(self.encoded[place])
+        except BrokenImageError as error:
+            raise BrokenImageError(f"image {place % 2} of pair {place // 2} is broken: {error}") from error
 
 
 def read_bin(path: str | Path) -> ImagePairs:

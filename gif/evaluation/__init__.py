@@ -1,8 +1,9 @@
 """Judging embeddings: pairs, templates, identification, all pairs of held-out identities, ROC."""
 
 from gif.evaluation.alignment import align_face
+from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, Outcome, PairFiles
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
-from gif.evaluation.embedding import embed, embed_images
+from gif.evaluation.embedding import Embedder, embed, embed_images
 from gif.evaluation.identification import Identification, identify, rank1
 from gif.evaluation.ijb import Ijb, IjbFaces, IjbResult, evaluate_ijb
 from gif.evaluation.open_set import Judgement, judge
@@ -18,13 +19,19 @@ from gif.evaluation.templates import (
 from gif.evaluation.verification import PairAccuracy, Roc, roc, tar_at_far, verify_pairs
 
 __all__ = [
+    "Benchmark",
+    "Embedder",
     "Group",
+    "HeldOutIdentities",
     "Identification",
     "Ijb",
     "IjbFaces",
+    "IjbFolders",
     "IjbResult",
     "Judgement",
+    "Outcome",
     "PairAccuracy",
+    "PairFiles",
     "Roc",
     "TemplateSums",
     "TemplateVerification",

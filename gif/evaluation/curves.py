@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gif.evaluation.identification import Identification
 from gif.evaluation.open_set import Judgement
@@ -16,7 +18,7 @@ from gif.plotting import COLORS, figure, save_figure
 
 LOWEST_FAR = 1e-6
 LOWEST_MISS = 1e-3
-LEGEND_FAR = 1e-4
+LEGEND_FAR = 1e-4  # or the smallest power of ten at which every curve has an impostor pair
 LEGEND_FPIR = 1e-2
 WIDTH = 8.0  # inches, legend included
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -27,21 +29,25 @@ Verified = Judgement | TemplateVerification | Roc
 def plot_roc(curves: Mapping[str, Verified], path: str | Path) -> None:
     """Draw TAR against FAR, from 1e-6 on a logarithmic axis, for each named judgement or ROC, with its TAR@FAR=1e-4.
 
-    A curve begins at the smallest FAR its impostor pairs can show. Raises ValueError without a curve.
+    A curve begins at the smallest FAR its impostor pairs can show; where that is more than 1e-4, the legend has the TAR
+    at the next power of ten. Raises ValueError without a curve.
     """
-    drawing, axes = _draw({name: _roc_of(curve) for name, curve in curves.items()}, _legend_tars(curves))
+    far = _legend_far(curves)
+    drawing, axes = _draw({name: _roc_of(curve) for name, curve in curves.items()}, _legend_tars(curves, far))
     axes.set(xlabel="false-accept rate (FAR)", ylabel="true-accept rate (TAR)", title="Verification")
     axes.set(xscale="log", xlim=(LOWEST_FAR, 1), ylim=(0, 1.01))
-    drawing.legend(frameon=False, loc="outside right upper", title="TAR at FAR $10^{-4}$", alignment="left")
+    drawing.legend(frameon=False, loc="outside right upper", title=_tar_title(far), alignment="left")
     save_figure(drawing, path)
 
 
 def plot_det(curves: Mapping[str, Verified], path: str | Path) -> None:
     """Draw the detection error trade-off: 1 - TAR against FAR on logarithmic axes, for what `plot_roc` takes."""
-    drawing, axes = _draw({name: _roc_of(curve) for name, curve in curves.items()}, _legend_tars(curves), missed=True)
+    far = _legend_far(curves)
+    rocs = {name: _roc_of(curve) for name, curve in curves.items()}
+    drawing, axes = _draw(rocs, _legend_tars(curves, far), missed=True)
     axes.set(xlabel="false-accept rate (FAR)", ylabel="false-reject rate (1 - TAR)", title="Verification")
     axes.set(xscale="log", yscale="log", xlim=(LOWEST_FAR, 1), ylim=(LOWEST_MISS, 1))
-    drawing.legend(frameon=False, loc="outside right upper", title="TAR at FAR $10^{-4}$", alignment="left")
+    drawing.legend(frameon=False, loc="outside right upper", title=_tar_title(far), alignment="left")
     save_figure(drawing, path)
 
 
@@ -83,11 +89,25 @@ def _roc_of(curve: Verified) -> Roc:
     return curve if isinstance(curve, Roc) else curve.roc
 
 
-def _legend_tars(curves: Mapping[str, Verified]) -> dict[str, float]:
-    return {name: _legend_tar(curve) for name, curve in curves.items()}
+def _legend_far(curves: Mapping[str, Verified]) -> float:
+    """`LEGEND_FAR`, or the smallest power of ten at which every curve has begun."""
+    begin = max((_smallest(_roc_of(curve).fpr) for curve in curves.values()), default=0.0)
+    return max(LEGEND_FAR, 10.0 ** math.ceil(round(math.log10(begin), 9))) if begin else LEGEND_FAR
 
 
-def _legend_tar(curve: Verified) -> float:
+def _smallest(fpr: NDArray[np.float64]) -> float:
+    return float(fpr[fpr > 0].min(initial=1.0))
+
+
+def _tar_title(far: float) -> str:
+    return f"TAR at FAR $10^{{{round(math.log10(far))}}}$"
+
+
+def _legend_tars(curves: Mapping[str, Verified], far: float) -> dict[str, float]:
+    return {name: _legend_tar(curve, far) for name, curve in curves.items()}
+
+
+def _legend_tar(curve: Verified, far: float) -> float:
     if isinstance(curve, Roc):
-        return tar_at(curve, LEGEND_FAR)
-    return curve.tar[LEGEND_FAR] if LEGEND_FAR in curve.tar else tar_at(curve.roc, LEGEND_FAR)
+        return tar_at(curve, far)
+    return curve.tar[far] if far in curve.tar else tar_at(curve.roc, far)

@@ -4,13 +4,111 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gif.data.augment import normalize_pixels
 from gif.data.images import IdentityDataset
+from gif.distributed import gather_rows, rank, world_size
 from gif.progress import progress
+
+
+class NumberedImages(Protocol):
+    """A map-style data set of images (c, h, w) uint8, each with its number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """How images become embeddings: float32, not normalised. The processes of a group share the images.
+
+    Args:
+        flip: add the embedding of the mirrored image: f(x) + f(flip x), as verification protocols do.
+        batch_size: images embedded at once.
+        workers: processes that read images, for each process that embeds.
+        device: where to compute.
+
+    Raises ValueError for a number out of its range.
+    """
+
+    flip: bool = True
+    batch_size: int = 256
+    workers: int = 0
+    device: str | torch.device = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"wanted {name} >= {least}, got {name}={getattr(self, name)}")
+
+    @torch.inference_mode()
+    def own_share(
+        self, backbone: nn.Module, images: NumberedImages, description: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share, batch by batch: numbers (b,) on the CPU, and embeddings (b, d) on the device.
+
+        ``backbone`` takes images (B, c, h, w) in [-1, 1]. torch's default generator is left as it is.
+
+        Raises ValueError where there are fewer images than processes.
+        """
+        if len(images) < world_size():
+            raise ValueError(f"{description}: {len(images)} images for {world_size()} processes; start fewer")
+        own = range(rank(), len(images), world_size())
+        loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+            images,  # type: ignore[arg-type]  # a Dataset in all but name
+            self.batch_size,
+            sampler=own,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            generator=torch.Generator(),
+        )
+        with evaluating(backbone, self.device) as network, progress(description, len(own), "images") as advance:
+            for batch, numbers in loader:
+                if len(numbers):
+                    yield numbers, embed_batch(network, batch.to(self.device), flip=self.flip)
+                    advance(len(numbers))
+
+    def all_shares(self, backbone: nn.Module, images: NumberedImages, description: str) -> tuple[Tensor, Tensor]:
+        """What all processes embedded, on the CPU of each: numbers (n,), ascending, and embeddings (n, d).
+
+        Errors are those of `own_share`.
+        """
+        shares = list(self.own_share(backbone, images, description))
+        numbers = gather_rows(torch.cat([numbers for numbers, _ in shares]).to(self.device)).cpu()
+        embeddings = gather_rows(torch.cat([embeddings for _, embeddings in shares])).cpu()
+        numbers, order = numbers.sort()
+        return numbers, embeddings[order]
+
+
+class ReadableImages:
+    """The images of a data set, numbered from 0; of a batch, those that can be read."""
+
+    def __init__(self, data: IdentityDataset) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._data[index][0], index
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        images, _ = self._data.__getitems__(indices)
+        readable = torch.tensor(indices)[~self._data.broken(torch.tensor(indices))]
+        return list(zip(images, readable.tolist(), strict=True))
+
+
+def _collate(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images = [image for image, _ in batch]
+    numbers = torch.tensor([number for _, number in batch], dtype=torch.int64)
+    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), numbers
 
 
 @contextmanager
@@ -42,15 +140,9 @@ def embed_images(
 def embed(
     backbone: nn.Module, data: IdentityDataset, *, batch_size: int = 512, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Embeddings (n, d) float32 of a data set's images, on the CPU, not normalised, not mirrored."""
-
-    def batches() -> Iterator[Tensor]:
-        with progress("embedding", len(data), "images") as advance:
-            for batch in data.image_batches(batch_size):
-                yield batch
-                advance(len(batch))
-
-    return embed_images(backbone, batches(), flip=False, device=device)
+    """Embeddings (n, d) float32 of a data set's readable images, on the CPU, not normalised, not mirrored."""
+    embedder = Embedder(flip=False, batch_size=batch_size, device=device)
+    return embedder.all_shares(backbone, ReadableImages(data), "embedding")[1]
 
 
 def embed_batch(backbone: nn.Module, images: Tensor, *, flip: bool) -> Tensor:

@@ -22,20 +22,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
-from gif.distributed import rank, world_size
 from gif.evaluation.alignment import align_face
-from gif.evaluation.embedding import embed_batch, evaluating
+from gif.evaluation.embedding import Embedder
 from gif.evaluation.identification import Identification, identify
 from gif.evaluation.templates import FARS, PairBlock, TemplateSums, TemplateVerification, verify_templates
 from gif.files import existing_file
-from gif.progress import progress
 
 IjbName = Literal["ijbb", "ijbc"]
+IjbProtocol = Literal["1:1", "1:N"]
+PROTOCOLS: tuple[IjbProtocol, ...] = ("1:1", "1:N")
 GALLERIES: dict[IjbName, tuple[str, str]] = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
 TITLES: dict[IjbName, str] = {"ijbb": "IJB-B", "ijbc": "IJB-C"}
 _PAIRS_A_BLOCK = 1 << 20
+_MEMBERS = "_face_tid_mid.txt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,30 +52,66 @@ class Ijb:
     faceness: Tensor
 
     @classmethod
+    def find(cls, folder: str | Path) -> list[Ijb]:
+        """Read the metadata of whichever benchmarks lie in ``folder``: as a rule one.
+
+        Raises FileNotFoundError where there is none, and as `read` does.
+        """
+        names = [name for name in GALLERIES if (Path(folder) / "meta" / f"{name}{_MEMBERS}").exists()]
+        if not names:
+            wanted = " or ".join(f"meta/{name}{_MEMBERS}" for name in GALLERIES)
+            raise FileNotFoundError(f"no {wanted} in {folder}; give the folder that holds loose_crop and meta")
+        return [cls.read(folder, name) for name in names]
+
+    @classmethod
     def read(cls, folder: str | Path, name: IjbName) -> Ijb:
         """Read the metadata of the images in ``folder``.
 
         Raises FileNotFoundError for a missing file, ValueError for a damaged one or two that disagree.
         """
         folder = Path(folder)
-        members = list(_lines(folder / "meta" / f"{name}_face_tid_mid.txt", 3))
+        members = list(_lines(folder / "meta" / f"{name}{_MEMBERS}", 3))
         found = list(_lines(folder / "meta" / f"{name}_name_5pts_score.txt", 12))
         files = [row[0] for row in members]
         if files != [row[0] for row in found]:
             raise ValueError(
-                f"{name}_face_tid_mid.txt ({len(members)} images) and {name}_name_5pts_score.txt ({len(found)}) in "
+                f"{name}{_MEMBERS} ({len(members)} images) and {name}_name_5pts_score.txt ({len(found)}) in "
                 f"{folder / 'meta'} do not list the same images in one order; take both from one release"
             )
         ids = torch.from_numpy(np.array([row[1:] for row in members], dtype=np.int64))
         numbers = torch.from_numpy(np.array([row[1:] for row in found], dtype=np.float64))
         return cls(folder, name, files, ids[:, 0], ids[:, 1], numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10])
 
+    def check(self, protocols: Sequence[IjbProtocol] = PROTOCOLS) -> None:
+        """Look at all that evaluation will read, before the long work: of the images the first, of the pairs a million.
+
+        Raises FileNotFoundError for a missing file, ValueError for a damaged one, or one that names a template without
+        images.
+        """
+        existing_file(self.folder / "loose_crop" / self.files[0])
+        named = []
+        if "1:1" in protocols:
+            named += [torch.from_numpy(ids) for first, second, _ in islice(self.pairs(), 1) for ids in (first, second)]
+        if "1:N" in protocols:
+            named += [templates for templates, _ in (self.probes(), *map(self.gallery, GALLERIES[self.name]))]
+        for templates in named:
+            unknown = templates[~torch.isin(templates, self.template_ids)]
+            if len(unknown):
+                raise ValueError(
+                    f"{self.folder / 'meta'}: template {int(unknown[0])} has no image ({len(unknown):,} of "
+                    f"{len(templates):,} in a list have none); give metadata files of one data set"
+                )
+
+    @property
+    def _pairs_file(self) -> Path:
+        return self.folder / "meta" / f"{self.name}_template_pair_label.txt"
+
     def pairs(self) -> Iterator[PairBlock]:
         """The 1:1 protocol's pairs of templates, a million at a time: first (n,), second (n,), same (n,) bool.
 
         Raises FileNotFoundError, or ValueError for a line that is not three whole numbers.
         """
-        path = existing_file(self.folder / "meta" / f"{self.name}_template_pair_label.txt")
+        path = existing_file(self._pairs_file)
         done = 0
         with path.open(encoding="ascii") as file:
             while lines := list(islice(file, _PAIRS_A_BLOCK)):
@@ -136,12 +173,11 @@ class IjbResult:
         }
 
 
-@torch.inference_mode()
 def evaluate_ijb(
     backbone: nn.Module,
     ijb: Ijb,
     *,
-    protocols: Sequence[Literal["1:1", "1:N"]] = ("1:1", "1:N"),
+    protocols: Sequence[IjbProtocol] = PROTOCOLS,
     flip: bool = True,
     faceness: bool = True,
     fars: Sequence[float] = FARS,
@@ -166,14 +202,11 @@ def evaluate_ijb(
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
-    faces = IjbFaces(ijb)
-    own = range(rank(), len(faces), world_size())
+    ijb.check(protocols)
+    embedder = Embedder(flip, batch_size, workers, device)
     sums = TemplateSums(ijb.template_ids, ijb.media_ids, ijb.faceness if faceness else None)
-    loader = DataLoader(Subset(faces, own), batch_size, num_workers=workers)
-    with evaluating(backbone, device) as network, progress(TITLES[ijb.name], len(own), "images") as advance:
-        for images, rows in loader:
-            sums.add(rows, embed_batch(network, images.to(device), flip=flip))
-            advance(len(rows))
+    for rows, features in embedder.own_share(backbone, IjbFaces(ijb), TITLES[ijb.name]):
+        sums.add(rows, features)
     sums.gather(device)
     templates = sums.templates()
     verification = verify_templates(templates, ijb.pairs(), fars=fars) if "1:1" in protocols else None

@@ -161,7 +161,9 @@ class GIFLoss(nn.Module):
         if len(candidates) == 0:
             nothing = embeddings.sum(1, dtype=torch.float32)
             return reduce_rows(nothing, counted, reduction)  # zero, and differentiable
-        vectors = self.vectors.lookup(candidates).float()  # steps are smaller than what a bfloat16 gradient tells apart
+        vectors = self.vectors.lookup(candidates)
+        # Steps are smaller than what a bfloat16 gradient tells apart.
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
         point = embeddings
         if moves:

@@ -3,8 +3,9 @@
 from gif.training.augmentation import AUGMENTATIONS, AugmentationName
 from gif.training.checkpoint import Checkpoints
 from gif.training.config import TrainingConfig
-from gif.training.curves import plot_losses
+from gif.training.curves import plot_losses, plot_validations
 from gif.training.loop import TrainingLog, check_training, train
+from gif.training.validation import ValidationConfig
 
 __all__ = [
     "AUGMENTATIONS",
@@ -12,7 +13,9 @@ __all__ = [
     "Checkpoints",
     "TrainingConfig",
     "TrainingLog",
+    "ValidationConfig",
     "check_training",
     "plot_losses",
+    "plot_validations",
     "train",
 ]

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class TrainingState:
     """What a run needs to continue, beside the random state of each process.
 
     The learning rate and the order of images are functions of ``step``. Everything here is the same on each process.
-    ``model`` has a part named backbone; ``losses`` are (steps,); ``tables`` are what a head changes beside parameters.
+    ``model`` has a part named backbone; ``losses`` are (steps,); ``tables`` are what a head changes beside parameters;
+    ``validations`` are the named scores after some numbers of steps, ascending.
     """
 
     model: nn.Module
@@ -40,10 +41,11 @@ class TrainingState:
     losses: Tensor
     tables: Mapping[str, TableJournal]
     step: int = 0
+    validations: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 class Checkpoints:
-    """Checkpoints step-000000100, ... in ``folder``: the newest ``keep``, and the one that validated best.
+    """Checkpoints step-000000100, ... in ``folder``: the newest ``keep``, and the best: of the highest mean score.
 
     Each is written beside its place, synced and renamed into it, so a killed run leaves the one before. It holds the
     model and the optimizer (`torch.distributed.checkpoint`), and in progress.safetensors the losses, every process's
@@ -56,11 +58,11 @@ class Checkpoints:
         self._folder = folder
         self._keep = keep
 
-    def save(self, state: TrainingState, *, validation: float | None = None) -> None:
-        """Write the state after ``state.step`` steps; ``validation`` says how good it is, more is better."""
+    def save(self, state: TrainingState) -> None:
+        """Write the state after ``state.step`` steps."""
         random = gather_objects(_random_state(state.losses.device))
         if rank() == 0:
-            self._write(state, random, validation)
+            self._write(state, random)
             self._remove_old(state.tables)
         wait_for_all()
 
@@ -90,6 +92,7 @@ class Checkpoints:
         state.scaler.load_state_dict(progress["scaler"])
         state.losses.copy_(tensors["losses"])
         state.step = progress["step"]
+        state.validations = _validations(progress)
         for name, journal in state.tables.items():
             journal.load(progress["tables"][name])
         prefix = f"random.{rank()}."
@@ -98,7 +101,7 @@ class Checkpoints:
     def load_best(self, backbone: nn.Module) -> int:
         """Give ``backbone`` its weights of the checkpoint that validated best; returns how many steps that had.
 
-        Raises FileNotFoundError if none was validated.
+        Of equally good ones it is the first. Raises FileNotFoundError if none was validated.
         """
         best = self._best()
         if best is None:
@@ -109,7 +112,7 @@ class Checkpoints:
         backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in stored["model"].items()})
         return int(_read_progress(best)[1]["step"])
 
-    def _write(self, state: TrainingState, random: list[dict[str, Tensor]], validation: float | None) -> None:
+    def _write(self, state: TrainingState, random: list[dict[str, Tensor]]) -> None:
         place = self._folder / f"step-{state.step:09d}"
         temporary = _beside(place)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +124,7 @@ class Checkpoints:
             "step": state.step,
             "scaler": state.scaler.state_dict(),
             "tables": {name: journal.save(state.step) for name, journal in state.tables.items()},
-            "validation": validation,
+            "validations": list(state.validations.items()),
         }
         save_tensors(
             temporary / "progress.safetensors",
@@ -146,9 +149,18 @@ class Checkpoints:
         return sorted(path for path in self._folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name))
 
     def _best(self) -> Path | None:
-        values = {place: _read_progress(place)[1]["validation"] for place in self._places()}
-        judged = {place: value for place, value in values.items() if value is not None}
-        return max(judged, key=lambda place: judged[place]) if judged else None
+        scores = {}
+        for place in self._places():
+            progress = _read_progress(place)[1]
+            found = _validations(progress).get(progress["step"])
+            if found is not None:
+                scores[place] = mean_score(found)
+        return max(scores, key=lambda place: scores[place]) if scores else None
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+    """What makes a checkpoint the best one: the mean of its named scores."""
+    return sum(scores.values()) / len(scores)
 
 
 def restore_random(random: Mapping[str, Tensor], device: torch.device) -> None:
@@ -167,6 +179,10 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
 def _read_progress(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = load_tensors(place / "progress.safetensors", format=FORMAT)
     return tensors, json.loads(metadata["progress"])
+
+
+def _validations(progress: Mapping[str, Any]) -> dict[int, dict[str, float]]:
+    return dict(progress.get("validations", []))
 
 
 def _remove(place: Path) -> None:

@@ -39,7 +39,7 @@ class TrainingConfig:
         workers: processes that read images, for each process that trains.
         save_steps: steps between two checkpoints, beside those in time.
         save_minutes: minutes between two checkpoints; longer where more than a tenth of the time would go into them.
-        keep: newest checkpoints to keep.
+        keep: newest checkpoints to keep, beside the best one where the run is validated.
 
     Raises ValueError for a number out of its range.
     """

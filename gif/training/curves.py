@@ -30,3 +30,18 @@ def plot_losses(losses: Mapping[str, Tensor], path: str | Path) -> None:
         ticks(lambda value, _: f"{value:g}")
     axes.legend(frameon=False)
     save_figure(drawing, path)
+
+
+def plot_validations(validations: Mapping[int, Mapping[str, float]], path: str | Path) -> None:
+    """Every named score over the steps that it came after. Raises ValueError without one."""
+    if not validations:
+        raise ValueError("there is no validation to draw; train with `validate`")
+    drawing, axes = figure()
+    names = dict.fromkeys(name for scores in validations.values() for name in scores)
+    for place, name in enumerate(names):
+        steps = [step for step, scores in validations.items() if name in scores]
+        values = [validations[step][name] for step in steps]
+        axes.plot(steps, values, color=COLORS[place % len(COLORS)], marker="o", markersize=3, label=name)
+    axes.set(xlabel="step", ylabel="score (more is better)", title="Validation")
+    axes.legend(frameon=False)
+    save_figure(drawing, path)

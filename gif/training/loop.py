@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
-from gif.distributed import least_of_processes, mean_over_processes, rank, replicate, world_size
+from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
 from gif.losses import GIFLoss
 from gif.resume import LARGEST_SHARE
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
@@ -28,15 +28,20 @@ from gif.training.journal import TableJournal
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, begin_epoch
 
+Validate = Callable[[nn.Module], Mapping[str, float]]
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """The loss of every step, (steps,) float32, and images a second, NaN where a run had nothing left to do."""
+    """The loss of every step, (steps,) float32; images a second, NaN where a run had nothing left to do; validations.
+
+    ``validations`` are named scores by the number of steps they came after.
+    """
 
     losses: Tensor
     images_per_second: float
+    validations: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 def train(
@@ -46,7 +51,8 @@ def train(
     config: TrainingConfig,
     *,
     augment: Callable[[Tensor], Tensor] = RandomAffine(),  # noqa: B008 (frozen)
-    validate: Callable[[nn.Module], float] | None = None,
+    validate: Validate | None = None,
+    validate_every: int | None = None,
     checkpoints: str | Path | None = None,
     tensorboard: str | Path | None = None,
     description: str = "training",
@@ -65,8 +71,9 @@ def train(
         dataset: what to train on.
         config: how.
         augment: changes normalised images (B, c, h, w), on the device; draws from torch's generators alone.
-        validate: how good the backbone is, more is better; called on every process after each epoch, for the best
-            checkpoint.
+        validate: named scores of the backbone, more is better; called on every process, which must agree on them. The
+            checkpoint of the highest mean score is kept. It changes neither the losses nor the random numbers.
+        validate_every: steps between two validations; an epoch where not given. The last step is always judged.
         checkpoints: folder in which the state is kept: a run that was killed continues there, and the same arguments
             give the same result as a run that was not. The number of processes may change; then the losses do, by
             rounding, and augmentation by other random numbers.
@@ -85,6 +92,7 @@ def train(
         backbone.to(memory_format=torch.channels_last)
     steps_an_epoch = len(dataset) // config.batch_size
     steps = config.epochs * steps_an_epoch
+    validate_steps = validate_every or steps_an_epoch
     state = TrainingState(
         model,
         config.make_optimizer(model.parameters()),
@@ -98,7 +106,7 @@ def train(
     take_step = _Step(backbone, head, augment, state, config)
     clock = _SaveClock(config)
 
-    with monitor(description, steps, before, config.batch_size, device, tensorboard) as (advance, report):
+    with monitor(description, steps, before, config.batch_size, device, tensorboard) as (advance, report, tell):
         start = time.monotonic()
         for epoch in range(before // steps_an_epoch, config.epochs):
             loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
@@ -115,19 +123,33 @@ def train(
                     recent = losses.settle()[-REPORT_EVERY:].mean()
                     measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
                     report(state.step, {"learning rate": lr, **measures})
-                if keeper and state.step % steps_an_epoch and clock.due(state.step):
+                scores = None
+                if validate and (state.step % validate_steps == 0 or state.step == steps):
+                    state.validations[state.step] = scores = _scores(validate, model, device)
+                    tell(state.step, scores)
+                if scores or state.step % steps_an_epoch == 0 or (keeper and clock.due(state.step)):
                     losses.settle()
-                    with clock.saving():
-                        keeper.save(state)
+                    if keeper:
+                        with clock.saving():
+                            keeper.save(state)
                 advance()
-            losses.settle()
-            value = None if validate is None else validate(backbone)
-            if keeper:
-                with clock.saving():
-                    keeper.save(state, validation=value)
         seconds = time.monotonic() - start
     trained = (steps - before) * config.batch_size
-    return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan)
+    return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan, state.validations)
+
+
+def _scores(validate: Validate, model: nn.ModuleDict, device: torch.device) -> dict[str, float]:
+    """What ``validate`` says of the backbone that rank 0 has, which is the one that a checkpoint keeps.
+
+    Random numbers go on as if it had not been called. Raises ValueError without a score, or for one that is NaN.
+    """
+    broadcast_buffers(model["backbone"])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        scores = {name: float(score) for name, score in validate(model["backbone"]).items()}
+    model.train()
+    if not scores or not all(math.isfinite(score) for score in scores.values()):
+        raise ValueError(f"validation gave the scores {scores}, wanted at least one and finite numbers")
+    return scores
 
 
 class _Step:

@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from gif.distributed import rank
-from gif.progress import progress
+from gif.progress import progress, say
+from gif.training.checkpoint import mean_score
 from gif.training.health import summary
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -20,16 +21,17 @@ Report = Callable[[int, Mapping[str, float]], None]
 @contextmanager
 def monitor(
     description: str, steps: int, done: int, batch_size: int, device: torch.device, tensorboard: str | Path | None
-) -> Iterator[tuple[Callable[[], None], Report]]:
-    """Yield ``advance()``, to be called after each step, and ``report(step, measures)``.
+) -> Iterator[tuple[Callable[[], None], Report, Report]]:
+    """Yield ``advance()``, to be called after each step, ``report(step, measures)`` and ``tell(step, scores)``.
 
-    The progress line shows images a second, the time left, the loss, the head's health and memory; TensorBoard, all
-    measures. The first process tells; the others are silent.
+    The progress line shows images a second, the time left, the loss, the head's health, memory and the last validation,
+    which also gets a line of its own; TensorBoard, all measures and scores. The first process tells; the others are
+    silent.
     """
     if rank() > 0:
-        yield lambda: None, lambda step, measures: None
+        yield lambda: None, lambda step, measures: None, lambda step, scores: None
         return
-    note = ""
+    note = validation = ""
     with (
         progress(description, steps * batch_size, "images", done=done * batch_size) as bar,
         _summary_writer(tensorboard, done) as write,
@@ -46,7 +48,16 @@ def monitor(
             parts = (f"loss {measures['loss']:.3f}", summary(measures), f"{memory:.1f} GB")
             note = ", ".join(part for part in parts if part)
 
-        yield lambda: bar(batch_size, note), report
+        def tell(step: int, scores: Mapping[str, float]) -> None:
+            nonlocal validation, last_time, last_step
+            last_time, last_step = time.monotonic(), step  # validating is no part of the speed
+            told = {**scores, "mean": mean_score(scores)} if len(scores) > 1 else dict(scores)
+            write(step, {f"validation/{name}": score for name, score in told.items()})
+            words = ", ".join(f"{name} {score:.4f}" for name, score in told.items())
+            validation = f", validation {mean_score(scores):.4f}"
+            say(f"{description}: validation after {step:,} steps: {words}")
+
+        yield lambda: bar(batch_size, note + validation), report, tell
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Checkpoints: killed at any step, a run continues bit by bit; a large table is kept by its changes."""
 
+import math
 import os
 import signal
 
@@ -140,7 +141,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
     def validate(backbone):
         weights.append({name: value.clone() for name, value in backbone.state_dict().items()})
-        return next(values)
+        return {"accuracy": next(values)}
 
     config = TrainingConfig(epochs=4, batch_size=8, save_steps=3, keep=2)
     log, *_ = run(tmp_path, config=config, validate=validate)
@@ -151,6 +152,42 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert torch.equal(run(tmp_path, config=config)[0].losses, log.losses)
     with pytest.raises(FileNotFoundError, match="validate"):
         Checkpoints(tmp_path / "none").load_best(backbone)
+
+
+def scores_of(backbone):
+    """Scores that say which weights were judged; it leaves what it should not: drawn numbers, eval mode."""
+    backbone.eval()
+    torch.rand(3)
+    return {"weights": float(sum(value.detach().abs().sum() for value in backbone.parameters())), "other": 0.25}
+
+
+def test_validation_changes_nothing_and_survives_a_kill(whole, tmp_path):
+    judged = run(tmp_path / "judged", validate=scores_of, validate_every=4)
+    assert_same(judged, whole)
+    assert list(judged[0].validations) == [4, 8, 12, STEPS] and whole[0].validations == {}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop_at=10, validate=scores_of, validate_every=4)
+    assert "step-000000008" in names(tmp_path / "killed")  # the best so far, or the newest
+    again = run(tmp_path / "killed", seed=1, validate=scores_of, validate_every=4)
+    assert_same(again, whole)
+    assert again[0].validations == judged[0].validations
+
+
+def test_an_epoch_is_judged_where_no_steps_are_given():
+    assert list(run(None, validate=scores_of)[0].validations) == [5, 10, 15]
+
+
+def test_the_best_has_the_highest_mean_score(tmp_path):
+    values = iter([{"a": 0.9, "b": 0.1}, {"a": 0.6, "b": 0.6}, {"a": 0.1, "b": 0.9}])
+    run(tmp_path, validate=lambda backbone: next(values))
+    assert names(tmp_path) == ["step-000000010", "step-000000015"]
+    assert Checkpoints(tmp_path).load_best(fresh()[0]) == 10
+
+
+@pytest.mark.parametrize("scores", [{}, {"a": math.nan}])
+def test_scores_are_numbers(scores):
+    with pytest.raises(ValueError, match="at least one and finite"):
+        run(None, validate=lambda backbone: scores)
 
 
 def test_optimizer_state_of_adamw_is_exact(tmp_path):

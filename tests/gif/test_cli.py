@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gif import cli
 from gif.backbones import load_backbone
 from gif.codes import IdentityCodes
 from gif.data import IdentityImages, IdentitySplit
+from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
@@ -30,7 +32,8 @@ def tiny_images(identities, seed):
 @pytest.fixture
 def tiny_data(monkeypatch):
     split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
-    monkeypatch.setattr(cli, "load_data", lambda name, **options: split)
+    for module in (cli, evaluate_module):
+        monkeypatch.setattr(module, "load_data", lambda name, **options: split)
     monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
     return split
 
@@ -72,10 +75,62 @@ def test_step_by_step(tiny_data, gif, tmp_path):
     code, printed = gif(*train, "--head.overrides.scale=17")
     assert code == 1 and "holds a run with other settings" in printed
 
-    code, printed = gif("evaluate", "--model", run / "backbone.safetensors")
+    code, printed = gif("evaluate", "--model", run / "backbone.safetensors", "--data=glyphs")
     assert code == 0 and "rank-1" in printed
-    assert 0 <= json.loads((run / "evaluation.json").read_text())["rank1"] <= 1
-    assert (run / "roc.png").exists()
+    assert 0 <= json.loads((run / "evaluation.json").read_text())["held_out"]["rank1"] <= 1
+    assert (run / "roc.png").exists() and (run / "det.png").exists()
+
+
+def test_training_is_validated_and_resumed(tiny_data, gif, tmp_path, png, write_bin):
+    pictures = tiny_data.held_out.images.expand(-1, 3, -1, -1)
+    first = torch.arange(0, 40)
+    pairs = torch.stack([first, torch.where(first % 2 == 0, first + 12, first + 13)], 1)
+    write_bin(tmp_path / "lfw.bin", list(map(png, pictures[pairs.flatten()])), (first % 2 == 0).tolist())
+    run = tmp_path / "run"
+    command = ["train", "--output", run, *TINY, "--head.kind=softmax", "--training.batch_size=16"]
+    command += ["--training.epochs=3", "--training.keep=1"]
+    judged = [f"--validation.pairs={tmp_path / 'lfw.bin'}", "--validation.identities=6", "--validation.every=10"]
+    code, printed = gif(*command, *judged, "--tensorboard=true")
+    assert code == 0
+    scores = json.loads((run / "validations.json").read_text())
+    assert list(scores) == ["10", "20", "27"]
+    assert all(score.keys() == {"lfw", "held-out TAR@0.001"} for score in scores.values())
+    for step, found in scores.items():
+        told = f"validation after {step} steps: lfw {found['lfw']:.4f}"
+        assert told in printed and f"mean {sum(found.values()) / 2:.4f}" in printed
+    best = max(scores, key=lambda step: sum(scores[step].values()))
+    assert f"the best one, after {best} steps" in printed
+    assert {f"step-{int(best):09d}", "step-000000027"} == {path.name for path in run.glob("checkpoints/step-*")}
+    assert (run / "validations.png").read_bytes()[:4] == b"\x89PNG"
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("validation/lfw")]
+    assert told == [(int(step), pytest.approx(found["lfw"])) for step, found in scores.items()]
+    assert "validation/mean" in events.Tags()["scalars"]
+
+    assert gif("evaluate", "--model", run / "best.safetensors", "--pairs", tmp_path / "lfw.bin")[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["pairs"]["lfw"]["accuracy"] == scores[best]["lfw"]
+
+    code, printed = gif(*command, "--resume=never")
+    assert code == 1 and f"{run} exists; give another --output, or --resume auto" in printed
+    assert gif(*command, "--resume=auto")[0] == 0  # what it is judged by may change: the run is the same
+    assert json.loads((run / "validations.json").read_text()) == scores
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--validation.pairs=none.bin"], "no file none.bin"),
+        (["--validation.ijb=none"], "aligned to 112 x 112 in 3 channels"),
+        (["--validation.identities=13"], "13 identities are to validate and 12 are held out"),
+        (["--validation.identities=1"], "wanted identities >= 2, got identities=1"),
+        (["--validation.every=0"], "wanted every >= 1, got every=0"),
+    ],
+)
+def test_validation_is_looked_at_before_training(tiny_data, gif, tmp_path, options, message):
+    code, printed = gif("train", "--output", tmp_path / "run", *TINY, "--head.kind=softmax", *options)
+    assert code == 1 and message in printed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -174,7 +174,9 @@ def test_load_data_splits_by_identity(faces):
     assert len(split.train) + len(split.held_out) == 20
     everyone = load_data(str(faces), held_out=0)
     assert len(everyone.train) == 20 and len(everyone.held_out) == 0
-    for held_out in (1.5, -1, 1):
+    nobody = load_data(str(faces), held_out=1)
+    assert len(nobody.train) == 0 and len(nobody.held_out) == 20
+    for held_out in (1.5, -1):
         with pytest.raises(ValueError, match="held_out is"):
             load_data(str(faces), held_out=held_out)
 

@@ -9,8 +9,11 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gif import CodeVectors, GIFLoss, IdentityCodes
+from gif.backbones import BackboneConfig
 from gif.data import IdentityImages
 from gif.distributed import gather_rows, mean_over_processes, replicate, shared_seed, world_size
+from gif.evaluation import Embedder, HeldOutIdentities, embed
+from gif.losses import MarginSoftmax
 from gif.training import TrainingConfig
 from gif.training import train as train_network
 
@@ -22,7 +25,7 @@ def train(dtype, embeddings, labels):
     codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
     table = torch.nn.functional.normalize(torch.randn(M, WIDTH, generator=torch.Generator().manual_seed(1)), dim=1)
     torch.manual_seed(2)
-    loss_fn = GIFLoss(codes, CodeVectors(table.to(dtype), normalized=True), WIDTH)
+    loss_fn = GIFLoss(codes, CodeVectors(table.to(dtype), normalized=True), WIDTH, vector_lr=2.0)
     for _ in range(3):
         embeddings = embeddings.detach().requires_grad_()
         loss_fn(embeddings, labels).backward()
@@ -106,6 +109,25 @@ def long_run(rank, *, augment=unchanged, micro=None, checkpoints=None):
     return {**backbone.state_dict(), **head.state_dict(), "table": head.vectors.table, "losses": log.losses}
 
 
+def validated_run(rank):
+    """Eight steps with batch normalisation, whose statistics are each process's own, judged after every third step."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(0, 256, (48, 1, 16, 16), generator=generator).to(torch.uint8)
+    data = IdentityImages(images, torch.arange(48) // 6, [str(i) for i in range(8)])
+    torch.manual_seed(rank)
+    backbone, head = BackboneConfig(embedding_size=8, image_size=16, width=4).build(), MarginSoftmax(8, 8)
+    judged = []
+
+    def validate(network):
+        judged.append({name: value.clone() for name, value in network.state_dict().items()})
+        outcome = HeldOutIdentities(data).judge(network, Embedder(batch_size=5))
+        return {**outcome.scores, "rank-1": outcome.numbers["rank1"]}
+
+    config = TrainingConfig(epochs=2, batch_size=12, lr=0.02)
+    log = train_network(backbone, head, data, config, augment=unchanged, validate=validate, validate_every=3)
+    return {"scores": log.validations, "judged": judged, "embeddings": embed(backbone, data), "images": images}
+
+
 def plain_loop(rank, wrap_head):
     """Two accumulated backward passes as a user writes them; the gradients of the head."""
     torch.manual_seed(rank)
@@ -145,6 +167,7 @@ def together(rank, folder):
                 "uneven": uneven(rank),
                 "whole": long_run(rank),
                 "accumulated": long_run(rank, micro=3),
+                "validated": validated_run(rank),
                 "bare head": plain_loop(rank, wrap_head=False),
                 "wrapped head": plain_loop(rank, wrap_head=True),
             }
@@ -213,3 +236,17 @@ def test_a_head_gets_the_mean_gradient_in_a_plain_loop(trained_together, how):
     for rank in ("0", "1"):
         for name, gradient in wanted.items():
             torch.testing.assert_close(trained_together[rank][how][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_validate_one_network_and_share_its_images(trained_together):
+    first, second = (trained_together[rank]["validated"] for rank in ("0", "1"))
+    assert list(first["scores"]) == [3, 6, 8] and first["scores"] == second["scores"]
+    for mine, other in zip(first["judged"], second["judged"], strict=True):
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    backbone = BackboneConfig(embedding_size=8, image_size=16, width=4).build()
+    backbone.load_state_dict(first["judged"][-1])
+    data = IdentityImages(first["images"], torch.arange(48) // 6, [str(i) for i in range(8)])
+    alone = HeldOutIdentities(data).judge(backbone, Embedder())
+    assert first["scores"][8] == {**alone.scores, "rank-1": alone.numbers["rank1"]}
+    torch.testing.assert_close(first["embeddings"], embed(backbone, data), rtol=0, atol=1e-5)  # batches of other sizes
+    assert torch.equal(first["embeddings"], second["embeddings"])

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from gif.experiments.head_cost import gif_cost, softmax_cost
 from gif.planning import CARDS, Rates, measure_rates, plan, spread_step_seconds
 from gif.planning import command as command_module
+from gif.planning.heads import gif_cost, softmax_cost
 from gif.planning.measured import StepMeasurement, measure_step, plot_spreading
 from gif.planning.rates import pages_of_a_row
 from gif.planning.stages import encode_cost, head_costs, spread_cost, spread_memory, tokenize_cost
@@ -43,7 +43,7 @@ class TestFormulas:
             pages = (begins + size - 1) // 4096 + 1
             assert pages_of_a_row(size) == pytest.approx(float(pages.double().mean()))
 
-    def test_heads_are_those_of_the_picture(self):
+    def test_heads_in_products_a_second(self):
         costs = head_costs(10**6, 256, RATES, batch=64, vocab_size=12)
         wanted = [
             gif_cost(10**6, width=256, batch=64, vocab_size=12),

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from gif.evaluation import (
@@ -31,6 +30,7 @@ from gif.evaluation import (
     verification_table,
     verify_templates,
 )
+from gif.evaluation import embedding as embedding_module
 from gif.evaluation import identification as identification_module
 from gif.evaluation import ijb as ijb_module
 from gif.evaluation import templates as templates_module
@@ -250,45 +250,6 @@ class TestAlignment:
             align_face(torch.zeros(3, 9, 9, dtype=torch.uint8), torch.ones(5, 2))
 
 
-# --- A benchmark in files, written byte by byte ---
-
-PEOPLE, TEMPLATES_EACH, IMAGES_EACH = 6, 2, 3
-HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n"
-
-
-def write_benchmark(folder, name, galleries):
-    """Noisy pictures of six people, two templates each, three images a template in two media."""
-    rng = np.random.default_rng(4)
-    (folder / "loose_crop").mkdir(parents=True)
-    (folder / "meta").mkdir()
-    patterns = rng.integers(0, 60, (PEOPLE, 30, 30, 3))
-    members, points = [], []
-    for number in range(PEOPLE * TEMPLATES_EACH * IMAGES_EACH):
-        template = number // IMAGES_EACH
-        person = template // TEMPLATES_EACH
-        picture = (patterns[person] + rng.integers(0, 150, (30, 30, 3))).astype(np.uint8)
-        size = (100 + number, 120 - number)
-        Image.fromarray(picture).resize(size, Image.Resampling.NEAREST).save(
-            folder / "loose_crop" / f"{number + 1}.jpg", quality=95
-        )
-        members.append(f"{number + 1}.jpg {template + 1} {1000 + number % 2}\n")
-        landmarks = FIVE_POINTS.numpy() / 112 * size + rng.normal(size=(5, 2))
-        points.append(f"{number + 1}.jpg " + " ".join(f"{x:.3f}" for x in landmarks.ravel()) + f" {rng.random():.4f}\n")
-    templates = range(1, PEOPLE * TEMPLATES_EACH + 1)
-    pairs = [f"{a} {b} {int((a - 1) // 2 == (b - 1) // 2)}\n" for a in templates for b in templates if a < b]
-    files = {
-        f"{name}_face_tid_mid.txt": "".join(members),
-        f"{name}_name_5pts_score.txt": "".join(points),
-        f"{name}_template_pair_label.txt": "".join(pairs),
-        f"{name}_1N_gallery_{galleries[0]}.csv": f"{HEADER}1,101,a.jpg\n1,101,b.jpg\n3,102,c.jpg\n",
-        f"{name}_1N_gallery_{galleries[1]}.csv": f'{HEADER}5,103,"d,e.jpg"\n7,104,f.jpg\n',
-        f"{name}_1N_probe_mixed.csv": HEADER + "".join(f"{t},{101 + (t - 1) // 2},x\r\n" for t in range(2, 13, 2)),
-    }
-    for file, text in files.items():
-        (folder / "meta" / file).write_bytes(text.encode("ascii"))
-    return folder
-
-
 class Grey(torch.nn.Module):
     """Mean colours of 14 x 14 patches, and not the same for a mirrored image."""
 
@@ -297,7 +258,7 @@ class Grey(torch.nn.Module):
 
 
 @pytest.fixture(scope="module")
-def ijb_folder(tmp_path_factory):
+def ijb_folder(tmp_path_factory, write_benchmark):
     return write_benchmark(tmp_path_factory.mktemp("ijb"), "ijbc", ("G1", "G2"))
 
 
@@ -369,7 +330,7 @@ class TestIjb:
         with pytest.raises(ValueError, match="no curve to draw"):
             plot_identification({}, tmp_path / "none.png")
 
-    def test_one_protocol_needs_its_files_alone(self, tmp_path):
+    def test_one_protocol_needs_its_files_alone(self, tmp_path, write_benchmark):
         folder = write_benchmark(tmp_path, "ijbb", ("S1", "S2"))
         assert list(evaluate_ijb(Grey(), Ijb.read(folder, "ijbb")).identification) == ["S1", "S2"]
         for file in (folder / "meta").glob("*.csv"):
@@ -379,7 +340,7 @@ class TestIjb:
         with pytest.raises(FileNotFoundError, match=r"ijbb_1N_probe_mixed\.csv"):
             evaluate_ijb(Grey(), Ijb.read(folder, "ijbb"), protocols=["1:N"])
 
-    def test_damaged_files(self, tmp_path):
+    def test_damaged_files(self, tmp_path, write_benchmark):
         meta = write_benchmark(tmp_path, "ijbc", ("G1", "G2")) / "meta"
 
         def damage(file, old, new):
@@ -424,8 +385,8 @@ class TestIjb:
             return evaluate_ijb(Counting(), ijb, flip=False).to_dict()
 
         alone = evaluate_ijb(Grey(), ijb, flip=False).to_dict()
-        monkeypatch.setattr(ijb_module, "rank", lambda: own.rank)
-        monkeypatch.setattr(ijb_module, "world_size", lambda: 2)
+        monkeypatch.setattr(embedding_module, "rank", lambda: own.rank)
+        monkeypatch.setattr(embedding_module, "world_size", lambda: 2)
         monkeypatch.setattr(templates_module, "sum_over_processes", sum_over_processes)
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(work, (0, 1))) == [alone, alone]

@@ -17,7 +17,7 @@ from gif.data.augment import RandomAffine, normalize_pixels
 from gif.evaluation import embed
 from gif.losses import MarginSoftmax
 from gif.progress import console
-from gif.training import TrainingConfig, plot_losses, train
+from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
 from gif.training.health import health, summary
 from gif.training.order import EpochOrder, begin_epoch
@@ -371,6 +371,10 @@ def test_images_check_their_labels():
         IdentityImages(images, torch.tensor([0]), ["a"])
 
 
-def test_picture(tmp_path):
-    plot_losses({"a": torch.rand(100) + 1, "short": torch.rand(3) + 1}, tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+def test_pictures(tmp_path):
+    plot_losses({"a": torch.rand(100) + 1, "short": torch.rand(3) + 1}, tmp_path / "losses.png")
+    plot_validations({10: {"lfw": 0.9}, 20: {"lfw": 0.95, "agedb_30": 0.8}}, tmp_path / "validations.png")
+    for name in ("losses", "validations"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="no validation to draw"):
+        plot_validations({}, tmp_path / "none.png")

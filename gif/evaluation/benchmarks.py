@@ -1,0 +1,212 @@
+"""What a backbone is judged by: pairs in .bin files, IJB, the held-out identities of a data set.
+
+Each is opened first, which looks at its files and raises whatever is wrong with them; `judge` then does the work and
+gives an `Outcome`: numbers, tables and curves in one form, whichever benchmark they are of.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from gif.data import IdentityDataset, ImageDecoder, ImagePairs, read_bin
+from gif.evaluation.alignment import SIZE
+from gif.evaluation.curves import Verified
+from gif.evaluation.embedding import Embedder, ReadableImages
+from gif.evaluation.identification import Identification
+from gif.evaluation.ijb import TITLES, Ijb, evaluate_ijb
+from gif.evaluation.open_set import judge
+from gif.evaluation.tables import identification_table, pairs_table, verification_table
+from gif.evaluation.verification import FOLDS, PairAccuracy, Roc, require_both, roc, tar_at, thin, verify_pairs
+
+PAIRS_FAR = 1e-3  # LFW and its successors have 3,000 impostor pairs
+HELD_OUT_FAR = 1e-3
+IJB_FAR = 1e-4
+CHANNELS = 3
+
+Paths = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one benchmark found.
+
+    Args:
+        kind: its key in results.
+        numbers: all of them, fit for JSON.
+        scores: the few that validation follows, by name; more is better.
+        tables: to print.
+        curves: verification, by name.
+        identification: by name.
+    """
+
+    kind: str
+    numbers: dict[str, Any]
+    scores: dict[str, float]
+    tables: list[Table]
+    curves: dict[str, Verified]
+    identification: dict[str, Identification] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """Something to judge a backbone by, whose files are there and fit it."""
+
+    @abstractmethod
+    def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
+        """Judge a backbone; each process of a group calls this, and gets the outcome."""
+
+
+class PairFiles(Benchmark):
+    """Verification .bin files: LFW, CFP-FP, AgeDB and their like.
+
+    Args:
+        paths: of .bin files, or folders, of which each .bin file is taken.
+        decoder: size and colours that the backbone takes.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, one without pairs for each fold and of
+    both kinds, or two of one name.
+    """
+
+    def __init__(self, paths: Paths, decoder: ImageDecoder) -> None:
+        self.decoder = decoder
+        self.pairs: dict[str, ImagePairs] = {}
+        for path in _bin_files(paths):
+            if path.stem in self.pairs:
+                raise ValueError(f"two files are called {path.name}; rename one, for results go by the name")
+            pairs = read_bin(path)
+            if len(pairs.issame) < FOLDS:
+                raise ValueError(f"{path} has {len(pairs.issame)} pairs, fewer than the {FOLDS} folds of the protocol")
+            try:
+                require_both(int(pairs.issame.sum()), int((~pairs.issame).sum()))
+                pairs.image(0, decoder)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            self.pairs[path.stem] = pairs
+
+    def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
+        results: dict[str, PairAccuracy] = {}
+        numbers: dict[str, Any] = {}
+        curves: dict[str, Verified] = {}
+        for name, pairs in self.pairs.items():
+            _, embeddings = embedder.all_shares(backbone, _PairImages(pairs, self.decoder), name)
+            results[name] = verify_pairs(embeddings, pairs.issame)
+            curve = _roc_of_pairs(embeddings, pairs.issame)
+            curves[name] = curve
+            numbers[name] = {
+                **results[name].to_dict(),
+                "tar": {f"{PAIRS_FAR:g}": tar_at(curve, PAIRS_FAR)},
+                "pairs": len(pairs.issame),
+            }
+        scores = {name: result.accuracy for name, result in results.items()}
+        return Outcome("pairs", numbers, scores, [pairs_table(results)], curves)
+
+
+class IjbFolders(Benchmark):
+    """IJB-B and IJB-C, 1:1 and 1:N, each from the folder that holds its loose_crop and meta.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for a benchmark given twice, or unless
+    the backbone takes aligned faces of 112 x 112 in colour.
+    """
+
+    def __init__(self, folders: Paths, decoder: ImageDecoder) -> None:
+        if (decoder.size, decoder.channels) != (SIZE, CHANNELS):
+            raise ValueError(
+                f"IJB's faces are aligned to {SIZE} x {SIZE} in {CHANNELS} channels, and the backbone takes "
+                f"{decoder.size} x {decoder.size} in {decoder.channels}; give a backbone for aligned faces"
+            )
+        self.benchmarks: dict[str, Ijb] = {}
+        for folder in _listed(folders):
+            for ijb in Ijb.find(folder):
+                if TITLES[ijb.name] in self.benchmarks:
+                    raise ValueError(f"{folder} holds {TITLES[ijb.name]} once more; give each once")
+                ijb.check()
+                self.benchmarks[TITLES[ijb.name]] = ijb
+
+    def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
+        results = {
+            name: evaluate_ijb(
+                backbone,
+                ijb,
+                flip=embedder.flip,
+                batch_size=embedder.batch_size,
+                workers=embedder.workers,
+                device=embedder.device,
+            )
+            for name, ijb in self.benchmarks.items()
+        }
+        verified = {name: found.verification for name, found in results.items() if found.verification is not None}
+        return Outcome(
+            "ijb",
+            {name: found.to_dict() for name, found in results.items()},
+            {f"{name} TAR@{IJB_FAR:g}": found.tar[IJB_FAR] for name, found in verified.items()},
+            [verification_table(results), identification_table(results)],
+            dict(verified),
+            {f"{name} {gallery}": found for name in results for gallery, found in results[name].identification.items()},
+        )
+
+
+class HeldOutIdentities(Benchmark):
+    """All pairs of images of identities that training never saw. They are not mirrored: not all data is faces.
+
+    Raises ValueError without a genuine or an impostor pair.
+    """
+
+    def __init__(self, images: IdentityDataset) -> None:
+        if images.num_identities < 2:
+            raise ValueError(
+                f"{images.num_identities} identities are held out, wanted 2 or more; set held_out to their share of "
+                "the data set, or to 1 to judge all of it"
+            )
+        sizes = images.labels.bincount()
+        genuine = int((sizes * (sizes - 1) // 2).sum())
+        require_both(genuine, len(images) * (len(images) - 1) // 2 - genuine)
+        self.images = images
+
+    def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
+        embedder = replace(embedder, flip=False)
+        numbers, embeddings = embedder.all_shares(backbone, ReadableImages(self.images), "embedding")
+        found = judge(embeddings, self.images.labels[numbers])
+        scores = {f"held-out TAR@{HELD_OUT_FAR:g}": found.tar[HELD_OUT_FAR]}
+        return Outcome("held_out", found.to_dict(), scores, [found.table()], {"held-out identities": found})
+
+
+class _PairImages:
+    """The images of pairs, each with its number."""
+
+    def __init__(self, pairs: ImagePairs, decoder: ImageDecoder) -> None:
+        self._pairs, self._decoder = pairs, decoder
+
+    def __len__(self) -> int:
+        return len(self._pairs.encoded)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._pairs.image(index, self._decoder), index
+
+
+def _roc_of_pairs(embeddings: Tensor, issame: Tensor) -> Roc:
+    scores = cosine_similarity(embeddings[::2].double(), embeddings[1::2].double())
+    return thin(roc(scores, issame), int((~issame).sum()))
+
+
+def _listed(paths: Paths) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
+def _bin_files(paths: Paths) -> list[Path]:
+    files = []
+    for path in _listed(paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(path.glob("*.bin"))
+        if not found:
+            raise FileNotFoundError(f"no .bin file in {path}; give verification .bin files, or a folder of them")
+        files += found
+    return files
