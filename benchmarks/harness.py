@@ -1,8 +1,10 @@
-"""How every benchmark measures: rounds that alternate with a reference product, so that machines and hours can differ.
+"""How every benchmark measures: rounds that alternate with references, so that machines and hours can differ.
 
 A shared machine is slower at one moment than at the next. So each round of a benchmark first times one fixed matrix
-product, and the round's ratio to it is what is compared, across providers, runs and machines: `benchmarks.report` and
-`make bench-compare` read medians and the 20 % and 80 % quantiles of these ratios.
+product and one copy of a large buffer. The round's ratio to the product is what is compared, across providers, runs and
+machines: `benchmarks.report` and `make bench-compare` read medians and the 20 % and 80 % quantiles of these ratios. The
+product's FLOPs and the copy's bytes a second are the roofline. The copy also empties the caches, which a buffer that is
+used again and again would otherwise be found in.
 """
 
 from __future__ import annotations
@@ -14,38 +16,50 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peak_bytes, process_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE_SIZE = 512 if DEVICE == "cpu" else 4096
-FLUSH_BYTES = 256 << 20  # more than a GPU's second-level cache
+COPY_BYTES = 64 << 20 if DEVICE == "cpu" else 1 << 30
+"""Larger than the caches; on a GPU large enough that the launch does not count."""
 
 
 class Reference:
-    """A float32 product of two square matrices, and on a GPU a write of a buffer that empties the cache."""
+    """A float32 product of two square matrices, then a copy of a buffer that is larger than the caches."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self._factor = torch.randn(REFERENCE_SIZE, REFERENCE_SIZE, generator=generator).to(DEVICE)
         self._product = torch.empty_like(self._factor)
-        self._flush = torch.empty(FLUSH_BYTES if DEVICE == "cuda" else 0, dtype=torch.uint8, device=DEVICE)
+        self._source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
+        self._target = torch.ones_like(self._source)
         self.seconds: list[float] = []
+        self.copy_seconds: list[float] = []
 
     @property
     def flops(self) -> int:
         """Of one product."""
         return 2 * REFERENCE_SIZE**3
 
+    @property
+    def bytes(self) -> int:
+        """Read and written by one copy."""
+        return 2 * COPY_BYTES
+
     def __call__(self) -> None:
-        torch.mm(self._factor, self._factor, out=self._product)  # what was measured before has emptied the caches
-        synchronize()
-        begin = time.perf_counter()
-        torch.mm(self._factor, self._factor, out=self._product)
-        synchronize()
-        self.seconds.append(time.perf_counter() - begin)
-        self._flush.zero_()
-        synchronize()
+        torch.mm(self._factor, self._factor, out=self._product)  # the copy before has emptied the caches
+        self.seconds.append(_seconds(lambda: torch.mm(self._factor, self._factor, out=self._product)))
+        self.copy_seconds.append(_seconds(lambda: self._target.copy_(self._source)))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    synchronize()
+    begin = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - begin
 
 
 def synchronize() -> None:
@@ -67,16 +81,15 @@ def measure(
     warmup_rounds: int = 3,
     **facts: Any,
 ) -> None:
-    """Time ``call`` in rounds that alternate with the reference product; record time, ratio and peak memory.
+    """Time ``call`` in rounds that alternate with the references; record time, ratios and memory.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         call: what is measured; it is waited for.
         kernel, provider, mode, shape, dtype: what it is, the columns of the report.
-        rounds, warmup_rounds: how often.
-        facts: more to record, such as flops or bytes that a formula gives.
+        rounds, warmup_rounds: how often; two more before them look at memory.
+        facts: more to record, such as the flops or the least bytes of memory traffic that a formula gives.
     """
-    benchmark.group = f"{kernel} {shape} {mode} {dtype}"
     reference = Reference()
 
     def run() -> None:
@@ -84,22 +97,44 @@ def measure(
         synchronize()
 
     peak = peak_bytes(call, DEVICE)
+    process = process_bytes(call, DEVICE)
     benchmark.pedantic(run, setup=reference, rounds=rounds, warmup_rounds=warmup_rounds)
+    taken = len(benchmark.stats.stats.data)
+    record(
+        benchmark,
+        reference,
+        reference.seconds[-taken:],
+        reference.copy_seconds[-taken:],
+        kernel=kernel,
+        provider=provider,
+        mode=mode,
+        shape=shape,
+        dtype=dtype,
+        peak_bytes=peak,
+        process_bytes=process,
+        **facts,
+    )
+
+
+def record(
+    benchmark: Any, reference: Reference, products: ArrayLike, copies: ArrayLike, *, kernel: str, **facts: Any
+) -> None:
+    """Leave the ratios of a benchmark's rounds, and ``facts``, where the report looks for them.
+
+    ``products``, ``copies``: seconds of the references, one a round or one for all.
+    """
     seconds = np.array(benchmark.stats.stats.data)
-    ratios = seconds / np.array(reference.seconds[-len(seconds) :])
-    low, median, high = np.quantile(ratios, [0.2, 0.5, 0.8])
+    low, median, high = np.quantile(seconds / np.array(products), [0.2, 0.5, 0.8])
+    benchmark.group = " ".join((kernel, facts["shape"], facts["mode"], facts["dtype"]))
     benchmark.extra_info |= {
         "kernel": kernel,
-        "provider": provider,
-        "mode": mode,
-        "shape": shape,
-        "dtype": dtype,
         "machine": machine(),
-        "peak_bytes": peak,
         "ratio": median,
         "ratio_20": low,
         "ratio_80": high,
+        "copy_ratio": float(np.median(seconds / np.array(copies))),
         "reference_flops": reference.flops,
+        "reference_bytes": reference.bytes,
         **facts,
     }
 

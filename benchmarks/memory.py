@@ -1,11 +1,18 @@
-"""How much memory a call takes beyond what was there before it, and how much of it stays."""
+"""How much memory a call takes beyond what was there before it, how much of it stays, and how much there is."""
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable
 
+import psutil
+import pynvml
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.resident import ResidentMemory
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
@@ -16,6 +23,52 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 def kept_bytes(call: Callable[[], object], device: str) -> int:
     """Bytes that ``call`` took and did not give back; it must keep what it made alive."""
     return _bytes(call, device)[1]
+
+
+def process_bytes(call: Callable[[], object], device: str) -> int | None:
+    """What the operating system or the driver counts, whoever allocated it.
+
+    On CPU the most resident memory during ``call``, beyond what there was. On CUDA all that the process holds on the
+    card by NVML, context and libraries included, after ``call`` began with an empty cache; None where NVML is absent
+    or does not show this process, as in many containers.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        call()
+        torch.cuda.synchronize()
+        return nvml_bytes()
+    with ResidentMemory() as memory:
+        call()
+    return memory.peak
+
+
+def nvml_bytes() -> int | None:
+    """Bytes of this process on torch's current card by NVML, None where NVML is absent or does not show the process."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no NVIDIA driver
+        return None
+    try:
+        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(card)
+    except pynvml.NVMLError:  # a part of a card, or a driver that does not say
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free for a call."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def skip_unless_it_fits(what: str, needed: float, device: str) -> None:
+    """Skip the test, saying what ``what`` needs, unless ``needed`` bytes and a tenth more are free."""
+    free = free_bytes(device)
+    if needed > 0.9 * free:
+        pytest.skip(f"{what} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
 
 
 def _bytes(call: Callable[[], object], device: str) -> tuple[int, int]:

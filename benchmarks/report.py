@@ -13,14 +13,25 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from benchmarks.heads import BACKBONE_ALONE, PROVIDERS, needed_bytes
+from benchmarks.pictures import pictures
 from benchmarks.results import FACTS, Measurement, read_results
-from benchmarks.test_head_scaling import PROVIDERS, needed_bytes
 from gif.documents import markdown_table, replace_block, require_block
 from gif.files import write_text
-from gif.plotting import COLORS, figure, save_figure
 from gif.progress import say
 
-METRICS = ("seconds", "ratio", "ratio_20", "ratio_80", "peak_bytes", "rate")
+METRICS = (
+    "seconds",
+    "ratio",
+    "ratio_20",
+    "ratio_80",
+    "peak_bytes",
+    "kept_bytes",
+    "process_bytes",
+    "rate",
+    "bandwidth",
+    "roofline",
+)
 
 
 def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: Path | None = None) -> None:
@@ -29,7 +40,8 @@ def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: 
     Args:
         results: files of `--benchmark-json`; of a point measured twice the later counts.
         output: folder for them.
-        docs: a document whose blocks "bench KERNEL" get the tables; the plots go into its folder pictures.
+        docs: a document whose blocks "bench KERNEL" get the tables; the plots, of the machine measured last, go into
+            its folder pictures.
     """
     latest = {(m.kernel, m.provider, m.point, m.machine): m for m in read_results(results)}
     found = list(latest.values())
@@ -41,20 +53,18 @@ def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: 
     for kernel in kernels:
         measured = [m for m in found if m.kernel == kernel]
         text = as_markdown(measured)
-        pictures = {f"bench-{kernel}.png": plot_rates}
         if kernel == "head":
             text += "\n" + missing_heads(measured)
-            pictures = {"bench-head.png": plot_heads}
-        drawn = []
-        for name, draw in pictures.items():
-            if draw(measured, output / name):
-                drawn.append(name)
+        here = [m for m in measured if m.machine == measured[-1].machine]
+        drawn = pictures(here)
+        for name, draw in drawn.items():
+            draw(here, output / name)
         write_text(output / f"{kernel}.md", text)
         if docs is not None:
             text += "".join(f"\n![](pictures/{name})\n" for name in drawn)
             replace_block(docs, f"bench {kernel}", text)
-            for name in drawn:
-                pictures[name](measured, docs.parent / "pictures" / name)
+            for name, draw in drawn.items():
+                draw(here, docs.parent / "pictures" / name)
     say(f"wrote {', '.join(f'{kernel}.md' for kernel in kernels)} and results.csv into {output}")
 
 
@@ -72,30 +82,46 @@ def as_csv(found: Sequence[Measurement]) -> str:
 
 
 def as_markdown(found: Sequence[Measurement]) -> str:
-    """Tables of a kernel, one a machine: a row a point, a column a provider; time, memory, ratio to the first."""
+    """Tables of a kernel, one a machine: a row a point, a column a provider. What is no headline is folded away."""
     parts = []
     for machine in dict.fromkeys(m.machine for m in found):
-        here = {(m.point, m.provider): m for m in found if m.machine == machine}
-        providers = list(dict.fromkeys(provider for _, provider in here))
-        rows = []
-        for point in dict.fromkeys(point for point, _ in here):
-            ours = here.get((point, providers[0]))
-            rows.append((" ".join(point), *(_cell(here.get((point, name)), ours) for name in providers)))
+        here = [m for m in found if m.machine == machine]
+        first = here[0].provider
+        third = "the head's share" if first == BACKBONE_ALONE else f"time over that of {first}"
         note = (
-            f"{machine}; median time, peak memory beyond the inputs, and time over that of {providers[0]} (each by its "
-            "ratio to a product timed in the same round)."
+            f"{machine}; median time, memory beyond the inputs, and {third}, by ratios to a product timed in the same "
+            "rounds."
         )
-        parts.append(f"{note}\n\n{markdown_table(('', *providers), rows)}")
+        if any(m.roofline is not None for m in here):
+            note += " In brackets: FLOPs or bytes a second, by formula, as a share of that product's or of a copy's."
+        headline, others = ([m for m in here if m.headline is wanted] for wanted in (True, False))
+        parts.append(f"{note}\n\n{_table(headline)}")
+        if others:
+            count = len({m.point for m in others})
+            parts.append(f"<details><summary>{count} more</summary>\n\n{_table(others)}\n</details>\n")
     return "\n".join(parts)
 
 
-def _cell(m: Measurement | None, ours: Measurement | None) -> str:
+def _table(found: Sequence[Measurement]) -> str:
+    here = {(m.point, m.provider): m for m in found}
+    providers = list(dict.fromkeys(m.provider for m in found))
+    rows = []
+    for point in dict.fromkeys(m.point for m in found):
+        first = here.get((point, providers[0]))
+        rows.append((" ".join(point), *(_cell(here.get((point, name)), first) for name in providers)))
+    return markdown_table(("", *providers), rows)
+
+
+def _cell(m: Measurement | None, first: Measurement | None) -> str:
     if m is None:
         return ""
-    text = f"{_time(m.seconds)}, {_bytes(m.facts.get('kept_bytes', 0) + m.peak_bytes)}"
-    if ours is not None and m is not ours:
-        text += f", {m.ratio / ours.ratio:.3g} x"
-    return text + (f" ({100 * m.rate:.0f} % of a product's rate)" if m.rate is not None else "")
+    text = f"{_time(m.seconds)}, {_bytes(m.held_bytes)}"
+    if first is not None and m is not first:
+        if first.provider == BACKBONE_ALONE:
+            text += f", {100 * (1 - first.ratio / m.ratio):.0f} %"
+        else:
+            text += f", {m.ratio / first.ratio:.3g} x"
+    return text + (f" ({100 * m.roofline:.0f} %)" if m.roofline is not None else "")
 
 
 def missing_heads(found: Sequence[Measurement]) -> str:
@@ -113,52 +139,6 @@ def missing_heads(found: Sequence[Measurement]) -> str:
     return f"Not measured, since this machine has too little memory:\n\n{table}"
 
 
-def plot_heads(found: Sequence[Measurement], path: Path) -> bool:
-    """Time and memory of each head against the number of identities; hollow where only the formula is known."""
-    drawing, (time, memory) = figure(11.0, 4.4, columns=2)
-    everything = sorted({m.facts["identities"] for m in found})
-    for number, name in enumerate(PROVIDERS):
-        mine = sorted((m for m in found if m.provider == name), key=lambda m: m.facts["identities"])
-        color = COLORS[number % len(COLORS)]
-        sizes = [m.facts["identities"] for m in mine]
-        time.loglog(sizes, [m.seconds * 1e3 for m in mine], "o-", color=color, label=name)
-        held = [(m.facts["kept_bytes"] + m.peak_bytes) / 2**20 for m in mine]
-        memory.loglog(sizes, held, "o-", color=color, label=name)
-        unmeasured = [m for m in everything if m not in sizes]
-        memory.loglog(
-            unmeasured, [needed_bytes(name, m) / 2**20 for m in unmeasured], "o", color=color, fillstyle="none"
-        )
-    time.set(xlabel="identities", ylabel="ms", title="One step of the head")
-    memory.set(xlabel="identities", ylabel="MiB", title="Memory of the head (hollow: by formula, did not fit)")
-    time.legend(fontsize="small")
-    save_figure(drawing, path)
-    return True
-
-
-def plot_rates(found: Sequence[Measurement], path: Path) -> bool:
-    """Each provider's FLOPs a second as a share of a product's, a bar a point; False where no formula gave FLOPs."""
-    known = [m for m in found if m.rate is not None]
-    if not known:
-        return False
-    points = list(dict.fromkeys(m.point for m in known))
-    providers = list(dict.fromkeys(m.provider for m in known))
-    drawing, axes = figure(11.0, 1.6 + 0.28 * len(known))
-    height = 0.8 / len(providers)
-    for number, name in enumerate(providers):
-        mine = {m.point: m.rate for m in known if m.provider == name}
-        places = [place + number * height for place, point in enumerate(points) if point in mine]
-        values = [100 * mine[point] for point in points if point in mine]
-        axes.barh(places, values, height, color=COLORS[number % len(COLORS)], label=name)
-    axes.set_yticks(
-        [place + 0.4 - height / 2 for place in range(len(points))], [" ".join(p) for p in points], fontsize=8
-    )
-    axes.invert_yaxis()
-    axes.set_xlabel("% of the rate of a square product timed in the same round")
-    axes.legend(fontsize="small")
-    save_figure(drawing, path)
-    return True
-
-
 def _time(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
@@ -169,7 +149,7 @@ def _time(seconds: float) -> str:
 def _bytes(count: float) -> str:
     for unit, power in (("GiB", 30), ("MiB", 20)):
         if count >= 2**power:
-            return f"{count / 2**power:.3g} {unit}"
+            return f"{count / 2**power:.4g} {unit}" if count >= 1000 * 2**power else f"{count / 2**power:.3g} {unit}"
     return f"{count / 2**10:.3g} KiB"
 
 

@@ -26,6 +26,13 @@ class Measurement:
     peak_bytes: int
     facts: dict[str, Any]
 
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Measurement:
+        """One entry of pytest-benchmark's file; KeyError for one that the harness did not make."""
+        facts = entry["extra_info"]
+        numbers = {name: facts[name] for name in ("ratio", "ratio_20", "ratio_80", "peak_bytes")}
+        return cls(seconds=entry["stats"]["median"], facts=facts, **numbers)
+
     def __getattr__(self, name: str) -> Any:
         if name in FACTS:
             return self.facts[name]
@@ -37,11 +44,43 @@ class Measurement:
         return self.shape, self.mode, self.dtype
 
     @property
+    def headline(self) -> bool:
+        """Whether it is among the points that a reader looks for; the others are one click away."""
+        return bool(self.facts.get("headline", True))
+
+    @property
+    def kept_bytes(self) -> int | None:
+        """What stays between calls, where it was looked at."""
+        return self.facts.get("kept_bytes")
+
+    @property
+    def process_bytes(self) -> int | None:
+        """What the system counts, resident memory or NVML's, where it was looked at."""
+        return self.facts.get("process_bytes")
+
+    @property
+    def held_bytes(self) -> int:
+        """What stays and what a call takes beside it."""
+        return (self.kept_bytes or 0) + self.peak_bytes
+
+    @property
     def rate(self) -> float | None:
         """FLOPs a second as a share of the reference product's, where a formula gave the FLOPs."""
         if "flops" not in self.facts:
             return None
         return float(self.facts["flops"] / self.ratio / self.facts["reference_flops"])
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Bytes a second as a share of the reference copy's, where a formula gave the bytes."""
+        if "bytes" not in self.facts:
+            return None
+        return float(self.facts["bytes"] / self.facts["copy_ratio"] / self.facts["reference_bytes"])
+
+    @property
+    def roofline(self) -> float | None:
+        """The larger of `rate` and `bandwidth`: what the better used of processor and memory gives of what it could."""
+        return max((share for share in (self.rate, self.bandwidth) if share is not None), default=None)
 
 
 def read_results(paths: Iterable[str | Path]) -> list[Measurement]:
@@ -53,10 +92,7 @@ def read_results(paths: Iterable[str | Path]) -> list[Measurement]:
     for path in paths:
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8"))["benchmarks"]
-            for entry in entries:
-                facts = entry["extra_info"]
-                numbers = {name: facts[name] for name in ("ratio", "ratio_20", "ratio_80", "peak_bytes")}
-                found.append(Measurement(seconds=entry["stats"]["median"], facts=facts, **numbers))
+            found += [Measurement.from_entry(entry) for entry in entries]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no result of `make bench` ({error!r}); give files of --benchmark-json"

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import itertools
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,9 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness import DEVICE, measure
+from benchmarks.memory import skip_unless_it_fits
+from benchmarks.spreading import PAIRS_HELD, T, dense_potential
 from gif_kernels import gaussian_potential
 
-T = 2.0
 CHUNK = 1024
 """Rows of pairs that the chunked form holds at once."""
 LARGE = 8192
@@ -52,14 +52,6 @@ def pdist(vectors: Tensor) -> Tensor:
     return torch.pdist(F.normalize(vectors.float())).square().mul(-T).exp().mean().log()
 
 
-def dense(vectors: Tensor) -> Tensor:
-    """All pairs in one product, autograd for the rest."""
-    h = F.normalize(vectors.float())
-    pairs = torch.exp(2 * T * (h @ h.T - 1))
-    m = len(h)
-    return ((pairs.sum() - pairs.diagonal().sum()) / (m * (m - 1))).log()
-
-
 def checkpointed(vectors: Tensor) -> Tensor:
     """Chunks of rows against all, computed again for the gradient: memory for one chunk."""
     h = F.normalize(vectors.float())
@@ -74,8 +66,8 @@ def checkpointed(vectors: Tensor) -> Tensor:
 
 @functools.cache
 def compiled() -> Callable[[Tensor], Tensor]:
-    """`dense` through torch.compile."""
-    return torch.compile(dense)
+    """`dense_potential` through torch.compile."""
+    return torch.compile(dense_potential)
 
 
 def keops(vectors: Tensor) -> Tensor:
@@ -105,12 +97,12 @@ def products(vectors: Tensor) -> None:
 PROVIDERS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "ours": lambda: ours,
     "compiled": compiled,
-    "dense": lambda: dense,
+    "dense": lambda: dense_potential,
     "checkpointed": lambda: checkpointed,
     "pdist": lambda: pdist,
     "keops": lambda: keops,
 }
-PAIRS_HELD = {"compiled": 4, "dense": 5, "pdist": 3}
+HELD = {"compiled": 4, "dense": PAIRS_HELD, "pdist": 3}
 """How many arrays of m x m float32 a provider holds at once, about."""
 
 
@@ -138,13 +130,6 @@ def step(loss: Callable[[Tensor], Tensor], vectors: Tensor) -> tuple[Tensor, ...
     return value.detach(), *torch.autograd.grad(value, vectors)
 
 
-def memory() -> int:
-    """Bytes that are free for a call."""
-    if DEVICE == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape", FULL if metafunc.config.getoption("--full") else QUICK, ids=str)
 
@@ -153,8 +138,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_gaussian_potential(benchmark, shape: Shape, provider: str) -> None:
     if provider == "keops" and importlib.util.find_spec("pykeops") is None:
         pytest.skip("pykeops is not installed")
-    if PAIRS_HELD.get(provider, 0) * 4 * shape.m**2 > memory():
-        pytest.skip(f"{provider} holds about {PAIRS_HELD[provider]} arrays of {shape.m} x {shape.m}, more than is free")
+    skip_unless_it_fits(f"{provider}, {shape.m:,} rows,", HELD.get(provider, 0) * 4 * shape.m**2, DEVICE)
     vectors = inputs(shape)
     facts: dict[str, float] = {}
     if provider == "products":
@@ -180,5 +164,8 @@ def test_gaussian_potential(benchmark, shape: Shape, provider: str) -> None:
         rounds=3 if large else 15,
         warmup_rounds=0 if large else 2,
         flops=3 * shape.m**2 * shape.d,
+        bytes=2 * shape.m * shape.d * shape.dtype.itemsize,
+        identities=shape.m,
+        headline=shape.d == 512,
         **facts,
     )

@@ -96,7 +96,8 @@ def sweep(
     best = {max(names, key=score) for names in trials.values()}
     columns = ("head", *MEASURES.values(), "best")
     rows = [(*row, "best" if row[0] in best else "") for row in found.rows()]
-    show(columns, rows, f"validation identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs")
+    title = f"validation identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs"
+    show(columns, rows, title)
     table = markdown_table(columns, rows)
     write_text(output / "sweep.md", table)
     if docs is not None:

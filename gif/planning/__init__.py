@@ -2,6 +2,6 @@
 
 from gif.planning.command import plan
 from gif.planning.rates import CARDS, Rates, measure_rates
-from gif.planning.stages import StageCost, spread_step_seconds
+from gif.planning.stages import StageCost, spread_memory, spread_step_seconds
 
-__all__ = ["CARDS", "Rates", "StageCost", "measure_rates", "plan", "spread_step_seconds"]
+__all__ = ["CARDS", "Rates", "StageCost", "measure_rates", "plan", "spread_memory", "spread_step_seconds"]

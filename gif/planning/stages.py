@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gif.codes.balanced import BALANCING_ROUNDS, BLOCK_FLOATS, FINAL_RATES, PRICE_RATES
-from gif.experiments.head_cost import FLOAT, gif_cost, softmax_cost
+from gif.planning.heads import FLOAT, gif_cost, softmax_cost
 from gif.planning.rates import Rates, pages_of_a_row
 from gif_kernels.gaussian_potential.blocked import TILE
 
+ROUNDING_BYTES = 24  # the int64 hashes of stochastic rounding, an element of a step's rows
 LLOYD_ROUNDS = 8  # `tokenize`'s default
 
 
@@ -33,8 +34,9 @@ def encode_cost(m: int, width: int, rates: Rates, *, images: int, encoder_flops:
 
 
 def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
-    """The table; the rows of a step, twice, with their gradient; a tile of pairs."""
-    return m * width * itemsize + batch * width * (2 * itemsize + 4 * FLOAT) + FLOAT * min(batch, TILE) ** 2
+    """The table; the rows of a step, twice, with their gradient, and what rounds them; a tile of pairs."""
+    row = width * (2 * itemsize + 4 * FLOAT + (ROUNDING_BYTES if itemsize < FLOAT else 0))
+    return m * width * itemsize + batch * row + FLOAT * min(batch, TILE) ** 2
 
 
 def spread_step_seconds(width: int, itemsize: int, batch: int, rates: Rates, *, in_file: bool) -> float:

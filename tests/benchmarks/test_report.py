@@ -4,19 +4,25 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
+from benchmarks import pictures as pictures_module
 from benchmarks.compare import compare
+from benchmarks.heads import needed_bytes
+from benchmarks.pictures import SPREAD_SIZES, draw_heads, draw_spreading, pictures
 from benchmarks.report import report
-from benchmarks.results import read_results
+from benchmarks.results import Measurement, read_results
+from benchmarks.spreading import planned_bytes
+from gif.planning import CARDS
 
 
 def entry(provider, ratio, *, kernel="head", shape="m10000", **facts):
     """One measurement as pytest-benchmark writes it."""
     known = {"kernel": kernel, "provider": provider, "mode": "step", "shape": shape, "dtype": "float32"}
     numbers = {"ratio": ratio, "ratio_20": ratio * 0.9, "ratio_80": ratio * 1.1, "peak_bytes": 3 << 20}
-    more = {"machine": "a machine", "reference_flops": 1000, **facts}
+    more = {"machine": "a machine", "reference_flops": 1000, "reference_bytes": 1000, "copy_ratio": ratio, **facts}
     return {"stats": {"median": ratio / 1000}, "extra_info": known | numbers | more}
 
 
@@ -32,7 +38,8 @@ def results(tmp_path):
         tmp_path / "results.json",
         entry("GIF", 2.0, **head),
         entry("full softmax", 40.0, **head),
-        entry("ours", 4.0, kernel="product", shape="m64", flops=3000),
+        entry("ours", 4.0, kernel="product", shape="m64", flops=3000, bytes=2000),
+        entry("ours", 4.0, kernel="product", shape="m65", flops=1000, bytes=2000, headline=False),
     )
 
 
@@ -45,12 +52,17 @@ def test_report(results, tmp_path):
     head = (tmp_path / "out" / "head.md").read_text()
     assert "| m10000 step float32 | 2 ms, 4 MiB | 40 ms, 4 MiB, 20 x |" in head
     assert "| 10,000 | Partial FC 0.1 | " in head and "| 10,000 | GIF |" not in head  # what was not measured, and needs
-    assert "75 % of a product's rate" in (tmp_path / "out" / "product.md").read_text()
+    product = (tmp_path / "out" / "product.md").read_text()
+    assert "| m64 step float32 | 4 ms, 3 MiB (75 %) |" in product  # of the product's rate, the larger share
+    folded = product[product.index("<details><summary>1 more</summary>") :]
+    assert "| m65 step float32 | 4 ms, 3 MiB (50 %) |" in folded and "m64" not in folded  # of the copy's
     with (tmp_path / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = {(row["provider"], row["metric"]): float(row["value"]) for row in rows}
-    assert found["full softmax", "ratio"] == 40 and found["ours", "rate"] == 0.75
-    for name in ("bench-head.png", "bench-product.png"):
+    found = {(row["provider"], row["shape"], row["metric"]): float(row["value"]) for row in rows}
+    assert found["full softmax", "m10000", "ratio"] == 40 and found["full softmax", "m10000", "kept_bytes"] == 1 << 20
+    assert found["ours", "m64", "rate"] == 0.75 and found["ours", "m64", "bandwidth"] == 0.5
+    assert found["ours", "m65", "roofline"] == 0.5 and ("GIF", "m10000", "rate") not in found
+    for name in ("bench-head.png", "bench-product-roofline.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
         assert f"(pictures/{name})" in docs.read_text() and (docs.parent / "pictures" / name).exists()
 
@@ -59,6 +71,70 @@ def test_the_later_result_counts(results, tmp_path):
     head = {"identities": 10_000, "kept_bytes": 0, "needed_bytes": 0}
     report([results, write(tmp_path / "later.json", entry("GIF", 8.0, **head))], output=tmp_path / "out")
     assert "| 8 ms, 3 MiB | 40 ms, 4 MiB, 5 x |" in (tmp_path / "out" / "head.md").read_text()
+
+
+def whole_steps(path):
+    sizes = (10_000, 100_000)
+    times = {"backbone alone": (4.0, 4.0), "GIF": (5.0, 5.0), "full softmax": (8.0, 40.0)}
+    return write(
+        path,
+        *(
+            entry(name, ratio, kernel="whole_step", shape=f"m{m}", identities=m)
+            for name, ratios in times.items()
+            for m, ratio in zip(sizes, ratios, strict=True)
+        ),
+    )
+
+
+def test_share_of_the_head(tmp_path):
+    report([whole_steps(tmp_path / "steps.json")], output=tmp_path / "out")
+    table = (tmp_path / "out" / "whole_step.md").read_text()
+    assert "| m10000 step float32 | 4 ms, 3 MiB | 5 ms, 3 MiB, 20 % | 8 ms, 3 MiB, 50 % |" in table
+    assert "| m100000 step float32 | 4 ms, 3 MiB | 5 ms, 3 MiB, 20 % | 40 ms, 3 MiB, 90 % |" in table
+
+
+class TestPictures:
+    def measured(self, kernel, *points):
+        """(provider, identities, ratio)"""
+        entries = [entry(name, ratio, kernel=kernel, shape=f"m{m}", identities=m) for name, m, ratio in points]
+        return [Measurement.from_entry(one) for one in entries]
+
+    def panels(self, draw, found, monkeypatch, tmp_path):
+        """The axes that were drawn, and that the file was written."""
+        drawings = []
+        monkeypatch.setattr(pictures_module, "save_figure", lambda drawing, path: drawings.append(drawing))
+        draw(found, tmp_path / "x.png")
+        return drawings[0].axes
+
+    def lines(self, axes, marker, fill):
+        """Points of the lines with that marker, filled or hollow, in the order they were drawn."""
+        chosen = [line for line in axes.lines if line.get_marker() == marker and line.get_fillstyle() == fill]
+        return [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in chosen]
+
+    def test_heads(self, monkeypatch, tmp_path):
+        found = self.measured("head", ("GIF", 10_000, 2.0), ("GIF", 64_000_000, 2.5), ("full softmax", 10_000, 40.0))
+        time, memory = self.panels(draw_heads, found, monkeypatch, tmp_path)
+        assert self.lines(time, "o", "full") == [{10_000: 0.002, 64_000_000: 0.0025}, {10_000: 0.04}]
+        beyond, softmax = self.lines(time, "o", "none")
+        assert beyond == {} and softmax[64_000_000] == pytest.approx(0.04 * 6400)  # in proportion to its products
+        assert self.lines(memory, "o", "none")[1][10**7] == needed_bytes("full softmax", 10**7)
+
+    def test_spreading(self, monkeypatch, tmp_path):
+        found = self.measured("uniformity_step", ("ours", 10**6, 50.0))
+        found[0].facts["rates"] = asdict(CARDS["h100"])
+        memory, speed = self.panels(draw_spreading, found, monkeypatch, tmp_path)
+        assert self.lines(speed, "o", "full") == [{10**6: 20.0}, {}, {}, {}]
+        ours, *others = self.lines(memory, "o", "none")
+        assert ours == {m: planned_bytes("ours", m) for m in SPREAD_SIZES if m > 10**6}
+        assert all(set(other) == set(SPREAD_SIZES) for other in others)
+        assert [set(line) for line in self.lines(speed, "o", "none")] == [set(ours), *map(set, others)]
+
+    def test_only_what_the_measurements_are_enough_for(self):
+        one = self.measured("whole_step", ("GIF", 10_000, 1.0))
+        assert pictures(one) == {}
+        assert list(pictures(self.measured("head", ("GIF", 10_000, 1.0)))) == ["bench-head.png"]
+        more = self.measured("whole_step", ("GIF", 10_000, 1.0), ("GIF", 100_000, 1.0))
+        assert list(pictures(more)) == ["bench-whole_step.png"]
 
 
 def test_compare(results, tmp_path, capsys):

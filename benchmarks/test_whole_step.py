@@ -1,0 +1,112 @@
+"""One whole training step, backbone and head, against the number of identities: what is the head's share?
+
+`pytest benchmarks/test_whole_step.py` for a network of glyphs to 100 thousand identities; `--full` to 64 million, and
+MobileFaceNet on 112 x 112 images. "backbone alone" is given a gradient of its embeddings instead of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import DEVICE, measure
+from benchmarks.heads import (
+    BACKBONE_ALONE,
+    FULL,
+    POOL,
+    PROVIDERS,
+    QUICK,
+    WIDTH,
+    Step,
+    is_slow,
+    label_batches,
+    needed_bytes,
+)
+from benchmarks.memory import kept_bytes, skip_unless_it_fits
+from gif.backbones import BackboneConfig
+
+ACTIVATION_BYTES = 40 << 20
+"""What a MobileFaceNet holds for an image of 112 x 112 in training; the small network holds less."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A backbone and the images of a batch."""
+
+    backbone: BackboneConfig
+    batch: int
+    slow: bool
+
+    def __str__(self) -> str:
+        return f"{self.backbone.name} {self.backbone.image_size}x{self.backbone.image_size} B{self.batch}"
+
+    def images(self) -> Tensor:
+        size = self.backbone.image_size
+        return torch.randn(self.batch, self.backbone.channels, size, size, device=DEVICE)
+
+
+SMALL = Setting(BackboneConfig("small", embedding_size=WIDTH), batch=256, slow=False)
+MOBILE = Setting(BackboneConfig("mobilefacenet", embedding_size=WIDTH, channels=3, image_size=112), batch=64, slow=True)
+
+
+def whole_step(backbone: nn.Module, head: Step | None) -> Step:
+    """A step of both, given images and labels; without a head the loss is mean(z^2) / 2."""
+    optimizer = torch.optim.SGD(backbone.parameters(), 0.1, momentum=0.9, fused=True)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        embeddings = backbone(images)
+        if head is None:
+            embeddings.backward(embeddings.detach() / embeddings.numel())
+        else:
+            head(embeddings, labels)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full")
+    metafunc.parametrize("m", FULL if full else QUICK)
+    metafunc.parametrize("setting", [SMALL, MOBILE] if full else [SMALL], ids=lambda x: x.backbone.name)
+
+
+@pytest.mark.parametrize("provider", [BACKBONE_ALONE, *PROVIDERS])
+def test_whole_step(benchmark, tmp_path: Path, m: int, setting: Setting, provider: str) -> None:
+    alone = provider == BACKBONE_ALONE
+    needed = 0 if alone else needed_bytes(provider, m, setting.batch)
+    activations = ACTIVATION_BYTES * setting.batch
+    skip_unless_it_fits(f"{provider}, {m:,} identities, with a backbone", needed + activations, DEVICE)
+    labels = label_batches(m, setting.batch)
+    images = setting.images()
+    steps: list[Step] = []
+
+    def build() -> None:
+        head = None if alone else PROVIDERS[provider](m, labels, tmp_path)
+        steps.append(whole_step(setting.backbone.build().to(DEVICE), head))
+
+    kept = kept_bytes(build, DEVICE)
+    turn = 0
+
+    def call() -> None:
+        nonlocal turn
+        turn += 1
+        steps[0](images, labels[turn % POOL])
+
+    slow = setting.slow or is_slow(provider, m)
+    measure(
+        benchmark,
+        call,
+        kernel="whole_step",
+        provider=provider,
+        mode=str(setting),
+        shape=f"m{m}",
+        rounds=5 if slow else 15,
+        warmup_rounds=1 if slow else 3,
+        identities=m,
+        kept_bytes=kept,
+    )
