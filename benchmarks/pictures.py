@@ -26,6 +26,8 @@ POINTS = (7.5, 4.0)
 """Sizes of the first provider's points and of the last's: equal values stay visible."""
 SHORT_AXIS = 50
 """Largest over smallest value of a logarithmic axis whose powers of ten would be too few labels."""
+LEGEND_COLUMN = 2.3
+"""Inches of a provider's name in a legend."""
 BAR, MARGINS = 0.17, 1.3
 """Inches of a bar, and of what surrounds them all."""
 
@@ -67,7 +69,7 @@ def draw_heads(found: Sequence[Measurement], path: Path) -> None:
         largest = max(mine)
         beyond = [m for m in sizes if m > largest]
         held = {m: float(point.held_bytes) for m, point in mine.items()}
-        taken = {m: point.seconds for m, point in mine.items()}
+        taken = _seconds(mine, found)
         work = {m: heads.step_parameters(name, m) / heads.step_parameters(name, largest) for m in (largest, *beyond)}
         times[name] = Curve(taken, {m: taken[largest] * share for m, share in work.items()} if beyond else {})
         needed = {m: float(heads.needed_bytes(name, m)) for m in beyond}
@@ -87,7 +89,7 @@ def draw_whole_steps(found: Sequence[Measurement], path: Path) -> None:
     for axes, mode in zip(panels if len(modes) > 1 else [panels], modes, strict=True):
         here = [m for m in found if m.mode == mode]
         names = _named(here, [heads.BACKBONE_ALONE, *heads.PROVIDERS])
-        curves = {name: Curve({m: point.seconds for m, point in _by_identities(here, name).items()}) for name in names}
+        curves = {name: Curve(_seconds(_by_identities(here, name), found)) for name in names}
         _draw(axes, curves, "s", f"One whole step, {mode}")
         shown |= curves
     _legend(drawing, shown, formula=False)
@@ -177,6 +179,12 @@ def _by_identities(found: Sequence[Measurement], provider: str) -> dict[int, Mea
     return dict(sorted(mine.items()))
 
 
+def _seconds(points: Mapping[int, Measurement], found: Sequence[Measurement]) -> dict[int, float]:
+    """Times as the quietest hour of a run would have had them: ratios, times the fastest of its reference products."""
+    fastest = min(m.seconds / m.ratio for m in found)
+    return {m: point.ratio * fastest for m, point in points.items()}
+
+
 def _draw(axes: Any, curves: Mapping[str, Curve], unit: str, title: str) -> None:
     points = np.linspace(*POINTS, len(curves))
     for (name, color), size in zip(_colors(curves).items(), points, strict=True):
@@ -214,7 +222,8 @@ def _legend(drawing: Figure, curves: Mapping[str, Curve], *, formula: bool) -> N
         handles.append(Line2D([], [], marker="o", linestyle="", color="black", label="measured"))
         hollow = {"marker": "o", "fillstyle": "none", "linestyle": "--", "linewidth": 1.0}
         handles.append(Line2D([], [], color="black", label="by formula", **hollow))
-    drawing.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    columns = int(drawing.get_figwidth() // LEGEND_COLUMN)
+    drawing.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _short(count: int) -> str:
