@@ -113,7 +113,7 @@ def angular_margin(margin: object) -> None:
 
 def positive(name: str, value: float) -> None:
     """Raise TypeError unless ``value`` is a number, ValueError unless it is finite and > 0."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):  # torch 2.9 cannot compile int | float
         raise TypeError(f"{name} must be a number, got {type(value).__name__}; convert it with float()")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number > 0, got {value}")
