@@ -151,9 +151,7 @@ def needed_bytes(provider: str, m: int, batch: int = BATCH) -> int:
     row, logits = WIDTH * FLOAT, batch * FLOAT
     if provider.startswith("GIF"):
         return m * (code_length(m, VOCAB) + ORDER_BYTES) + 3 * FLOAT * _gif_parameters(provider, m, batch)
-    if (
-        provider == "adaptive softmax"
-    ):  # parameters, gradients, momentum; the logits of a cluster's share of the batch, twice
+    if provider == "adaptive softmax":  # three of all parameters; the logits of a cluster's share of the batch, twice
         return sum(3 * size * width * FLOAT + 2 * size * size * logits // m for size, width in _clusters(m))
     rate = sample_rate(provider)
     if rate == 1:  # centres and momentum; centres of unit length and their gradient, twice

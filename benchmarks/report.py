@@ -121,6 +121,8 @@ def _cell(m: Measurement | None, first: Measurement | None) -> str:
             text += f", {100 * (1 - first.ratio / m.ratio):.0f} %"
         else:
             text += f", {m.ratio / first.ratio:.3g} x"
+    if "distinct" in m.facts:
+        text += f", {100 * m.facts['distinct']:.3g} % distinct"
     return text + (f" ({100 * m.roofline:.0f} %)" if m.roofline is not None else "")
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from gif import cli
 from gif.evaluation.alignment import FIVE_POINTS
+from gif.progress import console
 
 PEOPLE, TEMPLATES_EACH, IMAGES_EACH = 6, 2, 3
 HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n"
@@ -86,3 +88,20 @@ def write_bin():
         return path
 
     return write
+
+
+@pytest.fixture
+def gif(monkeypatch):
+    """Run `gif arguments...` in this process; returns the exit code and what was printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["gif", *map(str, arguments)])
+        with console.capture() as capture:
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+        return code, capture.get()
+
+    return run

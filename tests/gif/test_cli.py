@@ -14,7 +14,6 @@ from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
-from gif.progress import console
 from gif.vectors import CodeVectors
 
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
@@ -36,23 +35,6 @@ def tiny_data(monkeypatch):
         monkeypatch.setattr(module, "load_data", lambda name, **options: split)
     monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
     return split
-
-
-@pytest.fixture
-def gif(monkeypatch):
-    """Run `gif arguments...` in this process; returns the exit code and what was printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["gif", *map(str, arguments)])
-        with console.capture() as capture:
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-        return code, capture.get()
-
-    return run
 
 
 def test_step_by_step(tiny_data, gif, tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from gif import cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages, ImageDecoder, open_data, read_bin
 from gif.evaluation import (
@@ -27,7 +26,6 @@ from gif.evaluation import (
     verify_pairs,
 )
 from gif.evaluation import embedding as embedding_module
-from gif.progress import console
 
 PAIRS = 40
 TINY = BackboneConfig(embedding_size=16, image_size=16, width=4, channels=3)
@@ -35,20 +33,9 @@ FACES = BackboneConfig(embedding_size=16, image_size=112, width=4, channels=3)
 
 
 @pytest.fixture
-def gif(monkeypatch):
+def gif(gif):
     """Run `gif evaluate arguments...` in this process; returns the exit code and what was printed."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["gif", "evaluate", *map(str, arguments)])
-        with console.capture() as capture:
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-        return code, capture.get()
-
-    return run
+    return lambda *arguments: gif("evaluate", *arguments)
 
 
 @pytest.fixture
