@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import DEVICE, measure
 from gif_kernels import AngularMargin, token_margin_loss
+from gif_kernels.precision import PREFERS_ONEDNN, product
 
 MARGIN = AngularMargin(m2=0.5)
 SCALE = 64.0
@@ -104,26 +105,38 @@ def ours(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None) -> Ten
     return token_margin_loss(z, w, codes, projections=projections, margin=MARGIN, scale=SCALE)
 
 
-def products(z: Tensor, w: Tensor, projections: Tensor | None, *, backward: bool) -> None:
-    """The matrix products alone, at the shapes of the loss: the floor of an implementation that calls a library."""
+def torch_products(z: Tensor, w: Tensor, projections: Tensor | None, *, backward: bool) -> None:
+    """The matrix products alone as PyTorch multiplies, at the shapes of the loss: the floor of what a user writes."""
+    _products(z, w, projections, torch.matmul, backward)
+
+
+def own_products(z: Tensor, w: Tensor, projections: Tensor | None, *, backward: bool) -> None:
+    """The same as the loss on a CPU multiplies: the floor of its implementation."""
+    _products(z, w, projections, functools.partial(product, operand=z.dtype), backward)
+
+
+def _products(
+    z: Tensor, w: Tensor, projections: Tensor | None, multiply: Callable[[Tensor, Tensor], Tensor], backward: bool
+) -> None:
     length, vocab, inner = w.shape
-    flat = w.reshape(length * vocab, inner)
     if projections is None:
-        cosine = z @ flat.T
+        flat = w.reshape(length * vocab, inner)
+        cosine = multiply(flat, z.T).to(z.dtype)
         if backward:
-            cosine.T @ z
-            cosine @ flat
+            multiply(cosine, z)
+            multiply(cosine.T, flat)
         return
     matrix = projections.reshape(length * inner, -1)
-    u = (z @ matrix.T).view(len(z), length, inner).transpose(0, 1)
-    cosine = u @ w.transpose(1, 2)
+    u = multiply(z, matrix.T).to(z.dtype).view(len(z), length, inner).transpose(0, 1)
+    cosine = multiply(w, u.transpose(1, 2)).to(z.dtype)
     if backward:
-        cosine.transpose(1, 2) @ u
-        raw = (cosine @ w).transpose(0, 1).reshape(len(z), -1)
-        raw.T @ z
-        raw @ matrix
+        multiply(cosine, u)
+        raw = multiply(cosine.transpose(1, 2), w).to(z.dtype).transpose(0, 1).reshape(len(z), -1)
+        multiply(raw.T, z)
+        multiply(raw, matrix)
 
 
+PRODUCTS = {"products": torch_products, "own products": own_products}
 PROVIDERS: dict[str, Callable[[], Loss]] = {
     "ours": lambda: ours,
     "compiled": compiled,
@@ -174,16 +187,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape", shapes, ids=str)
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS, "products"])
+@pytest.mark.parametrize("provider", [*PROVIDERS, *PRODUCTS])
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
 def test_token_margin(benchmark, shape: Shape, mode: str, provider: str) -> None:
     backward = mode == "forward+backward"
     tensors = inputs(shape)
-    if provider == "products":
+    if provider in PRODUCTS:
+        if provider == "own products" and not (DEVICE == "cpu" and PREFERS_ONEDNN):
+            pytest.skip("PyTorch multiplies as the loss does")
         detached = [None if x is None else x.detach() for x in (tensors[0], tensors[1], tensors[3])]
 
         def call() -> object:
-            return products(*detached, backward=backward)
+            return PRODUCTS[provider](*detached, backward=backward)
     else:
         loss = PROVIDERS[provider]()
         low = shape.dtype != torch.float32

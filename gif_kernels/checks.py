@@ -44,7 +44,7 @@ def seen_not_finite(result: Tensor) -> bool:
 
     It does where an input does, and reading it is cheaper than reading them: then `refuse_not_finite` says which.
     """
-    return looks_at_values(result) and not bool(result.detach().isfinite().all())
+    return looks_at_values(result) and not math.isfinite((result.sum() if result.ndim else result).item())
 
 
 def refuse_not_finite(**inputs: Tensor | None) -> None:
@@ -69,24 +69,29 @@ def integer(
     high: int,
     hint: str,
     asserted: bool = True,
+    whole_rows: bool = False,
 ) -> Tensor:
     """``tensor`` as an integer tensor of ``shape`` with every value in [low, high); returned as int64.
 
-    Raises TypeError for another type or dtype, ValueError for another shape or a value out of range. Where values
-    cannot be read, a device-side assertion takes that place, unless the kernel itself answers (``asserted`` is false).
+    ``whole_rows`` wants a row (the last dimension) to be -1 in every entry or in none. Raises TypeError for another
+    type or dtype, ValueError for another shape or a value out of range. Where values cannot be read, a device-side
+    assertion takes that place, unless the kernel itself answers (``asserted`` is false).
     """
     given = _tensor(name, tensor)
     if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
         raise TypeError(f"{name} must be an integer tensor, got {given.dtype}; convert it")
     _shape(name, given, shape)
     given = given.long()
+    smallest = -1
     if looks_at_values(given):
-        if given.numel():
-            smallest, largest = (int(x) for x in torch.aminmax(given))
-            if smallest < low or largest >= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
+        smallest, largest = (int(x) for x in torch.aminmax(given)) if given.numel() else (low, low)
+        if smallest < low or largest >= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
     elif asserted:
         require(((given >= low) & (given < high)).all(), f"{name} must lie in [{low}, {high}); {hint}")
+    if whole_rows and smallest < 0 and (asserted or looks_at_values(given)):
+        ignored = given < 0
+        require((ignored == ignored[..., :1]).all(), f"a row of {name} must be -1 in every entry or in none")
     return given
 
 

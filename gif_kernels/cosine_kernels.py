@@ -108,17 +108,14 @@ def margin_numbers(margin: AngularMargin) -> tuple[str, bool, float, float, floa
     """How psi is computed, whether its slope is 1, and the three numbers it takes.
 
     "none": psi = cos - third.
-    "shift", where m1 = 1, with m2 = turns pi + rest, 0 <= rest < pi: cos(rest), sin(rest), 2 turns + m3. The angle is
-    never needed: cos(theta + rest) follows by the addition theorem, and passes pi where cos(theta) <= -cos(rest).
+    "shift", where m1 = 1: `AngularMargin.shift`.
     "angle": m1, m2, m3.
     """
     straight_through = margin.gradient == "straight_through"
     if not margin.bends:
         return "none", straight_through, 0.0, 0.0, float(margin.m3)
     if margin.m1 == 1.0:
-        turns = math.floor(margin.m2 / math.pi)
-        rest = margin.m2 - turns * math.pi
-        return "shift", straight_through, math.cos(rest), math.sin(rest), 2 * turns + margin.m3
+        return "shift", straight_through, *margin.shift
     return "angle", straight_through, float(margin.m1), float(margin.m2), float(margin.m3)
 
 

@@ -53,6 +53,17 @@ class AngularMargin:
         """Whether psi needs the angle at all; without m1 and m2 it is cos(theta) - m3."""
         return self.m1 != 1.0 or self.m2 != 0.0
 
+    @property
+    def shift(self) -> tuple[float, float, float]:
+        """cos(rest), sin(rest) and 2 turns + m3, where m2 = turns pi + rest and 0 <= rest < pi: psi for m1 = 1.
+
+        The angle is never needed: cos(theta + rest) follows by the addition theorem, and passes pi where
+        cos(theta) <= -cos(rest).
+        """
+        turns = math.floor(self.m2 / math.pi)
+        rest = self.m2 - turns * math.pi
+        return math.cos(rest), math.sin(rest), 2 * turns + self.m3
+
     def __call__(self, cosine: Tensor) -> Tensor:
         """psi of ``cosine`` (any shape), differentiable by autograd: the specification."""
         if not self.bends:
@@ -69,11 +80,18 @@ class AngularMargin:
         """psi and dpsi/dcos of ``cosine`` in closed form: dpsi/dcos = (-1)^k m1 sin(a) / sin(theta)."""
         if not self.bends:
             return cosine - self.m3, torch.ones_like(cosine)
-        angle = torch.acos(cosine.clamp(-COSINE_LIMIT, COSINE_LIMIT))
-        shifted = self.m1 * angle + self.m2
-        turns = torch.floor(shifted / math.pi)
-        sign = 1 - 2 * (turns % 2)
-        value = sign * torch.cos(shifted) - 2 * turns - self.m3
-        if self.gradient == "straight_through":
-            return value, torch.ones_like(cosine)
-        return value, sign * self.m1 * torch.sin(shifted) / torch.sin(angle)
+        cosine = cosine.clamp(-COSINE_LIMIT, COSINE_LIMIT)
+        if self.m1 == 1.0:
+            cos_rest, sin_rest, drop = self.shift
+            sine = (1 - cosine).mul_(1 + cosine).sqrt_()
+            sign = torch.where(cosine <= -cos_rest, -1.0, 1.0)
+            value = (cosine * cos_rest).sub_(sine, alpha=sin_rest).add_(1).mul_(sign).sub_(1 + drop)  # -cos - 2 past pi
+            slope = (cosine / sine).mul_(sin_rest).add_(cos_rest).mul_(sign)
+        else:
+            angle = torch.acos(cosine)
+            shifted = self.m1 * angle + self.m2
+            turns = torch.floor(shifted / math.pi)
+            sign = 1 - 2 * (turns % 2)
+            value = sign * torch.cos(shifted) - 2 * turns - self.m3
+            slope = sign * self.m1 * torch.sin(shifted) / torch.sin(angle)
+        return value, torch.ones_like(cosine) if self.gradient == "straight_through" else slope

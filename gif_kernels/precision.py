@@ -16,6 +16,29 @@ _NATIVE_ON_CPU = frozenset(
 """Dtypes narrower than float32 that this CPU multiplies itself: emulated, they take several times a float32 product."""
 
 
+def _prefers_onednn() -> bool:
+    processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.9 has none
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and "AMD" in processor.get("cpu_name", "")
+        and processor.get("avx512_f", False)
+    )
+
+
+PREFERS_ONEDNN = _prefers_onednn()
+"""Whether this CPU multiplies float32 twice as fast in oneDNN as in MKL, which PyTorch calls.
+
+MKL keeps to AVX2 on AMD's processors, oneDNN uses their AVX-512. Both come with PyTorch.
+"""
+
+_ONEDNN_MULTIPLICATIONS = 1 << 21
+"""Below that what oneDNN does around a product, some 12 us, outweighs what it saves."""
+
+_ONEDNN_WIDTH = 256
+"""A transposed left operand is copied first: worth it before a right one this wide."""
+
+
 def operand_dtype(*inputs: Tensor | None) -> torch.dtype:
     """The dtype in which the products of an op take their operands.
 
@@ -40,27 +63,50 @@ def rounded(rows: Tensor, operand: torch.dtype) -> Tensor:
     return rows.to(operand).to(rows.dtype)
 
 
-def product(left: Tensor, right: Tensor, operand: torch.dtype, *, add_to: Tensor | None = None) -> Tensor:
+def product(left: Tensor, right: Tensor, operand: torch.dtype) -> Tensor:
     """left (n, k) @ right (k, m), or a batch of both, with operands rounded to ``operand``.
 
-    Sums and result are float32, float64 if the operands are. The result is added to ``add_to``, in its memory but for
-    torch.compile, which takes an in-place product on a transposed view for a contiguous one. A CPU that lacks the dtype
-    multiplies the rounded operands in float32, which gives the same.
+    Sums and result are float32, float64 if the operands are. A CPU that lacks the dtype multiplies the rounded operands
+    in float32, which gives the same.
     """
-    left, right = left.to(operand), right.to(operand)
-    wide = operand if operand.itemsize >= torch.float32.itemsize else torch.float32
-    multiply = torch.mm if left.ndim == 2 else torch.bmm
-    if operand != wide and left.is_cuda:
-        found = multiply(left, right, out_dtype=wide)
-    elif operand != wide and left.device.type == "cpu" and operand in _NATIVE_ON_CPU:
-        found = multiply(left, right).to(wide)
-    elif add_to is None:
-        return multiply(left.to(wide), right.to(wide))
-    elif torch.compiler.is_compiling():
-        found = multiply(left.to(wide), right.to(wide))
-    else:
-        add = add_to.addmm_ if left.ndim == 2 else add_to.baddbmm_
-        return add(left.to(wide), right.to(wide))
-    if add_to is None:
+    left, right = _operands(left, right, operand)
+    if _suits_onednn(left, right):
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
         return found
-    return add_to + found if torch.compiler.is_compiling() else add_to.add_(found)
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    if left.dtype.itemsize >= torch.float32.itemsize:
+        return multiply(left, right)
+    return multiply(left, right, out_dtype=torch.float32) if left.is_cuda else multiply(left, right).float()
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor, operand: torch.dtype) -> Tensor:
+    """``total`` (b, n, m) + left (b, n, k) @ right (b, k, m), as `product` multiplies, in the memory of ``total``.
+
+    Not under torch.compile, which takes an in-place product on a transposed view for a contiguous one.
+    """
+    if torch.compiler.is_compiling():
+        return total + product(left, right, operand)
+    left, right = _operands(left, right, operand)
+    return total.baddbmm_(left, right) if left.dtype == total.dtype else total.add_(product(left, right, left.dtype))
+
+
+def _operands(left: Tensor, right: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounded to ``operand``, in the dtype that they are multiplied in."""
+    left, right = left.to(operand), right.to(operand)
+    wide = operand.itemsize >= torch.float32.itemsize
+    if wide or left.is_cuda or (left.device.type == "cpu" and operand in _NATIVE_ON_CPU):
+        return left, right
+    return left.float(), right.float()
+
+
+def _suits_onednn(left: Tensor, right: Tensor) -> bool:
+    return (
+        PREFERS_ONEDNN
+        and left.ndim == 2
+        and left.dtype == torch.float32
+        and left.device.type == "cpu"
+        and bool(torch.backends.mkldnn.enabled)
+        and left.numel() * right.shape[1] >= _ONEDNN_MULTIPLICATIONS
+        and (left.stride(1) == 1 or right.shape[1] >= _ONEDNN_WIDTH)
+        and not torch.compiler.is_compiling()
+    )

@@ -26,4 +26,4 @@ def reduce_rows(losses: Tensor, counted: Tensor, reduction: Reduction) -> Tensor
 def row_weights(counted: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
     """What each row weighs in the reduced loss, (B,): `reduce_rows` is the sum of the losses times these."""
     weights = counted.to(dtype)
-    return weights / counted.sum().clamp(min=1) if reduction == "mean" else weights
+    return weights / weights.sum().clamp(min=1) if reduction == "mean" else weights

@@ -12,9 +12,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """1 / ||row|| over the last dimension, kept; 0 for a row of zeros, which has no direction."""
+    """1 / ||row|| over the last dimension, kept; 0 for a row of zeros, which has no direction. Not for autograd."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(norm > 0, 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
+    return norm.reciprocal_().nan_to_num_(nan=torch.nan, posinf=0)
 
 
 def unit(rows: Tensor) -> Tensor:

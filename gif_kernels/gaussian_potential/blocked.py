@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gif_kernels.dispatch import full_precision
 from gif_kernels.gaussian_potential import one_sweep
+from gif_kernels.precision import product
 from gif_kernels.sphere import compute_dtype, inverse_norm, tangent
 
 TILE = 768
@@ -58,25 +59,23 @@ def pair_sums(
     columns = vectors if others is None else others
     dtype = compute_dtype(vectors)
     left_buffer, right_buffer = (vectors.new_empty(min(len(x), TILE), width, dtype=dtype) for x in (vectors, columns))
-    workspace = vectors.new_empty(len(left_buffer) * len(right_buffer), dtype=dtype)
     gradient = vectors.new_zeros((n, width) if want_gradient else 0, dtype=dtype)
-    shift = workspace.new_tensor(-2 * t)
     total = torch.zeros((), dtype=torch.float64, device=vectors.device)
     for i in range(0, n, TILE):
         left = _unit(vectors[i : i + TILE], left_buffer)
         for j in range(i if others is None else 0, len(columns), TILE):
             mirrored = others is None and i != j
             right = _unit(columns[j : j + TILE], right_buffer) if mirrored or others is not None else left
-            pairs = workspace[: len(left) * len(right)].view(len(left), len(right))
-            torch.addmm(shift, left, right.T, alpha=2 * t, out=pairs).exp_()
+            pairs = product(left, right.T, dtype).sub_(1).mul_(2 * t).exp_()
             diagonal = i + offset - j
             if -len(left) < diagonal < len(right):
                 pairs.diagonal(diagonal).fill_(0)
             total += pairs.sum(1).sum(dtype=torch.float64) * (2 if mirrored else 1)
             if want_gradient:
-                gradient[i : i + TILE].addmm_(pairs, right)
+                gradient[i : i + TILE] += product(pairs, right, dtype)
                 if mirrored:
-                    gradient[j : j + TILE].addmm_(pairs.T, left)
+                    gradient[j : j + TILE] += product(pairs.T, left, dtype)
+            del pairs  # one tile at a time
     return total, gradient
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gif_kernels.precision import product
 from gif_kernels.sphere import compute_dtype, inverse_norm
 
 ROWS, COLUMNS = 1024, 4096
@@ -21,7 +22,7 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
         right = (right * inverse_norm(right)).T
         for i in range(0, len(vectors), ROWS):
             left = vectors[i : i + ROWS].to(dtype)
-            tile = (left @ right).mul_(inverse_norm(left))
+            tile = product(left, right, dtype).mul_(inverse_norm(left))
             if others is None and i < j + COLUMNS and j < i + ROWS:  # the tile meets the diagonal
                 tile.diagonal(i - j).fill_(-torch.inf)
             best, where = tile.max(1)

@@ -16,7 +16,7 @@ from gif_kernels.autograd import differentiable_once
 from gif_kernels.code_regression.blocked import Pull
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import gradient_dtype, product
+from gif_kernels.precision import add_products, gradient_dtype, product
 from gif_kernels.reduction import Reduction, row_weights
 from gif_kernels.sphere import compute_dtype, inverse_norm, tangent
 
@@ -46,49 +46,45 @@ class _TokenMargin(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(embeddings, centers, projections)
         length, vocab, inner = centers.shape
-        z = embeddings.to(dtype)
-        w = centers.to(dtype)
-        w = w * inverse_norm(w)
+        z, w = embeddings.to(dtype), centers.to(dtype)
+        w_inverse = inverse_norm(w)
+        w = w * w_inverse
         if projections is None:
             u = None
-            inverse = inverse_norm(z).unsqueeze(1)  # (B, 1, 1)
-            logits = product(z, w.flatten(0, 1).T, operand).view(len(z), length, vocab)
+            inverse = inverse_norm(z).view(-1)  # (B,)
+            logits = product(w.flatten(0, 1), z.T, operand).view(length, vocab, -1)
         else:
             u = product(z, _flatten(projections).T.to(dtype), operand).view(len(z), length, inner)
-            inverse = inverse_norm(u)  # (B, l, 1)
-            logits = product(u.transpose(0, 1), w.transpose(1, 2), operand).transpose(0, 1).contiguous()
-        logits.mul_(inverse * scale)  # scale times cosine (B, l, v)
+            inverse = inverse_norm(u).permute(1, 2, 0)  # (l, 1, B)
+            logits = product(w, u.permute(1, 2, 0), operand)
+        to_logit = inverse * scale
+        logits.mul_(to_logit)  # scale times cosine (l, v, B)
 
-        index = codes.clamp(min=0).unsqueeze(-1)  # (B, l, 1)
-        own = logits.gather(-1, index)
+        index = codes.T.clamp(min=0).unsqueeze(1)  # (l, 1, B)
+        own = logits.gather(1, index)
         value, slope = margin.value_and_slope(own / scale)
-        value = value * scale
-        logits.scatter_(-1, index, value)
-        logarithms = torch.log_softmax(logits, -1)
-        own_logarithm = logarithms.gather(-1, index)
+        logarithms = logits.scatter_(1, index, value * scale).log_softmax(1)
         row_weight = row_weights(codes[:, 0] >= 0, reduction, dtype)
-        lambdas = z.new_full((length,), 1 / length) if token_weights is None else token_weights.to(dtype)
-        weight = (row_weight.unsqueeze(1) * lambdas).unsqueeze(-1)  # (B, l, 1)
-        losses = (own_logarithm * weight).sum((1, 2)).neg_()
+        weight = row_weight * (1 / length if token_weights is None else token_weights.to(dtype).view(-1, 1, 1))
+        losses = (logarithms.gather(1, index) * weight).sum((0, 1)).neg_()
         pulled = None
         if targets is not None:
-            z_inverse = inverse.squeeze(1) if projections is None else inverse_norm(z)
+            z_inverse = inverse_norm(z) if u is not None else inverse.unsqueeze(1)
             pulled = Pull.of(z, z_inverse, targets, target_rows, pull * row_weight)
             losses += pulled.losses
 
         if any(ctx.needs_input_grad):
-            weight = weight * inverse * scale
             slopes = logarithms.exp_()  # softmax; then dloss/dcosine / ||row||, in the same buffer
-            own_slope = torch.expm1(own_logarithm) * slope
-            slopes.scatter_(-1, index, own_slope).mul_(weight)
+            others = slopes.scatter_(1, index, 0).sum(
+                1, keepdim=True
+            )  # 1 - the own softmax, which rounding would drown
+            slopes.scatter_(1, index, others.mul_(slope).neg_()).mul_(weight * to_logit)
             # u . dloss/du, what the tangent projection needs, without a d-wide pass
-            radial = (slopes * logits).sum(-1, keepdim=True) + own_slope * weight * (own - value)
-            radial = radial * (inverse / -scale)
-            if projections is None:
-                radial = radial.sum(1, keepdim=True)
+            radial = logits.scatter_(1, index, own).mul_(slopes).sum((0, 1) if u is None else 1)
+            radial = radial * (inverse if u is None else inverse.squeeze(1)) / -scale  # (B,) or (l, B)
             ctx.operand = operand
             ctx.save_for_backward(
-                embeddings, centers, projections, u, slopes, radial, targets, target_rows,
+                embeddings, centers, w_inverse, projections, u, slopes, radial, targets, target_rows,
                 *((None, None) if pulled is None else (pulled.along, pulled.towards)),
             )  # fmt: skip
         return losses if reduction == "none" else losses.sum()
@@ -101,39 +97,40 @@ class _TokenMargin(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    embeddings, centers, projections, u, slopes, radial, targets, target_rows, along, towards = ctx.saved_tensors
+    embeddings, centers, w_inverse, projections, u, slopes, radial, targets, target_rows, along, towards = (
+        ctx.saved_tensors
+    )
     need_embeddings, need_centers, need_projections = ctx.needs_input_grad[:3]
     operand = gradient_dtype(ctx.operand)
-    z = embeddings.to(slopes.dtype)
-    w_raw = centers.to(slopes.dtype)
-    w_inverse = inverse_norm(w_raw)
-    w = w_raw * w_inverse
-    factor = incoming.view(-1, 1, 1)  # one, or one a row
+    z, w = embeddings.to(slopes.dtype), centers.to(slopes.dtype) * w_inverse
+    factor = incoming.view(-1)  # one, or one a row
     slopes, radial = slopes * factor, radial * factor
 
     direction = embeddings_gradient = projections_gradient = None
-    along = None if along is None else along * factor.squeeze(1)
+    along = None if along is None else along * factor.unsqueeze(1)
     if projections is None:
-        flat = slopes.flatten(1)
+        flat = slopes.flatten(0, 1)
         if need_centers:
-            direction = product(flat.T, z, operand).view_as(w)
+            direction = product(flat, z, operand).view_as(w)
         if need_embeddings:
-            radial = radial.squeeze(1) if along is None else radial.squeeze(1) + along
-            embeddings_gradient = product(flat, w.flatten(0, 1), operand, add_to=z * radial)
+            radial = radial.unsqueeze(1) if along is None else radial.unsqueeze(1) + along
+            embeddings_gradient = product(flat.T, w.flatten(0, 1), operand).addcmul_(z, radial)
     else:
+        u = u.transpose(0, 1)  # (l, B, d')
         if need_centers:
-            direction = product(slopes.permute(1, 2, 0), u.transpose(0, 1), operand)
+            direction = product(slopes, u, operand)
         if need_embeddings or need_projections:
-            raw = u * radial  # dloss/d(P_j z), (B, l, d')
-            raw = product(slopes.transpose(0, 1), w, operand, add_to=raw.transpose(0, 1)).transpose(0, 1).flatten(1)
+            raw = u * radial.unsqueeze(2)  # dloss/d(P_j z), (l, B, d')
+            raw = add_products(raw, slopes.transpose(1, 2), w, operand).transpose(0, 1).flatten(1)
         if need_projections:
             projections_gradient = product(raw.T, z, operand).view_as(projections).to(projections.dtype)
         if need_embeddings:
-            pulled = None if along is None else z * along
-            embeddings_gradient = product(raw, _flatten(projections).to(z.dtype), operand, add_to=pulled)
+            embeddings_gradient = product(raw, _flatten(projections).to(z.dtype), operand)
+            if along is not None:
+                embeddings_gradient.addcmul_(z, along)
     if embeddings_gradient is not None:
         if towards is not None:
-            Pull.add_(embeddings_gradient, targets, target_rows, towards * factor.squeeze(1))
+            Pull.add_(embeddings_gradient, targets, target_rows, towards * factor.unsqueeze(1))
         embeddings_gradient = embeddings_gradient.to(embeddings.dtype)
     centers_gradient = None if direction is None else tangent(direction, w, w_inverse).to(centers.dtype)
     return embeddings_gradient, centers_gradient, projections_gradient

@@ -82,11 +82,9 @@ def token_margin_loss(
     name = dispatch.resolve(OP, impl, embeddings.device, dtype, obstacle=obstacle)
     asserted = name != "triton"
     hint = "-1, in every token, ignores a row"
-    codes = checks.integer("codes", codes, (batch, length), low=-1, high=vocab, hint=hint, asserted=asserted)
-    if asserted or checks.looks_at_values(codes):
-        counted = codes >= 0
-        whole = (counted == counted[:, :1]).all()
-        checks.require(whole, "a row of codes must be -1 in every token or in none")
+    codes = checks.integer(
+        "codes", codes, (batch, length), low=-1, high=vocab, hint=hint, asserted=asserted, whole_rows=True
+    )
     if (
         token_weights is not None
         and checks.floating("token_weights", token_weights, (length,), finite=False).requires_grad

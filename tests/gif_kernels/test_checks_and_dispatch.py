@@ -228,7 +228,7 @@ def test_not_finite(op, name, value):
     [
         ("token_margin_loss", "codes", [[0, 3]] * 4, r"codes must lie in \[-1, 3\), got values from 0 to 3; -1"),
         ("token_margin_loss", "codes", [[-2, 0]] * 4, r"codes must lie in \[-1, 3\), got values from -2 to 0"),
-        ("token_margin_loss", "codes", [[0, -1]] * 4, "a row of codes must be -1 in every token or in none"),
+        ("token_margin_loss", "codes", [[0, -1]] * 4, "a row of codes must be -1 in every entry or in none"),
         ("code_contrast_loss", "labels", [5, 2, -2], r"labels must lie in \[-1, .*got values from -2 to 5; -1 ignores"),
         ("code_contrast_loss", "labels", [5, 3, 2], "every label must be among the candidates; add the batch's own"),
         ("code_contrast_loss", "labels", [5, 10, 2], "every label must be among the candidates"),

@@ -40,7 +40,7 @@ def test_values_and_gradients(shape, impl, dtype, differentiate, agree):
     given = differentiate(partial(code_regression_loss, reduction="none", impl=impl), *tensors)
     for a, b in zip(given, truth, strict=True):
         # a row of one number, or a short one, makes a gradient of 1 / ||row|| times rounding alone
-        agree(a, b, noise=4 * torch.finfo(dtype).eps / min(x.norm(dim=1).min().item() for x in tensors))
+        agree(a, b, noise=8 * torch.finfo(dtype).eps / min(x.norm(dim=1).min().item() for x in tensors))
 
 
 def test_cosines_of_exactly_one(impl, dtype, differentiate, agree):

@@ -111,7 +111,8 @@ def test_low_precision_is_within_one_unit_of_the_true_step(low_dtype, impl):
     expected, _ = truth(table, index, 0.1, 2.0)
     uniformity_step_(table, index, lr=0.1, impl=impl)
     unit = torch.ldexp(torch.ones_like(expected), torch.frexp(expected)[1] - LOW[low_dtype]).clamp(min=2.0**-24)
-    assert ((table[index].double() - expected).abs() < 1.01 * unit).all()  # 1%: float32 and a power of two nearby
+    # 1%: a power of two nearby; 2^-23: float32's rounding, where the step leaves next to nothing of an element
+    assert ((table[index].double() - expected).abs() < 1.01 * unit + 2.0**-23).all()
 
 
 def test_reproducible_for_a_seed_and_only_for_it(low_dtype, impl):
