@@ -14,6 +14,7 @@ import torch
 from gif.vectors.shards import Shards
 from gif_kernels import uniformity_step_
 from gif_kernels.gaussian_potential.blocked import TILE
+from gif_kernels.precision import product
 
 REPEATS = 7
 EFFICIENCY = 0.6
@@ -62,16 +63,15 @@ def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
     """
     size = min(batch, TILE)
     rows = torch.nn.functional.normalize(torch.randn(size, width), dim=1)
-    pairs, gradient = torch.empty(size, size), torch.zeros(size, width)
-    shift = torch.tensor(-4.0)
-    product = seconds(lambda: (torch.addmm(shift, rows, rows.T, out=pairs), gradient.addmm_(pairs, rows)))
+    pairs, gradient = torch.zeros(size, size), torch.zeros(size, width)
+    products = seconds(lambda: (product(rows, rows.T, rows.dtype), gradient.add_(product(pairs, rows, rows.dtype))))
     exponential = seconds(lambda: (pairs.fill_(-4.0).exp_(), pairs.sum(1)))
     source, target = torch.zeros(_COPY_BYTES, dtype=torch.uint8), torch.zeros(_COPY_BYTES, dtype=torch.uint8)
     copy = seconds(lambda: target.copy_(source))
     two = torch.nn.functional.normalize(torch.randn(2, width), dim=1)
     overhead = seconds(lambda: uniformity_step_(two, torch.arange(2), lr=0.1))
     return Rates(
-        products=4 * size * size * width / product,
+        products=4 * size * size * width / products,
         exponentials=size * size / exponential,
         memory=2 * _COPY_BYTES / copy,
         pages=_page_rate(width, folder),

@@ -1,7 +1,7 @@
 """Token-margin loss in a handful of matrix products: the CPU default.
 
-The loss is local to a row, so its gradient with respect to the cosines (B, l, v) comes out of the forward pass in the
-buffer that held the logits; the backward pass is products alone. Rows are compared as they are: every norm is a factor
+The loss is local to a row, so its gradient with respect to the cosines comes out of the forward pass in the buffer that
+held the logits, (l, v, B); the backward pass is products alone. Rows are compared as they are: every norm is a factor
 of a number that is already there, so that no normalised copy of the embeddings is made. Derivation in README.md.
 """
 
@@ -75,9 +75,7 @@ class _TokenMargin(torch.autograd.Function):
 
         if any(ctx.needs_input_grad):
             slopes = logarithms.exp_()  # softmax; then dloss/dcosine / ||row||, in the same buffer
-            others = slopes.scatter_(1, index, 0).sum(
-                1, keepdim=True
-            )  # 1 - the own softmax, which rounding would drown
+            others = slopes.scatter_(1, index, 0).sum(1, keepdim=True)  # 1 - p of the own centre, without cancellation
             slopes.scatter_(1, index, others.mul_(slope).neg_()).mul_(weight * to_logit)
             # u . dloss/du, what the tangent projection needs, without a d-wide pass
             radial = logits.scatter_(1, index, own).mul_(slopes).sum((0, 1) if u is None else 1)
