@@ -140,10 +140,10 @@ def record(
 
 
 def machine() -> str:
-    """The card's name on a GPU; the processor's and the number of threads that torch uses on a CPU."""
+    """The card's name on a GPU; the processor's, what torch uses of it and in how many threads on a CPU."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:
