@@ -31,13 +31,14 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: 
     scaled = values / unit
     low = torch.floor(scaled)
     # compared and not added: a sum would be rounded, and move values that need no rounding
-    return ((low + (noise < scaled - low)) * unit).to(dtype)
+    low += noise < scaled.sub_(low)
+    return low.mul_(unit).to(dtype)
 
 
 def uniform(rows: Tensor, columns: Tensor, seed: int) -> Tensor:
     """Uniform float32 in [0, 1) for each pair of int64 ``rows`` and ``columns``, broadcast: a counter-based RNG."""
     state = _mix(rows ^ mixed_seed(seed)) ^ _mix(rows >> 32)
-    return (_mix(state + columns * 0x9E3779B1) >> 8).float() * 2.0**-24
+    return _mix(state + columns * 0x9E3779B1).bitwise_right_shift_(8).float().mul_(2.0**-24)
 
 
 def mixed_seed(seed: int) -> int:
@@ -46,8 +47,13 @@ def mixed_seed(seed: int) -> int:
 
 
 def _mix(x: _Integers) -> _Integers:
-    """A bijective hash of 32 bits, held in int64 (lowbias32, constants by C. Wellons, 2018)."""
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    """A bijective hash of 32 bits in int64, a tensor's in its memory (lowbias32, constants by C. Wellons, 2018)."""
+    x &= _MASK
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x &= _MASK
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x &= _MASK
+    x ^= x >> 16
+    return x

@@ -15,6 +15,7 @@ from gif.vectors.shards import Shards
 from gif_kernels import uniformity_step_
 from gif_kernels.gaussian_potential.blocked import TILE
 from gif_kernels.precision import product
+from gif_kernels.rounding import stochastic_round
 
 REPEATS = 7
 EFFICIENCY = 0.6
@@ -31,7 +32,8 @@ class Rates:
     """Per second: ``products`` FLOPs in matrix products, ``exponentials``, ``memory`` bytes, ``pages`` of 4 KiB.
 
     A page is one that is read and written at random in a mapped file. ``overhead``: seconds of a step that does
-    nothing; ``capacity``: bytes of memory, infinity where it is not looked at.
+    nothing; ``capacity``: bytes of memory, infinity where it is not looked at; ``roundings``: numbers rounded
+    stochastically, infinity where the kernel that moves them does so.
     """
 
     products: float
@@ -40,6 +42,7 @@ class Rates:
     pages: float
     overhead: float
     capacity: float
+    roundings: float = torch.inf
 
 
 def _card(products: float, exponentials: float, memory: float, capacity: float) -> Rates:
@@ -65,7 +68,8 @@ def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
     rows = torch.nn.functional.normalize(torch.randn(size, width), dim=1)
     pairs, gradient = torch.zeros(size, size), torch.zeros(size, width)
     products = seconds(lambda: (product(rows, rows.T, rows.dtype), gradient.add_(product(pairs, rows, rows.dtype))))
-    exponential = seconds(lambda: (pairs.fill_(-4.0).exp_(), pairs.sum(1)))
+    exponential = seconds(lambda: (pairs.fill_(0.0).sub_(1).mul_(4).exp_(), pairs.sum(1)))
+    rounding = seconds(lambda: stochastic_round(rows, torch.bfloat16, torch.arange(size), 0))
     source, target = torch.zeros(_COPY_BYTES, dtype=torch.uint8), torch.zeros(_COPY_BYTES, dtype=torch.uint8)
     copy = seconds(lambda: target.copy_(source))
     two = torch.nn.functional.normalize(torch.randn(2, width), dim=1)
@@ -77,6 +81,7 @@ def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
         pages=_page_rate(width, folder),
         overhead=overhead,
         capacity=torch.inf,
+        roundings=rows.numel() / rounding,
     )
 
 

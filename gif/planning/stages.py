@@ -9,7 +9,7 @@ from gif.planning.heads import FLOAT, gif_cost, softmax_cost
 from gif.planning.rates import Rates, pages_of_a_row
 from gif_kernels.gaussian_potential.blocked import TILE
 
-ROUNDING_BYTES = 24  # the int64 hashes of stochastic rounding, an element of a step's rows
+ROUNDING_BYTES = 16  # an int64 hash of stochastic rounding and what is shifted of it, an element of a step's rows
 LLOYD_ROUNDS = 8  # `tokenize`'s default
 
 
@@ -42,13 +42,14 @@ def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
 def spread_step_seconds(width: int, itemsize: int, batch: int, rates: Rates, *, in_file: bool) -> float:
     """One step: 3 n^2 d FLOPs, n^2 / 2 exponentials, the rows a few times through memory, and in a file their pages.
 
-    It does not know m.
+    Rows narrower than float32 are rounded. It does not know m.
     """
     products = 3 * batch * batch * width / rates.products
     exponentials = batch * (batch + TILE) / 2 / rates.exponentials
     rows = batch * width * (4 * itemsize + 12 * FLOAT) / rates.memory
     pages = batch * pages_of_a_row(width * itemsize) / rates.pages if in_file else 0.0
-    return rates.overhead + products + exponentials + rows + pages
+    rounding = batch * width / rates.roundings if itemsize < FLOAT else 0.0
+    return rates.overhead + products + exponentials + rows + rounding + pages
 
 
 def spread_cost(
