@@ -84,7 +84,7 @@ def integer(
     given = given.long()
     smallest = -1
     if looks_at_values(given):
-        smallest, largest = (int(x) for x in torch.aminmax(given)) if given.numel() else (low, low)
+        smallest, largest = (int(x) for x in torch.aminmax(given)) if given.numel() else (low, high - 1)
         if smallest < low or largest >= high:
             raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
     elif asserted:

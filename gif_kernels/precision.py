@@ -67,7 +67,7 @@ def product(left: Tensor, right: Tensor, operand: torch.dtype) -> Tensor:
     """left (n, k) @ right (k, m), or a batch of both, with operands rounded to ``operand``.
 
     Sums and result are float32, float64 if the operands are. A CPU that lacks the dtype multiplies the rounded operands
-    in float32, which gives the same.
+    in float32, which gives the same. Large float32 products go to oneDNN where `PREFERS_ONEDNN`, outside torch.compile.
     """
     left, right = _operands(left, right, operand)
     if _suits_onednn(left, right):

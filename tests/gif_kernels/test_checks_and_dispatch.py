@@ -250,6 +250,12 @@ def test_integers_out_of_range(op, name, values, message):
         OPS[op].function(**tensors, **OPS[op].options)
 
 
+def test_no_integers_are_in_every_range():
+    none = torch.zeros(0, 2, dtype=torch.int32)
+    given = checks.integer("codes", none, ("B", 2), low=0, high=0, hint="", whole_rows=True)
+    assert (given.shape, given.dtype) == ((0, 2), torch.int64)
+
+
 def test_offsets_that_decrease():
     centroids, offsets = torch.randn(3, 2, 6), torch.tensor([0, 4, 3, 5])
     with pytest.raises(ValueError, match="offsets must go from 0 to 5, the number of vectors, and never decrease"):
