@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="the whole grid of shapes, which takes long")
+    parser.addoption("--without-onednn", action="store_true", help="multiply in MKL on a CPU, as PyTorch does")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-onednn"):
+        torch.backends.mkldnn.set_flags(_enabled=False)

@@ -143,7 +143,8 @@ def machine() -> str:
     """The card's name on a GPU; the processor's, what torch uses of it and in how many threads on a CPU."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    used = torch.backends.cpu.get_cpu_capability() + ("" if torch.backends.mkldnn.enabled else " without oneDNN")
+    return f"{_processor()}, {used}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:

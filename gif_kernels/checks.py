@@ -91,7 +91,7 @@ def integer(
         require(((given >= low) & (given < high)).all(), f"{name} must lie in [{low}, {high}); {hint}")
     if whole_rows and smallest < 0 and (asserted or looks_at_values(given)):
         ignored = given < 0
-        require((ignored == ignored[..., :1]).all(), f"a row of {name} must be -1 in every entry or in none")
+        require((ignored == ignored[..., :1]).all(), f"a row of {name} must be -1 in every entry or in none; {hint}")
     return given
 
 

@@ -99,6 +99,6 @@ def triton_modules() -> tuple[str, ...]:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: the ops round what may be rounded themselves, and a margin's logits are not to be."""
-    if not torch.is_autocast_enabled(device.type):  # the usual case, at a third of the cost
+    if not torch.is_autocast_enabled(device.type):  # the usual case: nothing to turn off
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

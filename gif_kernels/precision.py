@@ -33,7 +33,7 @@ MKL keeps to AVX2 on AMD's processors, oneDNN uses their AVX-512. Both come with
 """
 
 _ONEDNN_MULTIPLICATIONS = 1 << 21
-"""Below that what oneDNN does around a product, some 12 us, outweighs what it saves."""
+"""Below that what oneDNN does around a product outweighs what it saves."""
 
 _ONEDNN_WIDTH = 256
 """A transposed left operand is copied first: worth it before a right one this wide."""

@@ -51,7 +51,7 @@ class _TokenMargin(torch.autograd.Function):
         w = w * w_inverse
         if projections is None:
             u = None
-            inverse = inverse_norm(z).view(-1)  # (B,)
+            inverse = inverse_norm(z).view(1, 1, -1)
             logits = product(w.flatten(0, 1), z.T, operand).view(length, vocab, -1)
         else:
             u = product(z, _flatten(projections).T.to(dtype), operand).view(len(z), length, inner)
@@ -69,7 +69,7 @@ class _TokenMargin(torch.autograd.Function):
         losses = (logarithms.gather(1, index) * weight).sum((0, 1)).neg_()
         pulled = None
         if targets is not None:
-            z_inverse = inverse_norm(z) if u is not None else inverse.unsqueeze(1)
+            z_inverse = inverse_norm(z) if u is not None else inverse.view(-1, 1)
             pulled = Pull.of(z, z_inverse, targets, target_rows, pull * row_weight)
             losses += pulled.losses
 
@@ -78,8 +78,8 @@ class _TokenMargin(torch.autograd.Function):
             others = slopes.scatter_(1, index, 0).sum(1, keepdim=True)  # 1 - p of the own centre, without cancellation
             slopes.scatter_(1, index, others.mul_(slope).neg_()).mul_(weight * to_logit)
             # u . dloss/du, what the tangent projection needs, without a d-wide pass
-            radial = logits.scatter_(1, index, own).mul_(slopes).sum((0, 1) if u is None else 1)
-            radial = radial * (inverse if u is None else inverse.squeeze(1)) / -scale  # (B,) or (l, B)
+            radial = logits.scatter_(1, index, own).mul_(slopes).sum((0, 1) if u is None else 1, keepdim=True)
+            radial = radial * inverse / -scale  # (1 or l, 1, B)
             ctx.operand = operand
             ctx.save_for_backward(
                 embeddings, centers, w_inverse, projections, u, slopes, radial, targets, target_rows,
@@ -111,14 +111,14 @@ def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None
         if need_centers:
             direction = product(flat, z, operand).view_as(w)
         if need_embeddings:
-            radial = radial.unsqueeze(1) if along is None else radial.unsqueeze(1) + along
+            radial = radial.view(-1, 1) if along is None else radial.view(-1, 1) + along
             embeddings_gradient = product(flat.T, w.flatten(0, 1), operand).addcmul_(z, radial)
     else:
         u = u.transpose(0, 1)  # (l, B, d')
         if need_centers:
             direction = product(slopes, u, operand)
         if need_embeddings or need_projections:
-            raw = u * radial.unsqueeze(2)  # dloss/d(P_j z), (l, B, d')
+            raw = u * radial.transpose(1, 2)  # dloss/d(P_j z), (l, B, d')
             raw = add_products(raw, slopes.transpose(1, 2), w, operand).transpose(0, 1).flatten(1)
         if need_projections:
             projections_gradient = product(raw.T, z, operand).view_as(projections).to(projections.dtype)
