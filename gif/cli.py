@@ -21,6 +21,7 @@ from gif.data.report import glyph_report
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.doctor import doctor
 from gif.encoders import Precision, make_encoder
+from gif.errors import InputError
 from gif.evaluation.command import evaluate
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
@@ -239,7 +240,7 @@ def train_command(
         resume: "auto" continues the run that output holds, if it does; "never" refuses it.
     """
     if resume == "never" and output.exists():
-        raise ValueError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
+        raise InputError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
     with process_group(training.device) as own:
         code_table = None if codes is None else IdentityCodes.load(codes)
         decoder = ImageDecoder(backbone.image_size, backbone.channels)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from gif.errors import InputError
 from gif.files import existing_file, write_text
 
 
@@ -38,7 +39,7 @@ def require_block(document: str | Path, name: str) -> tuple[str, str]:
     text = path.read_text(encoding="utf-8")
     found = re.findall(f"^(.*{re.escape(begin)})\n(?:.*\n)?({re.escape(end)}.*)$", text, re.DOTALL)
     if len(found) != 1 or text.count(begin) != 1:
-        raise ValueError(
+        raise InputError(
             f"{path} has {text.count(begin)} blocks named {name}, wanted one: write {begin} and {end} on two lines"
         )
     before, after = found[0]

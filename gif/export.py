@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from gif.backbones import BackboneConfig, load_backbone
+from gif.errors import InputError
 from gif.files import atomic_path
 from gif.progress import say
 
@@ -80,7 +81,7 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         difference = max(_difference(backbone, session, images) for images in batches)
         if not difference <= TOLERANCE:
-            raise ValueError(f"the ONNX model differs from PyTorch by {difference:.1e}, wanted at most {TOLERANCE:.0e}")
+            raise InputError(f"the ONNX model differs from PyTorch by {difference:.1e}, wanted at most {TOLERANCE:.0e}")
     return difference
 
 

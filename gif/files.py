@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gif.errors import InputError, MissingFileError
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -74,14 +76,14 @@ def load_tensors(path: str | Path, *, format: str) -> tuple[dict[str, Tensor], d
             metadata = check_format(path, file.metadata(), format)
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
+        raise InputError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
 
 
 def existing_file(path: str | Path) -> Path:
     """Return ``path`` if it is a file; raise FileNotFoundError otherwise."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; check the path, or make the file first")
+        raise MissingFileError(f"no file {path}; check the path, or make the file first")
     return path
 
 
@@ -89,7 +91,7 @@ def check_format(path: Path, metadata: Mapping[str, str] | None, wanted: str) ->
     """Return ``metadata`` as a dict; raise ValueError unless its ``format`` is ``wanted``."""
     found = (metadata or {}).get("format")
     if found != wanted:
-        raise ValueError(f"{path} holds {found or 'an unknown format'}, wanted {wanted}; give a file of that kind")
+        raise InputError(f"{path} holds {found or 'an unknown format'}, wanted {wanted}; give a file of that kind")
     return dict(metadata or {})
 
 
@@ -129,20 +131,20 @@ def locate_tensor(path: str | Path, name: str, *, format: str) -> TensorLocation
         prefix = file.read(_LENGTH.size)
         length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else size
         if length > size - _LENGTH.size:
-            raise ValueError(f"{path} is damaged or not a safetensors file; make it again")
+            raise InputError(f"{path} is damaged or not a safetensors file; make it again")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
+            raise InputError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
     metadata = check_format(path, header.get("__metadata__"), format)
     if name not in header:
-        raise ValueError(f"{path} has no tensor named {name}; it has {sorted(set(header) - {'__metadata__'})}")
+        raise InputError(f"{path} has no tensor named {name}; it has {sorted(set(header) - {'__metadata__'})}")
     entry = header[name]
     if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, wanted one of {sorted(_DTYPES)}")
+        raise InputError(f"{path}: tensor {name} has dtype {entry['dtype']}, wanted one of {sorted(_DTYPES)}")
     start, end = (_LENGTH.size + length + offset for offset in entry["data_offsets"])
     if end > size:
-        raise ValueError(f"{path} is truncated: {size} bytes, wanted {end}; copy or make it again")
+        raise InputError(f"{path} is truncated: {size} bytes, wanted {end}; copy or make it again")
     return TensorLocation(start, tuple(entry["shape"]), _DTYPES[entry["dtype"]], metadata)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gif.errors import InputError
 from gif.files import load_tensors, save_tensors, write_text
 
 SECONDS = 60.0  # between two saves
@@ -40,7 +41,7 @@ class UnfinishedWork:
             return None
         tensors, metadata = load_tensors(self._path, format=self._format)
         if metadata["settings"] != self._settings:
-            raise ValueError(
+            raise InputError(
                 f"{self._path} is the checkpoint of another run ({metadata['settings']}; this one is "
                 f"{self._settings}); remove it, or name another file"
             )
@@ -75,8 +76,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     text = json.dumps(settings, indent=2)
     if record.exists():
         if record.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{folder} holds a run with other settings (see {record}); give another --output")
+            raise InputError(f"{folder} holds a run with other settings (see {record}); give another --output")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something that is no run of this command; give another --output")
+        raise InputError(f"{folder} holds something that is no run of this command; give another --output")
     else:
         write_text(record, text)

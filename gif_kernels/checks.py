@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,7 +55,7 @@ def refuse_not_finite(**inputs: Tensor | None) -> None:
             continue
         low, high = torch.aminmax(tensor.detach())  # NaN propagates through both
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(
+            raise InputError(
                 f"{name} hold NaN or infinity, wanted finite numbers; look for a diverged learning rate, "
                 "a float16 overflow or broken input upstream"
             )
@@ -86,7 +87,7 @@ def integer(
     if looks_at_values(given):
         smallest, largest = (int(x) for x in torch.aminmax(given)) if given.numel() else (low, high - 1)
         if smallest < low or largest >= high:
-            raise ValueError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
+            raise InputError(f"{name} must lie in [{low}, {high}), got values from {smallest} to {largest}; {hint}")
     elif asserted:
         require(((given >= low) & (given < high)).all(), f"{name} must lie in [{low}, {high}); {hint}")
     if whole_rows and smallest < 0 and (asserted or looks_at_values(given)):
@@ -99,7 +100,7 @@ def require(condition: Tensor, message: str) -> None:
     """Raise ValueError(message) where ``condition`` () bool is false; on an accelerator assert it without waiting."""
     if looks_at_values(condition):
         if not bool(condition):
-            raise ValueError(message)
+            raise InputError(message)
     else:
         torch._assert_async(condition, message)
 
@@ -107,7 +108,7 @@ def require(condition: Tensor, message: str) -> None:
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def angular_margin(margin: object) -> None:
@@ -121,7 +122,7 @@ def positive(name: str, value: float) -> None:
     if not isinstance(value, (int, float)):  # torch 2.9 cannot compile int | float
         raise TypeError(f"{name} must be a number, got {type(value).__name__}; convert it with float()")
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {value}")
+        raise InputError(f"{name} must be a finite number > 0, got {value}")
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -129,7 +130,7 @@ def same_device(**tensors: Tensor | None) -> None:
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"all inputs must be on one device, got {where}; move them with .to(device)")
+        raise InputError(f"all inputs must be on one device, got {where}; move them with .to(device)")
 
 
 def _tensor(name: str, tensor: object) -> Tensor:
@@ -145,4 +146,4 @@ def _shape(name: str, tensor: Tensor, shape: Sequence[int | str]) -> None:
     )
     if not fits:
         wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+        raise InputError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")

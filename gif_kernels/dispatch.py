@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from gif_kernels import checks
+from gif_kernels.errors import InputError
 
 Impl = Literal["auto", "triton", "blocked", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "blocked", "reference")
@@ -57,7 +58,7 @@ def resolve(
     if impl == "auto":
         return choose(op, device, dtype, obstacle=obstacle)[0]
     if impl == "triton" and (reason := triton_unavailable(op, device, dtype) or obstacle):
-        raise ValueError(f'{op} cannot run with impl="triton": {reason}; use impl="auto" or impl="blocked"')
+        raise InputError(f'{op} cannot run with impl="triton": {reason}; use impl="auto" or impl="blocked"')
     return impl
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
 
 ALLOWED_RATIO = 2.0
 """Our error over PyTorch's own in the same dtype (FlashAttention's rule)."""
@@ -66,7 +67,7 @@ def gradcheck(
     bound = inspect.signature(op).bind(*inputs, **options).arguments
     wanted = [name for name, value in bound.items() if isinstance(value, Tensor) and value.requires_grad]
     if not wanted:
-        raise ValueError("no tensor requires a gradient; call requires_grad_() on those whose gradients you train with")
+        raise InputError("no tensor requires a gradient; call requires_grad_() on those whose gradients you train with")
     ours = _run(op, bound, wanted, impl, None)
     truth = _run(op, bound, wanted, "reference", torch.float64)
     plain = _run(op, bound, wanted, "reference", None)

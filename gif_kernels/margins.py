@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gif_kernels.errors import InputError
+
 COSINE_LIMIT = 1.0 - 2.0**-20
 """acos sees cosines clamped to [-COSINE_LIMIT, COSINE_LIMIT].
 
@@ -42,11 +44,11 @@ class AngularMargin:
     def __post_init__(self) -> None:
         for name in ("m1", "m2", "m3"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+                raise InputError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.m1 <= 0:
-            raise ValueError(f"m1 must be > 0, got {self.m1}; 1.0 leaves the angle as it is")
+            raise InputError(f"m1 must be > 0, got {self.m1}; 1.0 leaves the angle as it is")
         if self.gradient not in ("true", "straight_through"):
-            raise ValueError(f'gradient must be "true" or "straight_through", got {self.gradient!r}')
+            raise InputError(f'gradient must be "true" or "straight_through", got {self.gradient!r}')
 
     @property
     def bends(self) -> bool:

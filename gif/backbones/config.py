@@ -11,6 +11,7 @@ from gif.backbones.iresnet import BLOCKS, IResNet, IResNetName
 from gif.backbones.mobilefacenet import MobileFaceNet
 from gif.backbones.small import SmallConvNet
 from gif.backbones.vit import vision_transformer
+from gif.errors import InputError
 
 BackboneName = Literal["small", IResNetName, "mobilefacenet", "vit"]
 Color = Literal["rgb", "bgr"]
@@ -52,9 +53,9 @@ class BackboneConfig:
         for option, owner in (("width", "small"), ("model", "vit"), ("dropout", "iresnet")):
             default = next(entry.default for entry in fields(self) if entry.name == option)
             if not self.name.startswith(owner) and getattr(self, option) != default:
-                raise ValueError(f"backbone {self.name} does not use {option}; it is for {owner}")
+                raise InputError(f"backbone {self.name} does not use {option}; it is for {owner}")
         if self.color not in ("rgb", "bgr") or (self.color == "bgr" and self.channels != 3):
-            raise ValueError(f'color must be "rgb", or "bgr" with 3 channels, got {self.color!r} with {self.channels}')
+            raise InputError(f'color must be "rgb", or "bgr" with 3 channels, got {self.color!r} with {self.channels}')
 
     def build(self) -> nn.Module:
         """The backbone, with fresh weights.
@@ -75,7 +76,7 @@ class BackboneConfig:
             return vision_transformer(self.model, self.embedding_size, self.channels, self.image_size)
         if self.name in BLOCKS:
             return IResNet(BLOCKS[self.name], self.embedding_size, self.channels, self.image_size, self.dropout)
-        raise ValueError(f"unknown backbone {self.name!r}; there are: small, {', '.join(BLOCKS)}, mobilefacenet, vit")
+        raise InputError(f"unknown backbone {self.name!r}; there are: small, {', '.join(BLOCKS)}, mobilefacenet, vit")
 
 
 def _turn_channels(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gif.backbones.config import BackboneConfig
 from gif.backbones.iresnet import BLOCKS, WIDTHS
 from gif.backbones.shapes import STRIDE
+from gif.errors import InputError
 from gif.files import existing_file, load_tensors, save_tensors
 
 FORMAT = "gif.backbone/1"
@@ -36,7 +37,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     try:
         config = BackboneConfig(**json.loads(metadata["config"]))
     except TypeError as error:
-        raise ValueError(f"{path} names an unknown backbone ({error}); it is from a newer version") from error
+        raise InputError(f"{path} names an unknown backbone ({error}); it is from a newer version") from error
     return _filled(path, config, tensors), config
 
 
@@ -52,11 +53,11 @@ def load_insightface(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or more than tensors ({error}); save the state dict alone") from error
+        raise InputError(f"{path} is damaged or more than tensors ({error}); save the state dict alone") from error
     if isinstance(state, dict):
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")  # saved from inside DDP
     if not isinstance(state, dict) or not {"conv1.weight", "fc.weight"} <= state.keys():
-        raise ValueError(f"{path} is no state dict of an IResNet; give one that insightface's arcface_torch wrote")
+        raise InputError(f"{path} is no state dict of an IResNet; give one that insightface's arcface_torch wrote")
     config = _config_of(path, state)
     return _filled(path, config, state), config
 
@@ -67,7 +68,7 @@ def _config_of(path: Path, state: dict[str, Tensor]) -> BackboneConfig:
     )
     name = next((name for name, known in BLOCKS.items() if known == blocks), None)
     if name is None:
-        raise ValueError(f"{path} has {blocks} blocks a stage; the known networks are {BLOCKS}")
+        raise InputError(f"{path} has {blocks} blocks a stage; the known networks are {BLOCKS}")
     embedding_size, flat = state["fc.weight"].shape
     return BackboneConfig(
         name=name,
@@ -82,5 +83,5 @@ def _filled(path: str | Path, config: BackboneConfig, tensors: dict[str, Tensor]
     try:
         backbone.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the backbone it names ({error}); another version wrote it") from error
+        raise InputError(f"{path} does not fit the backbone it names ({error}); another version wrote it") from error
     return backbone.eval()

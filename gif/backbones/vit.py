@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from gif.errors import InputError
+
 
 def vision_transformer(model: str, embedding_size: int, channels: int, image_size: int) -> nn.Module:
     """timm's ``model`` with fresh weights, whose last layer gives the embedding.
@@ -16,11 +18,11 @@ def vision_transformer(model: str, embedding_size: int, channels: int, image_siz
 
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"{model.split('_patch')[0]}*")[:5]) or "timm.list_models('vit*')"
-        raise ValueError(f"timm has no model {model!r}; there are {near}")
+        raise InputError(f"timm has no model {model!r}; there are {near}")
     try:
         network: nn.Module = timm.create_model(
             model, pretrained=False, num_classes=embedding_size, img_size=image_size, in_chans=channels
         )
     except TypeError as error:
-        raise ValueError(f"{model} cannot be built for an image size ({error}); name a vision transformer") from error
+        raise InputError(f"{model} cannot be built for an image size ({error}); name a vision transformer") from error
     return network

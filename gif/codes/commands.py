@@ -10,6 +10,7 @@ from rich.table import Table
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
+from gif.errors import InputError
 from gif.files import atomic_path
 from gif.progress import console, say
 from gif.vectors.store import CodeVectors
@@ -44,7 +45,7 @@ def export_codes(codes: Path, output: Path) -> None:
         output: a NumPy array of uint8 (.npy), or text with a header (.csv).
     """
     if output.suffix not in EXPORT_FORMATS:
-        raise ValueError(f"--output must end in {' or '.join(EXPORT_FORMATS)}, got {output}")
+        raise InputError(f"--output must end in {' or '.join(EXPORT_FORMATS)}, got {output}")
     table = IdentityCodes.load(codes)
     tokens = table.codes.cpu().numpy()
     with atomic_path(output) as temporary:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gif.codes.balanced import node_seeds, rank_in_group, uniforms
+from gif.errors import InputError
 from gif_kernels import checks
 from gif_kernels.sphere import unit
 
@@ -62,7 +63,7 @@ def _checked_rows(vectors: Tensor, others: Sequence[Tensor]) -> Tensor:
     checks.floating("vectors", vectors, ("n", width))
     rows = unit(vectors.detach().float())
     if not bool(rows.any(1).all()):
-        raise ValueError("vectors hold a row of zeros, which has no direction; drop that identity or its images")
+        raise InputError("vectors hold a row of zeros, which has no direction; drop that identity or its images")
     return rows
 
 

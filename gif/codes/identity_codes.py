@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gif.codes.extend import place_newcomers
 from gif.codes.segments import offsets_of
+from gif.errors import InputError
 from gif.files import load_tensors, save_tensors
 from gif_kernels import checks
 
@@ -70,7 +71,7 @@ class IdentityCodes:
         """
         tensors, metadata = load_tensors(path, format=FORMAT)
         if "codes" not in tensors or not metadata.get("vocab_size", "").isdecimal():
-            raise ValueError(f"{path} has no codes or no vocab_size; make it again with IdentityCodes.save")
+            raise InputError(f"{path} has no codes or no vocab_size; make it again with IdentityCodes.save")
         centroids = [tensors[_centroids(level)] for level in range(len(tensors)) if _centroids(level) in tensors]
         return cls(
             tensors["codes"],
@@ -101,7 +102,7 @@ class IdentityCodes:
     def decode(self, codes: Tensor) -> Tensor:
         """Identities (n,) int64 that own ``codes`` (n, l), on the codes' device; -1 where no identity does."""
         if codes.ndim != 2 or codes.shape[1] != self.length:
-            raise ValueError(f"codes must have shape (n, {self.length}), got {tuple(codes.shape)}")
+            raise InputError(f"codes must have shape (n, {self.length}), got {tuple(codes.shape)}")
         tokens = codes.to(self.codes.device).long()
         wanted = self._keys(tokens)
         place = torch.zeros_like(wanted)  # of codes that are smaller: a binary search, so that no keys need be kept
@@ -152,12 +153,12 @@ class IdentityCodes:
         direction, or fewer than n codes are free.
         """
         if not self.centroids and self.length > 1:
-            raise ValueError(
+            raise InputError(
                 "these codes have no centroids to find the newcomers' place by; make them with gif.tokenize and its "
                 "default centroid_levels"
             )
         if len(vectors) > self.free:
-            raise ValueError(
+            raise InputError(
                 f"{len(vectors)} newcomers, but only {self.free} of {self.vocab_size}^{self.length} codes are free: "
                 "the tree is full; make new codes with a larger length or vocab_size (gif.tokenize with slack)"
             )
@@ -204,7 +205,7 @@ class IdentityCodes:
         same = (keys[1:] == keys[:-1]).nonzero()
         if len(same):
             first, second = identities[same[0, 0] :][:2].tolist()
-            raise ValueError(
+            raise InputError(
                 f"identities {first} and {second} share the code {self.codes[first].tolist()} ({len(same)} are not "
                 "distinct), wanted one for each; make them with gif.tokenize"
             )
@@ -214,14 +215,14 @@ class IdentityCodes:
             prefixes = keys // self.vocab_size ** (self.length - 1 - level)
             nodes = 1 + int((prefixes[1:] != prefixes[:-1]).sum())
             if level >= self.length or rows.ndim != 2 or len(rows) != nodes or not rows.is_floating_point():
-                raise ValueError(
+                raise InputError(
                     f"centroids of level {level} must be ({nodes}, d) floating point, got {tuple(rows.shape)} "
                     f"{rows.dtype}; give the centroids that came with these codes, or none"
                 )
 
     def _check_directions(self) -> None:
         if self.directions is not None and self.directions.shape[:-1] != (self.length, self.vocab_size):
-            raise ValueError(
+            raise InputError(
                 f"directions must be ({self.length}, {self.vocab_size}, d), got {tuple(self.directions.shape)}; give "
                 "those that came with these codes, or none"
             )
@@ -234,7 +235,7 @@ def code_length(m: int, vocab_size: int, slack: float = 0.0) -> int:
     """
     _check_vocab_size(vocab_size)
     if m < 1 or not 0 <= slack < float("inf"):
-        raise ValueError(f"wanted at least one identity and a finite slack >= 0, got m = {m}, slack = {slack}")
+        raise InputError(f"wanted at least one identity and a finite slack >= 0, got m = {m}, slack = {slack}")
     wanted = m * (1 + Fraction(repr(float(slack))))
     length = 1
     while vocab_size**length < wanted:
@@ -245,14 +246,14 @@ def code_length(m: int, vocab_size: int, slack: float = 0.0) -> int:
 def check_code_space(vocab_size: int, length: int) -> None:
     """Raise ValueError unless a code of ``length`` tokens fits int64 as a number in base ``vocab_size``."""
     if vocab_size**length > _LARGEST_KEY:
-        raise ValueError(
+        raise InputError(
             f"codes of {length} tokens of {vocab_size} pass 2^63; take fewer tokens or a smaller vocabulary"
         )
 
 
 def _check_vocab_size(vocab_size: int) -> None:
     if not isinstance(vocab_size, int) or not 2 <= vocab_size <= LARGEST_VOCAB:
-        raise ValueError(f"vocab_size must be an integer in [2, {LARGEST_VOCAB}], got {vocab_size}")
+        raise InputError(f"vocab_size must be an integer in [2, {LARGEST_VOCAB}], got {vocab_size}")
 
 
 def _index_dtype(m: int) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gif.codes.balanced import Nodes, kmeans, node_seeds
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.segments import ancestors, tree_sums
+from gif.errors import InputError
 from gif.vectors.quality import SAMPLE, sample_rows
 from gif.vectors.store import CodeVectors
 from gif_kernels import max_cosine
@@ -117,7 +118,7 @@ def linear_probe(codes: IdentityCodes, vectors: CodeVectors | Tensor, *, seed: i
 def _checked_table(codes: IdentityCodes, vectors: CodeVectors | Tensor) -> Tensor:
     table = vectors.table if isinstance(vectors, CodeVectors) else vectors
     if table.ndim != 2 or len(table) != len(codes):
-        raise ValueError(f"vectors must be ({len(codes)}, d), one a code, got {tuple(table.shape)}")
+        raise InputError(f"vectors must be ({len(codes)}, d), one a code, got {tuple(table.shape)}")
     return table
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gif.codes.identity_codes import LARGEST_VOCAB, IdentityCodes, check_code_space, code_length
 from gif.codes.tree import ALIGNMENTS, Alignment, Cutting, root
+from gif.errors import InputError
 from gif.progress import progress
 from gif.resume import UnfinishedWork
 from gif.vectors.store import CodeVectors
@@ -65,11 +66,11 @@ def tokenize(
     checks.floating("vectors", table, ("m", "d"), finite=False)
     checks.choice("alignment", alignment, ALIGNMENTS)
     if not (capacity_factor >= 1 and iterations >= 0):
-        raise ValueError(f"wanted capacity_factor >= 1 and iterations >= 0, got {capacity_factor} and {iterations}")
+        raise InputError(f"wanted capacity_factor >= 1 and iterations >= 0, got {capacity_factor} and {iterations}")
     length = _checked_length(len(table), vocab_size, length, slack)
     centroid_levels = length - 1 if centroid_levels is None else centroid_levels
     if not 0 <= centroid_levels < length:
-        raise ValueError(f"centroid_levels must lie in [0, {length}), the tokens of a code, got {centroid_levels}")
+        raise InputError(f"centroid_levels must lie in [0, {length}), the tokens of a code, got {centroid_levels}")
     table = table.detach()
     _check_directions(table)
 
@@ -121,7 +122,7 @@ def _checked_length(m: int, vocab_size: int, length: int | None, slack: float) -
     if length < shortest:
         fits = (v for v in range(vocab_size + 1, LARGEST_VOCAB + 1) if code_length(m, v, slack) <= length)
         larger = next((f" or vocab_size >= {v}" for v in fits), "")
-        raise ValueError(
+        raise InputError(
             f"{m} identities with slack {slack} do not fit in codes of {length} tokens of {vocab_size}; "
             f"take length >= {shortest}{larger}"
         )
@@ -133,6 +134,6 @@ def _check_directions(table: Tensor) -> None:
     for rows in table.split(_ROWS_A_BLOCK):
         norm = torch.linalg.vector_norm(rows.float(), dim=1)
         if not bool((norm.isfinite() & (norm > 0)).all()):
-            raise ValueError(
+            raise InputError(
                 "vectors hold NaN, infinity or a row of zeros; check the encoder and the images it was given"
             )

@@ -23,6 +23,7 @@ from gif.data.listing import IDENTITIES, PROPERTY, Property
 from gif.data.loading import NAMES, find_data
 from gif.data.pairs import read_pairs, write_bin
 from gif.data.records import LARGEST_LABEL, pack_record
+from gif.errors import InputError
 from gif.files import fsync, write_text
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork
@@ -62,11 +63,11 @@ def convert(
         say(f"wrote {len(named):,} pairs to {output}")
         return
     if output.suffix in (".rec", ".idx", ".tar", ".bin"):
-        raise ValueError(f"--output {output} looks like a file; give a folder, and say what goes into it with --to")
+        raise InputError(f"--output {output} looks like a file; give a folder, and say what goes into it with --to")
     if shard_size < 1:
-        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        raise InputError(f"shard_size must be at least 1, got {shard_size}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not empty; give another --output")
+        raise InputError(f"{output} exists and is not empty; give another --output")
     found = PngImages.of(NAMES[input]()) if input in NAMES else find_data(input)
     staging = output.with_name(f".{output.name}.partial")
     written, broken = _write(found, staging, to, shard_size, on_broken)
@@ -147,7 +148,7 @@ def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broke
             raise
     written = int(counts.sum())
     if not written:
-        raise ValueError(f"not one of {done:,} images is a JPEG, PNG or WebP; check the input")
+        raise InputError(f"not one of {done:,} images is a JPEG, PNG or WebP; check the input")
     writer.finish(counts)
     work.remove()
     return written, done - written
@@ -189,7 +190,7 @@ def _writer(to: Format, folder: Path, names: list[str], shard_size: int) -> _Wri
         return _RecordWriter(folder, names)
     if to == "tar":
         return _ShardWriter(folder, names, shard_size)
-    raise ValueError(f"to must be 'folder', 'rec' or 'tar', got {to!r}")
+    raise InputError(f"to must be 'folder', 'rec' or 'tar', got {to!r}")
 
 
 class _FolderWriter(_Writer):
@@ -198,7 +199,7 @@ class _FolderWriter(_Writer):
     def resume(self, written: int, *sizes: int) -> None:
         for name in self._names:
             if "\0" in name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
-                raise ValueError(f"identity {name!r} cannot name a folder; convert to rec or tar")
+                raise InputError(f"identity {name!r} cannot name a folder; convert to rec or tar")
         self._written = written
 
     def add(self, image: bytes, ending: str, label: int) -> None:
@@ -220,7 +221,7 @@ class _RecordWriter(_Writer):
 
     def resume(self, written: int, *sizes: int) -> None:
         if len(self._names) > LARGEST_LABEL:
-            raise ValueError(f"labels are float32, exact to 2^24, and {len(self._names):,} identities; convert to tar")
+            raise InputError(f"labels are float32, exact to 2^24, and {len(self._names):,} identities; convert to tar")
         self._records = _grow(self._folder / "train.rec", sizes[0])
         self._index = _grow(self._folder / "train.idx", sizes[1])
         self._key = written + 1

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gif.errors import MissingFileError
+
 FONT_FOLDER = Path("/usr/share/fonts")
 
 
@@ -69,7 +71,7 @@ def find_fonts(families: Sequence[Family], folder: str | Path = FONT_FOLDER) -> 
     ]
     if missing:
         present = [package for package in packages if package not in missing]
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"fonts are missing below {folder}: found those of {', '.join(present) or 'none'} of the {len(packages)} "
             f"Debian packages. Install the others: sudo apt-get install {' '.join(missing)}"
         )

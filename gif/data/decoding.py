@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from gif.errors import InputError
+
 Fit = Literal["squash", "crop", "exact"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -41,9 +43,9 @@ class ImageDecoder:
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3):
-            raise ValueError(f"wanted size >= 1 and 1 or 3 channels, got {self.size} and {self.channels}")
+            raise InputError(f"wanted size >= 1 and 1 or 3 channels, got {self.size} and {self.channels}")
         if self.fit not in ("squash", "crop", "exact"):
-            raise ValueError(f"fit must be 'squash', 'crop' or 'exact', got {self.fit!r}")
+            raise InputError(f"fit must be 'squash', 'crop' or 'exact', got {self.fit!r}")
 
     def __call__(self, encoded: bytes) -> Tensor:
         """Pixels (channels, size, size) uint8. Raises BrokenImageError."""

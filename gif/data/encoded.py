@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
 from gif.data.images import IdentityDataset
+from gif.errors import InputError
 
 BrokenPolicy = Literal["skip", "raise"]
 ALL_BROKEN = 8  # images, none of which can be read: then it is not the images
@@ -72,7 +73,7 @@ class EncodedImages(IdentityDataset):
     ) -> None:
         super().__init__(labels, names, rows, len(source))
         if on_broken not in ("skip", "raise"):
-            raise ValueError(f"on_broken must be 'skip' or 'raise', got {on_broken!r}")
+            raise InputError(f"on_broken must be 'skip' or 'raise', got {on_broken!r}")
         self.source, self.decoder, self.on_broken = source, decoder, on_broken
         # A flag an image needs no lock: whoever finds it broken writes the same byte.
         self._notes = torch.zeros(len(source), dtype=torch.bool).share_memory_() if notes is None else notes
@@ -134,7 +135,7 @@ class EncodedImages(IdentityDataset):
             except BrokenImageError as error:
                 reason = error
         if reason:
-            raise ValueError(f"none of {min(ALL_BROKEN, len(self))} images that were tried can be decoded; {reason}")
+            raise InputError(f"none of {min(ALL_BROKEN, len(self))} images that were tried can be decoded; {reason}")
 
 
 def broken_report(data: IdentityDataset) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from gif.data.decoding import SUFFIXES
 from gif.data.encoded import Labelled
 from gif.data.stored import PackedStrings
+from gif.errors import InputError
 
 
 class FolderImages:
@@ -53,14 +54,14 @@ def read_folder(path: str | Path) -> Labelled:
     def files() -> Iterator[str]:
         for name, images in _identities(root):
             if name == ".":
-                raise ValueError(f"images lie directly in {root} ({images[0]}, ...); give each identity its own folder")
+                raise InputError(f"images lie directly in {root} ({images[0]}, ...); give each identity its own folder")
             names.append(name)
             counts.append(len(images))
             yield from (f"{name}/{image}" for image in images)
 
     source = FolderImages(root, PackedStrings.pack(files()))
     if not names:
-        raise ValueError(f"no folder below {root} holds images ({', '.join(SUFFIXES)}); wanted one folder an identity")
+        raise InputError(f"no folder below {root} holds images ({', '.join(SUFFIXES)}); wanted one folder an identity")
     return Labelled(source, torch.arange(len(names)).repeat_interleave(torch.tensor(counts)), names)
 
 

@@ -23,6 +23,7 @@ from gif.data.cache import cache_folder, checksum
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, distinct
+from gif.errors import InputError
 from gif.files import load_tensors, save_tensors
 from gif.progress import progress, say
 
@@ -70,11 +71,11 @@ def all_glyphs(*, size: int = 32, min_fonts: int = 4, cache_dir: str | Path | No
     Raises ValueError where an argument is out of range.
     """
     if size not in SIZES:
-        raise ValueError(f"size is {size}; give whole pixels from {SIZES[0]} to {SIZES[-1]}")
+        raise InputError(f"size is {size}; give whole pixels from {SIZES[0]} to {SIZES[-1]}")
     fonts = {path: _characters(path) for path in _font_files()}
     counts = Counter(character for characters in fonts.values() for character in characters)
     if not 2 <= min_fonts <= max(counts.values()):
-        raise ValueError(
+        raise InputError(
             f"min_fonts is {min_fonts}; give a number from 2 to {max(counts.values())}, the most any character is in"
         )
     fonts = {path: [c for c in characters if counts[c] >= min_fonts] for path, characters in fonts.items()}

@@ -31,6 +31,7 @@ from gif.data.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, Integers, distinct
+from gif.errors import InputError
 from gif.files import allocate_tensors, atomic_path, fsync, locate_tensor, map_tensor
 from gif.progress import progress, say
 
@@ -100,9 +101,9 @@ def all_glyphs_80k(
     OSError where the disk is full.
     """
     if size not in SIZES:
-        raise ValueError(f"size is {size}; give 32 or 64")
+        raise InputError(f"size is {size}; give 32 or 64")
     if not 2 <= min_families <= len(families):
-        raise ValueError(f"min_families is {min_families}; give a number from 2 to {len(families)}, all there are")
+        raise InputError(f"min_families is {min_families}; give a number from 2 to {len(families)}, all there are")
     folder = cache_folder(cache_dir)
     digest = hashlib.sha256(repr(tuple(families)).encode()).hexdigest()[:8]
     path, judged = (folder / f"glyphs-80k-{pixels}-{min_families}-{digest}.safetensors" for pixels in (size, SIZES[0]))
@@ -156,7 +157,7 @@ class _Drawings:
         counts = Counter(character for _, _, characters in sources for character in characters)
         kept = [[ord(c) for c in characters if counts[c] >= min_families] for _, _, characters in sources]
         if not any(kept):
-            raise ValueError(f"no character is in {min_families} families; lower min_families")
+            raise InputError(f"no character is in {min_families} families; lower min_families")
         lengths = [len(characters) for characters in kept]
         digest = hashlib.sha256()
         for _, path, _ in sources:
@@ -228,7 +229,7 @@ def _render_again(path: Path, judged: Path, drawings: _Drawings, size: int, work
     """Draw in another size what ``judged`` holds, and write that with its labels and names."""
     metadata = locate_tensor(judged, "images", format=FORMAT).metadata
     if metadata["fonts"] != drawings.fonts:
-        raise ValueError(f"{judged} was rendered from other versions of the fonts; remove it to render both sizes anew")
+        raise InputError(f"{judged} was rendered from other versions of the fonts; remove it to render both sizes anew")
     labels, kept = (map_tensor(judged, name, format=FORMAT) for name in ("labels", "drawings"))
     partial = _partial(path)
     images = _draw(partial, drawings[kept.numpy()], size, workers)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gif.errors import InputError
+
 
 class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Images with the identity each shows, wherever they are: what training, encoding and evaluation read.
@@ -32,7 +34,7 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def __init__(self, labels: Tensor, names: Sequence[str], rows: Tensor | None, stored: int) -> None:
         rows = torch.arange(stored) if rows is None else rows.long()
         if labels.shape != rows.shape:
-            raise ValueError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
+            raise InputError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
         _check_range("labels", labels, len(names), "number the identities from 0")
         _check_range("rows", rows, stored, "name images that there are")
         self._rows = rows
@@ -99,7 +101,7 @@ class IdentityImages(IdentityDataset):
 
     def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
-            raise ValueError(f"images must be (n, c, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
+            raise InputError(f"images must be (n, c, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
         super().__init__(labels, names, rows, len(images))
         self._images = images
 
@@ -156,7 +158,7 @@ def split_identities(data: Data, held_out: float, seed: int) -> tuple[Data, Data
     check_held_out(held_out)
     number = held_out if isinstance(held_out, int) else round(held_out * data.num_identities)
     if not 2 <= number <= data.num_identities - 2:
-        raise ValueError(
+        raise InputError(
             f"held_out is {held_out}, {number} of {data.num_identities} identities; both parts need at least 2"
         )
     order = torch.randperm(data.num_identities, generator=torch.Generator().manual_seed(seed))
@@ -166,11 +168,11 @@ def split_identities(data: Data, held_out: float, seed: int) -> tuple[Data, Data
 def check_held_out(held_out: float) -> None:
     """Raise ValueError unless ``held_out`` is a fraction in (0, 1) or a whole number from 2."""
     if not (held_out >= 2 if isinstance(held_out, int) else 0 < held_out < 1):
-        raise ValueError(
+        raise InputError(
             f"held_out is {held_out}; give a fraction of the identities between 0 and 1, such as 0.2, or how many"
         )
 
 
 def _check_range(what: str, values: Tensor, end: int, advice: str) -> None:
     if len(values) and not (int(values.min()) >= 0 and int(values.max()) < end):
-        raise ValueError(f"{what} must lie in [0, {end}), got [{int(values.min())}, {int(values.max())}]; {advice}")
+        raise InputError(f"{what} must lie in [0, {end}), got [{int(values.min())}, {int(values.max())}]; {advice}")

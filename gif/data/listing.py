@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gif.errors import InputError
 from gif.files import existing_file, write_text
 
 PROPERTY = "property"
@@ -26,9 +27,9 @@ class Property:
         try:
             identities, height, width = map(int, text.split(","))
         except ValueError as error:
-            raise ValueError(f"{path} holds {text[:80]!r}, wanted 'identities,height,width'") from error
+            raise InputError(f"{path} holds {text[:80]!r}, wanted 'identities,height,width'") from error
         if min(identities, height, width) < 1:
-            raise ValueError(f"{path} holds {text[:80]!r}, wanted positive numbers")
+            raise InputError(f"{path} holds {text[:80]!r}, wanted positive numbers")
         return cls(identities, height, width)
 
     def write(self, path: str | Path) -> None:
@@ -46,5 +47,5 @@ def read_names(folder: Path, numbers: list[int]) -> list[str]:
     names = path.read_text(encoding="utf-8").split("\n")
     names = names[:-1] if names[-1] == "" else names
     if numbers and max(numbers) >= len(names):
-        raise ValueError(f"{path} names {len(names)} identities, none of them {max(numbers)}; remove or correct it")
+        raise InputError(f"{path} names {len(names)} identities, none of them {max(numbers)}; remove or correct it")
     return [names[number] for number in numbers]

@@ -16,6 +16,7 @@ from gif.data.glyphs_80k import all_glyphs_80k
 from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.records import read_records
 from gif.data.shards import read_shards
+from gif.errors import InputError
 
 HELD_OUT = 0.2  # of the identities
 NAMES: dict[str, Callable[[], IdentityImages]] = {
@@ -89,7 +90,7 @@ def find_data(path: str) -> Labelled:
     if place.suffix == ".tar":
         return read_shards(path)
     if not place.is_dir():
-        raise ValueError(f"unknown data set {path!r}; there are: {', '.join(NAMES)}, and paths of {_PATHS}")
+        raise InputError(f"unknown data set {path!r}; there are: {', '.join(NAMES)}, and paths of {_PATHS}")
     if (place / "train.rec").exists():
         return read_records(place / "train.rec")
     if any(place.glob("*.tar")):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gif.data.decoding import SUFFIXES, BrokenImageError, ImageDecoder
+from gif.errors import InputError
 from gif.files import atomic_path, existing_file
 from gif.progress import progress
 
@@ -53,22 +54,22 @@ def read_bin(path: str | Path) -> ImagePairs:
     try:
         content = _Unpickler(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle raises almost anything
-        raise ValueError(f"{path} is damaged, or no verification .bin file: {error}; copy or make it again") from error
+        raise InputError(f"{path} is damaged, or no verification .bin file: {error}; copy or make it again") from error
     if not (_is_sequence(content) and len(content) == 2 and all(map(_is_sequence, content))):
-        raise ValueError(f"{path} holds no two lists, images and truth values; give a verification .bin file")
+        raise InputError(f"{path} holds no two lists, images and truth values; give a verification .bin file")
     images, issame = content
     if len(images) != 2 * len(issame) or not len(issame):
-        raise ValueError(f"{path} has {len(images)} images and {len(issame)} truth values; wanted 2n and n > 0")
+        raise InputError(f"{path} has {len(images)} images and {len(issame)} truth values; wanted 2n and n > 0")
     encoded = []
     for place, image in enumerate(images):
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 1:
             image = image.tobytes()
         if not isinstance(image, bytes):
-            raise ValueError(f"{path}: image {place} is a {type(image).__name__}, wanted bytes or a uint8 array (k,)")
+            raise InputError(f"{path}: image {place} is a {type(image).__name__}, wanted bytes or a uint8 array (k,)")
         encoded.append(image)
     for place, same in enumerate(issame):
         if not isinstance(same, (bool, int, np.bool_, np.integer)) or same not in (0, 1):
-            raise ValueError(f"{path}: truth value {place} is {same!r}, wanted true or false")
+            raise InputError(f"{path}: truth value {place} is {same!r}, wanted true or false")
     return ImagePairs(encoded, torch.tensor([bool(same) for same in issame]))
 
 
@@ -147,11 +148,11 @@ def read_pairs(path: str | Path, root: Path) -> list[tuple[Path, Path, bool]]:
             case fields if number == 1 and all(field.isdecimal() for field in fields):
                 pass  # LFW's counts
             case _:
-                raise ValueError(
+                raise InputError(
                     f"{path}, line {number}: {line[:80]!r}; wanted 'file file 0|1', 'name i j' or 'name i other j'"
                 )
     if not pairs:
-        raise ValueError(f"{path} names no pair")
+        raise InputError(f"{path} names no pair")
     return pairs
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from gif.data.encoded import Labelled
 from gif.data.listing import PROPERTY, Property, read_names
 from gif.data.stored import MappedFile, cached_index, fingerprint
+from gif.errors import InputError
 from gif.progress import progress
 
 MAGIC = 0xCED7230A
@@ -102,7 +103,7 @@ def read_records(path: str | Path) -> Labelled:
     wrong = ((labels < 0) | (labels >= limit)).nonzero().flatten()
     if len(wrong):
         first = int(wrong[0])
-        raise ValueError(
+        raise InputError(
             f"{file.path}: {len(wrong)} of {len(labels)} labels lie outside [0, {limit}), first {int(labels[first])} "
             f"in the record at byte {int(found['offsets'][first])}; correct `property`, or make the file again"
         )
@@ -120,7 +121,7 @@ def read_record(file: MappedFile, offset: int) -> tuple[bytes, int]:
         magic, lrec = _PART.unpack(file.read(offset, _PART.size))
         kind, length = lrec >> _LENGTH_BITS, lrec & _LONGEST
         if magic != MAGIC or kind not in wanted:
-            raise ValueError(
+            raise InputError(
                 f"{file.path} holds no record at byte {offset:,} (magic {magic:#010x}, wanted {MAGIC:#010x}, part "
                 f"{kind}); it is damaged, or its .idx belongs to another file"
             )
@@ -129,7 +130,7 @@ def read_record(file: MappedFile, offset: int) -> tuple[bytes, int]:
         if kind in (_WHOLE, _LAST):
             data = _MAGIC_BYTES.join(parts)
             if len(data) < _HEADER.size:
-                raise ValueError(f"{file.path}: the record before byte {offset:,} has {len(data)} bytes; it is damaged")
+                raise InputError(f"{file.path}: the record before byte {offset:,} has {len(data)} bytes; it is damaged")
             return data, offset
         wanted = (_MIDDLE, _LAST)
 
@@ -137,7 +138,7 @@ def read_record(file: MappedFile, offset: int) -> tuple[bytes, int]:
 def _find_images(file: MappedFile, index: Sequence[MappedFile]) -> dict[str, Tensor]:
     """Offsets and labels (N,) int64 of the images, in the order of their keys."""
     if file.size == 0:
-        raise ValueError(f"{file.path} is empty; copy or make it again")
+        raise InputError(f"{file.path} is empty; copy or make it again")
     keys, offsets = _read_index(index[0], file) if index else _scan(file)
     flag, label, empty = (
         _parse(read_record(file, int(offsets[0]))[0]) if len(keys) and keys[0] == 0 else (0, 0.0, False)
@@ -150,7 +151,7 @@ def _find_images(file: MappedFile, index: Sequence[MappedFile]) -> dict[str, Ten
         heads = _heads(file, offsets)
         kept = (keys < end - slack) | ~heads["empty"]  # the true end lies within the rounding
         if (missing := max(end - slack, 1) - 1 - int((keys < end - slack).sum())) > 0:
-            raise ValueError(
+            raise InputError(
                 f"{index[0].path if index else file.path} lacks {missing} of {end - 1} images; make it again"
             )
     else:
@@ -159,10 +160,10 @@ def _find_images(file: MappedFile, index: Sequence[MappedFile]) -> dict[str, Ten
     labels = heads["label"][kept]
     offsets = offsets[kept]
     if not len(labels):
-        raise ValueError(f"{file.path} holds no image")
+        raise InputError(f"{file.path} holds no image")
     bad = np.flatnonzero(~(np.isfinite(labels) & (labels == np.floor(labels)) & (np.abs(labels) < LARGEST_LABEL)))
     if len(bad):
-        raise ValueError(
+        raise InputError(
             f"{file.path}: label {labels[bad[0]]} of the record at byte {offsets[bad[0]]:,} is no whole number below "
             "2^24, up to which float32 holds every one; keep so many identities in tar shards"
         )
@@ -177,16 +178,16 @@ def _read_index(index: MappedFile, file: MappedFile) -> tuple[NDArray[np.int64],
             numbers = np.fromfile(index.path, np.int64, sep=" ")
         keys, offsets = numbers.reshape(-1, 2).T
     except (ValueError, DeprecationWarning) as error:
-        raise ValueError(f"{index.path} is damaged ({error}); wanted a line 'key, tab, offset' a record") from error
+        raise InputError(f"{index.path} is damaged ({error}); wanted a line 'key, tab, offset' a record") from error
     if len(keys) and not (offsets.min() >= 0 and offsets.max() + _PART.size <= file.size):
-        raise ValueError(
+        raise InputError(
             f"{index.path} names byte {int(offsets.max()):,}, and {file.path} has {file.size:,}; it is truncated, or "
             "the two do not belong together: copy or make them again"
         )
     order = keys.argsort(kind="stable")
     keys, offsets = keys[order], offsets[order]
     if (keys[1:] == keys[:-1]).any():
-        raise ValueError(f"{index.path} has a key more than once; make it again")
+        raise InputError(f"{index.path} has a key more than once; make it again")
     return keys, offsets
 
 
@@ -248,7 +249,7 @@ def pack_record(image: bytes, key: int, labels: Sequence[float]) -> bytes:
         at = data.find(_MAGIC_BYTES, max(at + 1, begin))
     parts.append(data[begin:])
     if max(map(len, parts)) > _LONGEST:
-        raise ValueError(f"an image has {len(image):,} bytes, and a record holds at most {_LONGEST:,}")
+        raise InputError(f"an image has {len(image):,} bytes, and a record holds at most {_LONGEST:,}")
     kinds = [_WHOLE] if len(parts) == 1 else [_FIRST, *[_MIDDLE] * (len(parts) - 2), _LAST]
     return b"".join(
         _PART.pack(MAGIC, kind << _LENGTH_BITS | len(part)) + part + bytes(-len(part) % _ALIGNMENT)

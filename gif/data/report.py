@@ -12,6 +12,7 @@ from rich.table import Table
 from gif.data.glyphs import all_glyphs
 from gif.data.glyphs_80k import all_glyphs_80k
 from gif.data.images import IdentityDataset, IdentityImages
+from gif.errors import InputError
 from gif.plotting import COLORS, figure, save_figure
 from gif.progress import console, say
 
@@ -45,7 +46,7 @@ def glyph_report(
     """
     if fonts == "matplotlib":
         if font_folder is not None or workers is not None:
-            raise ValueError("font_folder and workers are options of --fonts debian; leave them out")
+            raise InputError("font_folder and workers are options of --fonts debian; leave them out")
         data = all_glyphs(size=size, cache_dir=cache_dir, **_given(min_fonts=min_families))
     else:
         options = _given(min_families=min_families, font_folder=font_folder, workers=workers)

@@ -19,6 +19,7 @@ from gif.data.decoding import SUFFIXES
 from gif.data.encoded import Labelled
 from gif.data.listing import IDENTITIES, read_names
 from gif.data.stored import MappedFile, PackedStrings, cached_index, fingerprint
+from gif.errors import InputError, MissingFileError
 from gif.progress import progress
 
 INDEX_FORMAT = "gif.shard_index/1"
@@ -61,7 +62,7 @@ def find_shards(pattern: str) -> list[Path]:
     paths = [Path(path) for name in names for path in (sorted(glob(name)) if "*" in name else [name])]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing)} of {len(paths)} shards are missing, first {missing[0]}; check the range"
             if missing
             else f"no file is named {pattern}; wanted tar shards"
@@ -117,7 +118,7 @@ def _find_images(files: list[MappedFile]) -> dict[str, Tensor]:
             advance(1)
     identities = [name for shard in shards for name in shard.identities]
     if not identities:
-        raise ValueError(f"{files[0].path} and the {len(files) - 1} other shards hold no image")
+        raise InputError(f"{files[0].path} and the {len(files) - 1} other shards hold no image")
     numeric = all(name.isdecimal() for name in set(identities))
     names = sorted(set(identities), key=int if numeric else None)
     numbers = {name: number for number, name in enumerate(names)}
@@ -144,12 +145,12 @@ def _read_shard(file: MappedFile) -> _Shard:
                     stem, _, kind = path.name.partition(".")
                     samples.setdefault(str(path.parent / stem), {})[kind.lower()] = (member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise ValueError(
+        raise InputError(
             f"{file.path} is damaged, or no plain tar file ({error}); copy, unpack or make it again"
         ) from error
     # where a header is damaged, tarfile stops as if the archive ended there
     if any(file.read(end, max(min(tarfile.BLOCKSIZE, file.size - end), 0))):
-        raise ValueError(f"{file.path} is damaged at byte {end:,}: it does not end there, nor does a file begin")
+        raise InputError(f"{file.path} is damaged at byte {end:,}: it does not end there, nor does a file begin")
     offsets, lengths, identities = [], [], []
     for key, kinds in samples.items():
         images = [kind for kind in kinds if f".{kind}" in SUFFIXES]
@@ -168,11 +169,11 @@ def _identity(file: MappedFile, key: str, kinds: dict[str, tuple[int, int]]) -> 
         elif "json" in kinds:
             identity = str(json.loads(file.read(*kinds["json"]))["label"]).strip()
         else:
-            raise ValueError("there is no .cls and no .json")
+            raise InputError("there is no .cls and no .json")
         if not identity:
-            raise ValueError("it is empty")
+            raise InputError("it is empty")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{file.path}: sample {key} has no label ({error}); wanted {key}.cls, or {key}.json with 'label'"
         ) from error
     return identity

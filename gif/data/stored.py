@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from gif.data.cache import cache_folder
+from gif.errors import InputError
 from gif.files import existing_file, load_tensors, save_tensors
 
 OPEN_FILES = 256  # of each process, so that thousands of shards do not use up its descriptors
@@ -42,7 +43,7 @@ class MappedFile:
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length). Raises ValueError where the file is shorter."""
         if offset + length > self.size:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} is truncated: {self.size:,} bytes, wanted {offset + length:,}; copy or make it again"
             )
         return _map(self)[offset : offset + length] if length else b""

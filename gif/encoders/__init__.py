@@ -13,6 +13,7 @@ from gif.encoders.clip import CLIPEncoder
 from gif.encoders.dino import DEFAULT_MODEL as _DINO_MODEL
 from gif.encoders.dino import DINOEncoder
 from gif.encoders.pixels import PixelEncoder
+from gif.errors import InputError
 
 __all__ = ["CLIPEncoder", "DINOEncoder", "Encoder", "PixelEncoder", "Precision", "make_encoder"]
 
@@ -44,9 +45,9 @@ def make_encoder(
     if name == "dino":
         return DINOEncoder(model or _DINO_MODEL, weights, device=device or "cpu", precision=precision)
     if name != "pixels":
-        raise ValueError(f"no encoder {name!r}; wanted 'clip', 'dino' or 'pixels'")
+        raise InputError(f"no encoder {name!r}; wanted 'clip', 'dino' or 'pixels'")
     if weights is not None or model is not None or precision != "fp32":
-        raise ValueError(
+        raise InputError(
             "the encoder 'pixels' has no weights, no model and no precision; leave them out, or take 'clip' or 'dino'"
         )
     return PixelEncoder(width)

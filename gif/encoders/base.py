@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from gif.errors import InputError
+
 Precision = Literal["fp32", "bf16"]
 _REASON_CHARACTERS = 300  # of a library's message, which may list every weight
 
@@ -39,7 +41,7 @@ class Encoder(Protocol):
 def check_images(images: Tensor) -> None:
     """Raise ValueError unless ``images`` is (n, 1 or 3, h, w) uint8."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        raise ValueError(f"images must be (n, 1 or 3, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
+        raise InputError(f"images must be (n, 1 or 3, h, w) uint8, got {tuple(images.shape)} {images.dtype}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class NetworkEncoder:
         precision: Precision = "fp32",
     ) -> None:
         if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+            raise InputError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
         self.name = name if precision == "fp32" else f"{name} {precision}"
         self.device = torch.device(device)
         self._autocast = precision == "bf16"
@@ -140,6 +142,6 @@ def loading(what: str, file: Path | None) -> Iterator[None]:
                 f"cannot load {what} from its hub; check the network, or download the weights elsewhere and give the "
                 f"path of the file ({reason})"
             ) from error
-        raise ValueError(
+        raise InputError(
             f"{file} does not hold the weights of {what}; give the file or the model that belongs to it ({reason})"
         ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
+from gif.errors import InputError, MissingFileError
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_WEIGHTS = "openai"
@@ -39,11 +40,11 @@ class CLIPEncoder(NetworkEncoder):
         import open_clip  # here, since it takes seconds that most commands need not wait
 
         if model not in open_clip.list_models():
-            raise ValueError(f"no CLIP model {model}; open_clip.list_models() names them")
+            raise InputError(f"no CLIP model {model}; open_clip.list_models() names them")
         tag = open_clip.get_pretrained_cfg(model, str(pretrained))
         file = None if tag else Path(pretrained)
         if file is not None and not file.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no weight file {file}, and {model} has no tag of that name; give the path of its weights, or one of "
                 f"the tags {', '.join(open_clip.list_pretrained_tags_by_model(model)) or '(it has none)'}"
             )
@@ -67,7 +68,7 @@ class CLIPEncoder(NetworkEncoder):
 
 def _preprocessing(config: dict) -> Preprocessing:
     if config["resize_mode"] not in ("shortest", "squash"):
-        raise ValueError(f"resize mode {config['resize_mode']!r} is not supported; give a model without padding")
+        raise InputError(f"resize mode {config['resize_mode']!r} is not supported; give a model without padding")
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     return Preprocessing(

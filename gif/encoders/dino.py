@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
+from gif.errors import InputError, MissingFileError
 
 DEFAULT_MODEL = "vit_base_patch16_224.dino"
 
@@ -36,10 +37,10 @@ class DINOEncoder(NetworkEncoder):
         import timm  # here, since it takes seconds that most commands need not wait
 
         if not timm.is_model(model):
-            raise ValueError(f"no timm model {model}; timm.list_models(pretrained=True) names them")
+            raise InputError(f"no timm model {model}; timm.list_models(pretrained=True) names them")
         file = None if weights is None else Path(weights)
         if file is not None and not file.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no weight file {file}; give the path of the weights of {model}, or none to fetch them from the hub"
             )
         with loading(f"timm {model}", file):
@@ -67,7 +68,7 @@ def _without_classifier(model: str, file: Path) -> dict[str, torch.Tensor]:
 
 def _preprocessing(config: dict) -> Preprocessing:
     if config["crop_mode"] not in ("center", "squash"):
-        raise ValueError(f"crop mode {config['crop_mode']!r} is not supported; give a model without padding")
+        raise InputError(f"crop mode {config['crop_mode']!r} is not supported; give a model without padding")
     height, width = config["input_size"][1:]
     return Preprocessing(
         resize=(math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])),

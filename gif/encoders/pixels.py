@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from gif.encoders.base import check_images
+from gif.errors import InputError
 
 SIDE = 32  # pixels of the small image whose grey levels are the features
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
@@ -30,7 +31,7 @@ class PixelEncoder:
 
     def __init__(self, width: int = 128) -> None:
         if not 1 <= width <= SIDE**2:
-            raise ValueError(f"width must lie in [1, {SIDE**2}], the pixels of a {SIDE} x {SIDE} image, got {width}")
+            raise InputError(f"width must lie in [1, {SIDE**2}], the pixels of a {SIDE} x {SIDE} image, got {width}")
         self.name = "pixels"
         self.embedding_size = width
 
@@ -72,7 +73,7 @@ class PixelEncoder:
         mean_variance = covariance.diagonal().mean()
         rounding = torch.finfo(means.dtype).eps * center.abs().max()
         if not mean_variance > rounding**2:
-            raise ValueError(
+            raise InputError(
                 f"the mean images of the {m} identities are all the same (or black), so nothing tells them apart; "
                 "check the images and labels"
             )

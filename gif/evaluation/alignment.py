@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gif.errors import InputError
+
 SIZE = 112
 FIVE_POINTS = torch.tensor(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]],
@@ -28,7 +30,7 @@ def align_face(image: Tensor, landmarks: Tensor) -> Tensor:
     """
     if image.ndim != 3 or image.dtype != torch.uint8 or landmarks.shape != FIVE_POINTS.shape:
         wanted = "wanted an image (c, h, w) uint8 and landmarks (5, 2)"
-        raise ValueError(f"{wanted}, got {tuple(image.shape)} {image.dtype} and {tuple(landmarks.shape)}")
+        raise InputError(f"{wanted}, got {tuple(image.shape)} {image.dtype} and {tuple(landmarks.shape)}")
     factor, shift = _similarity(landmarks)
     axis = torch.arange(SIZE, dtype=torch.float64)
     place = (torch.complex(*torch.meshgrid(axis, axis, indexing="xy")) - shift) / factor  # in the image, x + iy
@@ -44,6 +46,6 @@ def _similarity(landmarks: Tensor) -> tuple[Tensor, Tensor]:
     centered = source - source.mean()
     spread = centered.abs().square().sum()
     if not spread > 0:
-        raise ValueError(f"the landmarks {landmarks.tolist()} coincide or are NaN; leave that image out")
+        raise InputError(f"the landmarks {landmarks.tolist()} coincide or are NaN; leave that image out")
     factor = (centered.conj() * (target - target.mean())).sum() / spread
     return factor, target.mean() - factor * source.mean()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from gif.data import IdentityDataset, ImageDecoder, ImagePairs, read_bin
+from gif.errors import InputError, MissingFileError
 from gif.evaluation.alignment import SIZE
 from gif.evaluation.curves import Verified
 from gif.evaluation.embedding import Embedder, ReadableImages
@@ -79,15 +80,15 @@ class PairFiles(Benchmark):
         self.pairs: dict[str, ImagePairs] = {}
         for path in _bin_files(paths):
             if path.stem in self.pairs:
-                raise ValueError(f"two files are called {path.name}; rename one, for results go by the name")
+                raise InputError(f"two files are called {path.name}; rename one, for results go by the name")
             pairs = read_bin(path)
             if len(pairs.issame) < FOLDS:
-                raise ValueError(f"{path} has {len(pairs.issame)} pairs, fewer than the {FOLDS} folds of the protocol")
+                raise InputError(f"{path} has {len(pairs.issame)} pairs, fewer than the {FOLDS} folds of the protocol")
             try:
                 require_both(int(pairs.issame.sum()), int((~pairs.issame).sum()))
                 pairs.image(0, decoder)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise InputError(f"{path}: {error}") from error
             self.pairs[path.stem] = pairs
 
     def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
@@ -117,7 +118,7 @@ class IjbFolders(Benchmark):
 
     def __init__(self, folders: Paths, decoder: ImageDecoder) -> None:
         if (decoder.size, decoder.channels) != (SIZE, CHANNELS):
-            raise ValueError(
+            raise InputError(
                 f"IJB's faces are aligned to {SIZE} x {SIZE} in {CHANNELS} channels, and the backbone takes "
                 f"{decoder.size} x {decoder.size} in {decoder.channels}; give a backbone for aligned faces"
             )
@@ -125,7 +126,7 @@ class IjbFolders(Benchmark):
         for folder in _listed(folders):
             for ijb in Ijb.find(folder):
                 if TITLES[ijb.name] in self.benchmarks:
-                    raise ValueError(f"{folder} holds {TITLES[ijb.name]} once more; give each once")
+                    raise InputError(f"{folder} holds {TITLES[ijb.name]} once more; give each once")
                 ijb.check()
                 self.benchmarks[TITLES[ijb.name]] = ijb
 
@@ -160,7 +161,7 @@ class HeldOutIdentities(Benchmark):
 
     def __init__(self, images: IdentityDataset) -> None:
         if images.num_identities < 2:
-            raise ValueError(
+            raise InputError(
                 f"{images.num_identities} identities are held out, wanted 2 or more; set held_out to their share of "
                 "the data set, or to 1 to judge all of it"
             )
@@ -207,6 +208,6 @@ def _bin_files(paths: Paths) -> list[Path]:
             continue
         found = sorted(path.glob("*.bin"))
         if not found:
-            raise FileNotFoundError(f"no .bin file in {path}; give verification .bin files, or a folder of them")
+            raise MissingFileError(f"no .bin file in {path}; give verification .bin files, or a folder of them")
         files += found
     return files

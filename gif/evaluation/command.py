@@ -10,6 +10,7 @@ from typing import Any
 from gif.backbones import load_backbone
 from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, broken_report, load_data
 from gif.distributed import process_group, rank
+from gif.errors import InputError
 from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, Outcome, PairFiles
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
@@ -50,7 +51,7 @@ def evaluate(
         device: where to compute, "cpu" or "cuda".
     """
     if data is None and not pairs and not ijb:
-        raise ValueError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
+        raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
     network, config = load_backbone(model)
     decoder = ImageDecoder(config.image_size, config.channels)
     with process_group(device) as own:

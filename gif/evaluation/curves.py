@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gif.errors import InputError
 from gif.evaluation.identification import Identification
 from gif.evaluation.open_set import Judgement
 from gif.evaluation.templates import TemplateVerification
@@ -70,7 +71,7 @@ def _draw(curves: Mapping[str, Roc], legend: Mapping[str, float], *, missed: boo
     Where ``missed`` it is 1 - tpr, which lies on the axis where it is 0.
     """
     if not curves:
-        raise ValueError("there is no curve to draw; give at least one judgement or ROC")
+        raise InputError("there is no curve to draw; give at least one judgement or ROC")
     drawing, axes = figure(WIDTH)
     for place, (name, points) in enumerate(curves.items()):
         shown = points.fpr > 0

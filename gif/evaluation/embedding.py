@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from gif.data.augment import normalize_pixels
 from gif.data.images import IdentityDataset
 from gif.distributed import gather_rows, rank, world_size
+from gif.errors import InputError
 from gif.progress import progress
 
 
@@ -46,7 +47,7 @@ class Embedder:
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"wanted {name} >= {least}, got {name}={getattr(self, name)}")
+                raise InputError(f"wanted {name} >= {least}, got {name}={getattr(self, name)}")
 
     @torch.inference_mode()
     def own_share(
@@ -59,7 +60,7 @@ class Embedder:
         Raises ValueError where there are fewer images than processes.
         """
         if len(images) < world_size():
-            raise ValueError(f"{description}: {len(images)} images for {world_size()} processes; start fewer")
+            raise InputError(f"{description}: {len(images)} images for {world_size()} processes; start fewer")
         own = range(rank(), len(images), world_size())
         loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             images,  # type: ignore[arg-type]  # a Dataset in all but name

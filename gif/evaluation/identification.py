@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gif.errors import InputError
 from gif.evaluation.verification import Roc, check_fars, thin
 from gif_kernels import max_cosine
 
@@ -40,7 +41,7 @@ def rank1(embeddings: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> float:
     _, identity, images = labels.unique(return_inverse=True, return_counts=True)
     probes = images[identity] > 1
     if not probes.any():
-        raise ValueError("no identity has two images, so none can be found; give some identity at least two")
+        raise InputError("no identity has two images, so none can be found; give some identity at least two")
     _, nearest = max_cosine(vectors)
     return float((labels[nearest] == labels)[probes].double().mean())
 
@@ -104,11 +105,11 @@ def identify(
     owners, order = owners.sort()
     if bool((owners[1:] == owners[:-1]).any()):
         twice = int(owners[1:][owners[1:] == owners[:-1]][0])
-        raise ValueError(f"subject {twice} is in the gallery twice; merge its images into one template")
+        raise InputError(f"subject {twice} is in the gallery twice; merge its images into one template")
     place = torch.searchsorted(owners, subjects).clamp_(max=len(owners) - 1)
     mated = owners[place] == subjects
     if not mated.any():
-        raise ValueError("no probe's subject is in the gallery, so none can be found; give files of one protocol")
+        raise InputError("no probe's subject is in the gallery, so none can be found; give files of one protocol")
 
     entries = normalize(entries[order], dim=1)
     own, other, above = [], [], []  # score of the own entry, the best other score, how many others are as high
@@ -151,9 +152,9 @@ def labelled(embeddings: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> tupl
     identities = torch.as_tensor(labels, device=vectors.device)
     if vectors.ndim != 2 or identities.shape != vectors.shape[:1]:
         wanted = "wanted embeddings (n, d) and labels (n,)"
-        raise ValueError(f"{wanted}, got {tuple(vectors.shape)} and {tuple(identities.shape)}")
+        raise InputError(f"{wanted}, got {tuple(vectors.shape)} and {tuple(identities.shape)}")
     if identities.is_floating_point() or identities.is_complex():
         raise TypeError(f"labels must be integers, got {identities.dtype}; convert them")
     if not vectors.isfinite().all():
-        raise ValueError("embeddings hold NaN or infinity, wanted finite numbers; look for a diverged training run")
+        raise InputError("embeddings hold NaN or infinity, wanted finite numbers; look for a diverged training run")
     return vectors if vectors.dtype == torch.float64 else vectors.float(), identities.long()

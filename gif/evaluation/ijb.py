@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gif.errors import InputError, MissingFileError
 from gif.evaluation.alignment import align_face
 from gif.evaluation.embedding import Embedder
 from gif.evaluation.identification import Identification, identify
@@ -60,7 +61,7 @@ class Ijb:
         names = [name for name in GALLERIES if (Path(folder) / "meta" / f"{name}{_MEMBERS}").exists()]
         if not names:
             wanted = " or ".join(f"meta/{name}{_MEMBERS}" for name in GALLERIES)
-            raise FileNotFoundError(f"no {wanted} in {folder}; give the folder that holds loose_crop and meta")
+            raise MissingFileError(f"no {wanted} in {folder}; give the folder that holds loose_crop and meta")
         return [cls.read(folder, name) for name in names]
 
     @classmethod
@@ -74,7 +75,7 @@ class Ijb:
         found = list(_lines(folder / "meta" / f"{name}_name_5pts_score.txt", 12))
         files = [row[0] for row in members]
         if files != [row[0] for row in found]:
-            raise ValueError(
+            raise InputError(
                 f"{name}{_MEMBERS} ({len(members)} images) and {name}_name_5pts_score.txt ({len(found)}) in "
                 f"{folder / 'meta'} do not list the same images in one order; take both from one release"
             )
@@ -97,7 +98,7 @@ class Ijb:
         for templates in named:
             unknown = templates[~torch.isin(templates, self.template_ids)]
             if len(unknown):
-                raise ValueError(
+                raise InputError(
                     f"{self.folder / 'meta'}: template {int(unknown[0])} has no image ({len(unknown):,} of "
                     f"{len(templates):,} in a list have none); give metadata files of one data set"
                 )
@@ -118,7 +119,7 @@ class Ijb:
                 try:
                     first, second, same = np.loadtxt(lines, dtype=np.int64, ndmin=2, unpack=True)
                 except ValueError as error:
-                    raise ValueError(f"{path}, after line {done:,}: {error}; wanted 'template template 0|1'") from error
+                    raise InputError(f"{path}, after line {done:,}: {error}; wanted 'template template 0|1'") from error
                 done += len(lines)
                 yield first, second, same == 1
 
@@ -139,7 +140,7 @@ class Ijb:
             try:
                 people = {int(row[0]): int(row[1]) for row in rows}
             except (ValueError, IndexError) as error:
-                raise ValueError(f"{path}, line {rows.line_num}: {error}; wanted 'template,person,...'") from error
+                raise InputError(f"{path}, line {rows.line_num}: {error}; wanted 'template,person,...'") from error
         return torch.tensor(list(people)), torch.tensor(list(people.values()))
 
 
@@ -225,5 +226,5 @@ def _lines(path: Path, columns: int) -> Iterator[list[str]]:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if len(fields) != columns:
-                raise ValueError(f"{path}, line {number} has {len(fields)} columns, wanted {columns}: {line[:80]!r}")
+                raise InputError(f"{path}, line {number} has {len(fields)} columns, wanted {columns}: {line[:80]!r}")
             yield fields

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gif.errors import InputError
 from gif.evaluation.identification import labelled, rank1
 from gif.evaluation.verification import FOLDS, Roc, check_fars, require_both, tar_at, thin, verify_pairs
 from gif.progress import progress
@@ -98,7 +99,7 @@ def judge(
     """
     check_fars(fars)
     if pairs < 2 * FOLDS:
-        raise ValueError(f"pairs must be at least {2 * FOLDS}, one of each kind a fold, got {pairs}")
+        raise InputError(f"pairs must be at least {2 * FOLDS}, one of each kind a fold, got {pairs}")
     vectors, labels = labelled(embeddings, labels)
     # In the order of labels the genuine partners of a row come right after it, and then its impostors.
     sorted_labels, order = labels.sort(stable=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gif.distributed import sum_over_processes
+from gif.errors import InputError
 from gif.evaluation.verification import Roc, check_fars, roc, tar_at, thin
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -43,7 +44,7 @@ class Templates:
         rows = torch.searchsorted(self.ids, wanted).clamp_(max=len(self.ids) - 1)
         unknown = self.ids[rows] != wanted
         if unknown.any():
-            raise ValueError(
+            raise InputError(
                 f"template {int(wanted[unknown][0])} has no image ({int(unknown.sum())} of {len(wanted)} have none); "
                 "give metadata files of one data set"
             )
@@ -77,9 +78,9 @@ class TemplateSums:
         weights = torch.ones(len(templates)) if faceness is None else torch.as_tensor(faceness)
         if templates.ndim != 1 or not len(templates) or not templates.shape == media.shape == weights.shape:
             wanted = "wanted template_ids, media_ids and faceness (n,), n > 0"
-            raise ValueError(f"{wanted}, got {tuple(templates.shape)}, {tuple(media.shape)}, {tuple(weights.shape)}")
+            raise InputError(f"{wanted}, got {tuple(templates.shape)}, {tuple(media.shape)}, {tuple(weights.shape)}")
         if not weights.isfinite().all():
-            raise ValueError("faceness holds NaN or infinity, wanted finite weights; look into the detector's scores")
+            raise InputError("faceness holds NaN or infinity, wanted finite weights; look into the detector's scores")
         self.ids, self._place = templates.unique(return_inverse=True)
         _, medium, images = torch.stack([templates, media]).unique(dim=1, return_inverse=True, return_counts=True)
         self._weights = weights.double() / images[medium]
@@ -90,10 +91,10 @@ class TemplateSums:
     def add(self, rows: Tensor, features: Tensor) -> None:
         """Add the features (b, d), not normalised, of images ``rows`` (b,). Raises ValueError for NaN or infinity."""
         if features.ndim != 2 or rows.shape != features.shape[:1]:
-            raise ValueError(f"wanted rows (b,) and features (b, d), got {tuple(rows.shape)}, {tuple(features.shape)}")
+            raise InputError(f"wanted rows (b,) and features (b, d), got {tuple(rows.shape)}, {tuple(features.shape)}")
         features = features.detach().cpu().double()
         if not features.isfinite().all():
-            raise ValueError("features hold NaN or infinity, wanted finite numbers; look for a diverged training run")
+            raise InputError("features hold NaN or infinity, wanted finite numbers; look for a diverged training run")
         if self._sums is None:
             self._sums = torch.zeros(len(self.ids), features.shape[1], dtype=torch.float64)
         self._sums.index_add_(0, self._place[rows], self._weights[rows, None] * features)
@@ -109,7 +110,7 @@ class TemplateSums:
         """The templates (a sum of zero stays zero). Raises ValueError unless each image has been added once."""
         if self._sums is None or not bool((self._times == 1).all()):
             wrong = int((self._times != 1).nonzero()[0])
-            raise ValueError(f"image {wrong} was added {int(self._times[wrong])} times, wanted once; add each image")
+            raise InputError(f"image {wrong} was added {int(self._times[wrong])} times, wanted once; add each image")
         return Templates(self.ids, normalize(self._sums, dim=1).to(dtype))
 
 
@@ -134,7 +135,7 @@ def template_features(
     vectors = torch.as_tensor(features)
     sums = TemplateSums(template_ids, media_ids, faceness)
     if vectors.shape[:1] != sums._place.shape:
-        raise ValueError(f"wanted features ({len(sums._place)}, d), a row an image, got {tuple(vectors.shape)}")
+        raise InputError(f"wanted features ({len(sums._place)}, d), a row an image, got {tuple(vectors.shape)}")
     for rows in torch.arange(len(vectors)).split(_IMAGES_A_BLOCK):
         sums.add(rows, vectors[rows])
     return sums.templates(torch.float64 if vectors.dtype == torch.float64 else torch.float32)

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
+from gif.errors import InputError
+
 THRESHOLDS = np.arange(0, 4, 0.01)
 """The squared distances the field tries."""
 
@@ -58,11 +60,11 @@ def verify_pairs(embeddings: ArrayLike | Tensor, issame: ArrayLike | Tensor, fol
     vectors = _numpy(embeddings).astype(np.float64)
     genuine = _numpy(issame).astype(bool)
     if vectors.ndim != 2 or genuine.ndim != 1 or len(vectors) != 2 * len(genuine):
-        raise ValueError(f"wanted embeddings (2n, d) and issame (n,), got {vectors.shape} and {genuine.shape}")
+        raise InputError(f"wanted embeddings (2n, d) and issame (n,), got {vectors.shape} and {genuine.shape}")
     if not 2 <= folds <= len(genuine):
-        raise ValueError(f"folds must lie in [2, {len(genuine)}], the number of pairs, got {folds}")
+        raise InputError(f"folds must lie in [2, {len(genuine)}], the number of pairs, got {folds}")
     if not np.isfinite(vectors).all():
-        raise ValueError("embeddings hold NaN or infinity, wanted finite numbers; look for a diverged training run")
+        raise InputError("embeddings hold NaN or infinity, wanted finite numbers; look for a diverged training run")
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors /= np.where(norms > 0, norms, 1)
     distances = np.square(vectors[::2] - vectors[1::2]).sum(1)
@@ -84,9 +86,9 @@ def roc(scores: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> Roc:
     """
     scores, labels = _numpy(scores), _numpy(labels).astype(bool)
     if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(f"wanted scores (n,) and labels (n,), got {scores.shape} and {labels.shape}")
+        raise InputError(f"wanted scores (n,) and labels (n,), got {scores.shape} and {labels.shape}")
     if not np.isfinite(scores).all():
-        raise ValueError("scores hold NaN or infinity, wanted finite numbers; look for NaN among the embeddings")
+        raise InputError("scores hold NaN or infinity, wanted finite numbers; look for NaN among the embeddings")
     require_both(int(labels.sum()), int((~labels).sum()))
     return Roc(*roc_curve(labels, scores, drop_intermediate=False))
 
@@ -118,15 +120,15 @@ def thin(curve: Roc, impostors: int, points: int = ROC_POINTS) -> Roc:
 def check_fars(fars: Sequence[float]) -> None:
     """Raise ValueError unless every false-accept rate lies in [0, 1]."""
     if not all(0 <= far <= 1 for far in fars):
-        raise ValueError(f"fars must lie in [0, 1], got {tuple(fars)}; give rates such as 1e-4, not percentages")
+        raise InputError(f"fars must lie in [0, 1], got {tuple(fars)}; give rates such as 1e-4, not percentages")
 
 
 def require_both(genuine: int, impostor: int) -> None:
     """Raise ValueError unless there are both genuine and impostor pairs."""
     if not genuine:
-        raise ValueError("there is no genuine pair; give some identity at least two images")
+        raise InputError("there is no genuine pair; give some identity at least two images")
     if not impostor:
-        raise ValueError("there is no impostor pair; give images of at least two identities")
+        raise InputError("there is no impostor pair; give images of at least two identities")
 
 
 def _numpy(values: ArrayLike | Tensor) -> NDArray[np.generic]:

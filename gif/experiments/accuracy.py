@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gif.documents import markdown_table, replace_block, require_block
+from gif.errors import InputError
 from gif.evaluation import plot_roc
 from gif.experiments.comparison import (
     MEASURES,
@@ -64,7 +65,7 @@ def accuracy(
     """
     unknown = [head for head in heads if head not in CONTENDERS]
     if unknown or not heads:
-        raise ValueError(f"wanted heads among {list(CONTENDERS)}, got {list(heads)}")
+        raise InputError(f"wanted heads among {list(CONTENDERS)}, got {list(heads)}")
     budget = Budget(
         data=data,
         identities=identities,

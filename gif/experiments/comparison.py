@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from gif.errors import InputError
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
 from gif.files import load_tensors, save_tensors, write_text
@@ -57,7 +58,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
-            raise ValueError(f"wanted at least one seed, got seeds={self.seeds}")
+            raise InputError(f"wanted at least one seed, got seeds={self.seeds}")
 
 
 @dataclass(frozen=True)

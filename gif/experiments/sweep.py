@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gif.documents import markdown_table, replace_block, require_block
+from gif.errors import InputError
 from gif.experiments.comparison import MEASURES, Budget, compare, settings_of, show
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender
 from gif.files import write_text
@@ -70,9 +71,9 @@ def sweep(
     """
     unknown = [head for head in heads if head not in KNOBS]
     if unknown or not heads:
-        raise ValueError(f"wanted heads among {list(KNOBS)}, got {list(heads)}")
+        raise InputError(f"wanted heads among {list(KNOBS)}, got {list(heads)}")
     if (strange := set(settings) - set(SETTINGS)) or not settings:
-        raise ValueError(f"wanted settings among {list(SETTINGS)}, got {sorted(strange)}")
+        raise InputError(f"wanted settings among {list(SETTINGS)}, got {sorted(strange)}")
     budget = Budget(
         data=data,
         identities=identities,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gif.codes import IdentityCodes
 from gif.distributed import replicate
+from gif.errors import InputError
 from gif.losses import RECIPES, GIFLoss, Recipe
 from gif.losses.recipes import RecipeName
 from gif.vectors.store import CodeVectors
@@ -64,7 +65,7 @@ class PartialFC(nn.Module):
         codes = codes if isinstance(codes, IdentityCodes) else IdentityCodes.load(codes)
         vectors = CodeVectors.load(vectors) if isinstance(vectors, str | Path) else vectors
         if num_classes != len(codes):
-            raise ValueError(
+            raise InputError(
                 f"num_classes is {num_classes} and the codes are for {len(codes)} identities; make code vectors and "
                 "codes from the data set that is trained on"
             )
@@ -93,7 +94,7 @@ class PartialFC(nn.Module):
         tables = self.loss.tables()
         shapes, given = ({name: tuple(table.shape) for name, table in each.items()} for each in (tables, state))
         if shapes != given:
-            raise ValueError(f"this state has the tables {given}, wanted {shapes}; take the recipe it was trained with")
+            raise InputError(f"this state has the tables {given}, wanted {shapes}; take the recipe it was trained with")
         for name, table in tables.items():
             table.copy_(state[name])
 

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from gif.codes import IdentityCodes
+from gif.errors import InputError
 from gif.losses.gif_loss import GIFLoss
 from gif.losses.recipes import Recipe, RecipeName
 from gif.losses.softmax import MarginSoftmax
@@ -53,10 +54,10 @@ class HeadConfig:
         given = [name for name in foreign if getattr(self, name) != defaults[name]]
         if given:
             hint = "set the recipe's in overrides" if self.kind == "gif" else "they are for kind gif"
-            raise ValueError(f"head kind {self.kind} does not use {', '.join(given)}; {hint}")
+            raise InputError(f"head kind {self.kind} does not use {', '.join(given)}; {hint}")
         known = [entry.name for entry in fields(Recipe)]
         if unknown := sorted(set(self.overrides) - set(known)):
-            raise ValueError(f"overrides {', '.join(unknown)} are no fields of a recipe; there are {', '.join(known)}")
+            raise InputError(f"overrides {', '.join(unknown)} are no fields of a recipe; there are {', '.join(known)}")
 
     def build(
         self, num_identities: int, embedding_size: int, codes: IdentityCodes | None, vectors: CodeVectors | None
@@ -67,7 +68,7 @@ class HeadConfig:
         """
         if self.kind != "gif":
             if self.centers == "vectors" and vectors is None:
-                raise ValueError('centers "vectors" need code vectors; make them with `gif vectors`, or take "random"')
+                raise InputError('centers "vectors" need code vectors; make them with `gif vectors`, or take "random"')
             return MarginSoftmax(
                 num_identities,
                 embedding_size,
@@ -77,9 +78,9 @@ class HeadConfig:
                 centers=vectors.table if vectors is not None and self.centers == "vectors" else None,
             )
         if codes is None:
-            raise ValueError("head kind gif needs codes; make them with `gif tokenize` and give --codes")
+            raise InputError("head kind gif needs codes; make them with `gif tokenize` and give --codes")
         if len(codes) != num_identities:
-            raise ValueError(
+            raise InputError(
                 f"the codes are for {len(codes)} identities and the data set has {num_identities}; make code vectors "
                 "and codes from this data set"
             )

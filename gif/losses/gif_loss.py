@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gif.codes import IdentityCodes
 from gif.distributed import gather_rows, mean_over_processes, shared_seed
+from gif.errors import InputError
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.vectors.store import CodeVectors
@@ -64,16 +65,16 @@ class GIFLoss(nn.Module):
             recipe = RECIPES[recipe]
         self.recipe = replace(recipe, **overrides)
         if vectors is None and self.recipe.needs_vectors:
-            raise ValueError(
+            raise InputError(
                 "vectors are needed for the regression and contrast terms; give them, or set regression_weight=0 and "
                 "contrast_weight=0"
             )
         if vectors is not None and len(vectors) != len(codes):
-            raise ValueError(
+            raise InputError(
                 f"codes are for {len(codes)} identities and vectors for {len(vectors)}; tokenize these vectors"
             )
         if vectors is not None and vectors.width != embedding_size:
-            raise ValueError(f"vectors have width {vectors.width}, embedding_size is {embedding_size}; make them agree")
+            raise InputError(f"vectors have width {vectors.width}, embedding_size is {embedding_size}; make them agree")
         checks.choice("projection", projection, ("linear", "none"))
         self.codes = codes
         self.vectors = vectors
@@ -212,7 +213,7 @@ class GIFLoss(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Raise ValueError unless the state was made with this code table."""
         if not torch.equal(state.cpu(), self.get_extra_state()):
-            raise ValueError(
+            raise InputError(
                 "this state was trained with another code table (its fingerprint is "
                 f"{bytes(state.tolist()).hex()[:12]}..., the codes here have {self.codes.fingerprint[:12]}...); "
                 "load the codes file that was used in training"
@@ -226,5 +227,5 @@ def _weights(weights: TokenWeights | Tensor, length: int) -> Tensor:
     if isinstance(weights, str):
         return token_weights(weights, length)
     if weights.shape != (length,) or bool((weights < 0).any()) or float(weights.sum()) <= 0:
-        raise ValueError(f"token_weights must be ({length},) weights >= 0 with a sum > 0, got {weights}")
+        raise InputError(f"token_weights must be ({length},) weights >= 0 with a sum > 0, got {weights}")
     return (weights / weights.sum()).detach().float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gif.errors import InputError
 from gif_kernels import AngularMargin
 
 RecipeName = Literal["live", "paper"]
@@ -42,9 +43,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "vector_lr"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.code_weight + self.regression_weight + self.contrast_weight == 0:
-            raise ValueError("all weights are 0, so there is nothing to learn; give at least one term a weight")
+            raise InputError("all weights are 0, so there is nothing to learn; give at least one term a weight")
 
     @property
     def needs_vectors(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gif.errors import InputError
 from gif_kernels import AngularMargin, checks, code_contrast_loss
 
 DEVIATION = 0.01  # of a random centre's coordinates
@@ -39,7 +40,7 @@ class MarginSoftmax(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 < sample_rate <= 1:
-            raise ValueError(f"sample_rate must lie in (0, 1], got {sample_rate}; 1 is the full softmax")
+            raise InputError(f"sample_rate must lie in (0, 1], got {sample_rate}; 1 is the full softmax")
         self.num_classes = num_classes
         self.margin = margin
         self.scale = scale

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gif.errors import InputError
+
 TokenWeights = Literal["uniform", "increasing", "decreasing", "gaussian"]
 
 
@@ -28,7 +30,7 @@ def token_weights(pattern: TokenWeights, length: int) -> Tensor:
     elif pattern == "gaussian":
         weights = torch.exp(-((index - (length + 1) / 2) ** 2) / (2 * (length / 4) ** 2))
     else:
-        raise ValueError(
+        raise InputError(
             f"token_weights must be uniform, increasing, decreasing, gaussian or a tensor, got {pattern!r}"
         )
     return (weights / weights.sum()).float()

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from gif.codes import advise
+from gif.errors import InputError
 from gif.files import write_text
 from gif.planning.measured import LARGEST, SMALLEST, StepMeasurement, measure_steps, plot_spreading
 from gif.planning.rates import CARDS, Rates, measure_rates
@@ -65,12 +66,12 @@ def plan(
     """
     m, itemsize = int(identities), getattr(torch, dtype).itemsize
     if m < 2 or min(width, images, batch, epochs, training_batch) < 1:
-        raise ValueError(
+        raise InputError(
             "wanted at least 2 identities, and width, images, batch, epochs and training_batch >= 1, got "
             f"{m}, {width}, {images}, {batch}, {epochs}, {training_batch}"
         )
     if measure and (device != "cpu" or dtype != "float32"):
-        raise ValueError(
+        raise InputError(
             f"measure times float32 tables on this CPU, and the plan is for {dtype} on {device}; give --device cpu "
             "--dtype float32"
         )

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim import Optimizer
 
 from gif.distributed import gather_objects, rank, wait_for_all
+from gif.errors import InputError, MissingFileError
 from gif.files import fsync, load_tensors, save_tensors
 from gif.training.journal import TableJournal
 
@@ -78,7 +79,7 @@ class Checkpoints:
             return {}
         tensors, progress = _read_progress(places[-1])
         if tensors["losses"].shape != state.losses.shape:
-            raise ValueError(
+            raise InputError(
                 f"{places[-1]} is of a run of {len(tensors['losses'])} steps, this one has {len(state.losses)}; give "
                 "the same data set, batch_size and epochs, or another folder"
             )
@@ -105,7 +106,7 @@ class Checkpoints:
         """
         best = self._best()
         if best is None:
-            raise FileNotFoundError(f"no checkpoint in {self._folder} was validated; train with `validate`")
+            raise MissingFileError(f"no checkpoint in {self._folder} was validated; train with `validate`")
         stored = {"model": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}
         with _single_process():
             dcp.load(stored, checkpoint_id=best, no_dist=True)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gif.errors import InputError
+
 POLYNOMIAL_POWER = 2  # of insightface's schedule
 _MACHINE = ("device", "micro_batch_size", "channels_last", "compile", "workers", "save_steps", "save_minutes", "keep")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,22 +72,22 @@ class TrainingConfig:
         for name, value in least.items():
             given = getattr(self, name)
             if given is not None and given < value:
-                raise ValueError(f"wanted {name} >= {value}, got {name}={given}")
+                raise InputError(f"wanted {name} >= {value}, got {name}={given}")
         for name in ("lr", "clip", "save_minutes"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"wanted {name} > 0, got {name}={getattr(self, name)}")
+                raise InputError(f"wanted {name} > 0, got {name}={getattr(self, name)}")
         for name in ("momentum", "warmup"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"wanted {name} in [0, 1), got {name}={getattr(self, name)}")
+                raise InputError(f"wanted {name} in [0, 1), got {name}={getattr(self, name)}")
         if self.weight_decay < 0:
-            raise ValueError(f"wanted weight_decay >= 0, got weight_decay={self.weight_decay}")
+            raise InputError(f"wanted weight_decay >= 0, got weight_decay={self.weight_decay}")
         for name, names in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("cosine", "polynomial")),
             ("precision", ("fp32", *AUTOCAST)),
         ):
             if getattr(self, name) not in names:
-                raise ValueError(f"wanted {name} of {', '.join(names)}, got {name}={getattr(self, name)!r}")
+                raise InputError(f"wanted {name} of {', '.join(names)}, got {name}={getattr(self, name)!r}")
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the result: all but what says on which machine, and how, it is computed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gif.errors import InputError
 from gif.plotting import COLORS, figure, save_figure
 
 SMOOTHING = 25  # steps in the running mean
@@ -35,7 +36,7 @@ def plot_losses(losses: Mapping[str, Tensor], path: str | Path) -> None:
 def plot_validations(validations: Mapping[int, Mapping[str, float]], path: str | Path) -> None:
     """Every named score over the steps that it came after. Raises ValueError without one."""
     if not validations:
-        raise ValueError("there is no validation to draw; train with `validate`")
+        raise InputError("there is no validation to draw; train with `validate`")
     drawing, axes = figure()
     names = dict.fromkeys(name for scores in validations.values() for name in scores)
     for place, name in enumerate(names):

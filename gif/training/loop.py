@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
 from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
+from gif.errors import InputError
 from gif.losses import GIFLoss
 from gif.resume import LARGEST_SHARE
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
@@ -148,7 +149,7 @@ def _scores(validate: Validate, model: nn.ModuleDict, device: torch.device) -> d
         scores = {name: float(score) for name, score in validate(model["backbone"]).items()}
     model.train()
     if not scores or not all(math.isfinite(score) for score in scores.values()):
-        raise ValueError(f"validation gave the scores {scores}, wanted at least one and finite numbers")
+        raise InputError(f"validation gave the scores {scores}, wanted at least one and finite numbers")
     return scores
 
 
@@ -267,20 +268,20 @@ def check_training(
 ) -> None:
     """Raise ValueError where data, batch, processes and packages do not fit, as `train` does, before any work."""
     if len(dataset) < config.batch_size:
-        raise ValueError(f"the data set has {len(dataset)} images, fewer than a batch of {config.batch_size}")
+        raise InputError(f"the data set has {len(dataset)} images, fewer than a batch of {config.batch_size}")
     processes = world_size()
     if config.batch_size % processes or config.batch_size < 2 * processes:
-        raise ValueError(
+        raise InputError(
             f"batch_size {config.batch_size} does not divide among {processes} processes, at least 2 images to each; "
             f"give a multiple of {processes}"
         )
     if processes > 1 and isinstance(head, GIFLoss) and head.tables() and head.vectors and head.vectors.file:
-        raise ValueError(
+        raise InputError(
             f"each of {processes} processes would move the rows of {head.vectors.file}; load the code vectors without "
             "writable=True: checkpoints keep what moved"
         )
     if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError('tensorboard is not installed; pip install "gif-recognition[tensorboard]", or train without')
+        raise InputError('tensorboard is not installed; pip install "gif-recognition[tensorboard]", or train without')
 
 
 def _journals(head: nn.Module, folder: Path) -> dict[str, TableJournal]:
@@ -299,7 +300,7 @@ def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if len(images) == count:
         return images, labels
     if len(images) == 0:
-        raise ValueError(f"none of the {count} images of a batch can be read; look at the data set")
+        raise InputError(f"none of the {count} images of a batch can be read; look at the data set")
     places = torch.arange(count) % len(images)
     return images[places], labels[places]
 

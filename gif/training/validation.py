@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gif.data import IdentityDataset, ImageDecoder
+from gif.errors import InputError
 from gif.evaluation import Benchmark, Embedder, HeldOutIdentities, IjbFolders, PairFiles
 
 
@@ -39,7 +40,7 @@ class ValidationConfig:
         for name, least in (("identities", 2), ("every", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"wanted {name} >= {least}, got {name}={value}")
+                raise InputError(f"wanted {name} >= {least}, got {name}={value}")
 
     def open(
         self, held_out: IdentityDataset, decoder: ImageDecoder, *, workers: int, device: str | torch.device
@@ -75,7 +76,7 @@ class ValidationConfig:
 def _some(held_out: IdentityDataset, number: int) -> IdentityDataset:
     """So many of the identities, always the same ones."""
     if number > held_out.num_identities:
-        raise ValueError(
+        raise InputError(
             f"{number} identities are to validate and {held_out.num_identities} are held out; raise held_out, or lower "
             "validation.identities"
         )

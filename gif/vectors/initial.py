@@ -15,6 +15,7 @@ from gif.data.encoded import broken_report
 from gif.data.images import IdentityDataset
 from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
+from gif.errors import InputError
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork
 from gif.vectors.store import CodeVectors
@@ -60,7 +61,7 @@ def initial_code_vectors(
     """
     m = getattr(dataset, "num_identities", None) if num_identities is None else num_identities
     if m is None or m < 1 or batch_size < 1:
-        raise ValueError(
+        raise InputError(
             f"wanted at least 1 identity and a batch of 1, got num_identities={m}, batch_size={batch_size}; give "
             "num_identities where the dataset has none"
         )
@@ -75,7 +76,7 @@ def initial_code_vectors(
         bounds = _shares(labels, m)
         rows = ((labels >= bounds[rank()]) & (labels < bounds[rank() + 1])).nonzero().flatten()
     elif world_size() > 1:
-        raise ValueError(f"{world_size()} processes share the identities; give a dataset with `labels`")
+        raise InputError(f"{world_size()} processes share the identities; give a dataset with `labels`")
     begin, end = bounds[rank()], bounds[rank() + 1]
 
     work = UnfinishedWork(_own_file(checkpoint), CHECKPOINT_FORMAT, settings)
@@ -115,7 +116,7 @@ def _shares(labels: Tensor, m: int) -> list[int]:
     """Where each process's range of identities begins, and the end: ranges with about as many images, none empty."""
     processes = world_size()
     if m < processes:
-        raise ValueError(f"{processes} processes share {m} identities; start at most one process an identity")
+        raise InputError(f"{processes} processes share {m} identities; start at most one process an identity")
     images = labels.bincount(minlength=m).cumsum(0)
     wanted = torch.arange(1, processes) * int(images[-1]) / processes
     bounds = [0, *(torch.searchsorted(images, wanted.long()) + 1).tolist(), m]
@@ -145,7 +146,7 @@ def _gather(means: Tensor, bounds: list[int], device: str | torch.device) -> Ten
 
 def _check_labels(labels: Tensor, m: int) -> None:
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < m):
-        raise ValueError(
+        raise InputError(
             f"labels must lie in [0, {m}), got [{int(labels.min())}, {int(labels.max())}]; number the identities from "
             "0, and give their number"
         )
@@ -155,7 +156,7 @@ def _check_counts(counts: Tensor, begin: int = 0) -> None:
     missing = (counts == 0).nonzero().flatten() + begin
     if len(missing):
         first = ", ".join(str(label) for label in missing[:_NAMED_IDENTITIES].tolist())
-        raise ValueError(
+        raise InputError(
             f"{len(missing)} of {len(counts)} identities have no image (first: {first}); number the identities "
             "without gaps, or add their images"
         )
@@ -182,11 +183,11 @@ class _FeatureSums:
         ``done`` images, some of which may be broken, are behind us then.
         """
         if features.ndim != 2 or len(features) != len(labels):
-            raise ValueError(f"the encoder must give ({len(labels)}, e) features, got {tuple(features.shape)}")
+            raise InputError(f"the encoder must give ({len(labels)}, e) features, got {tuple(features.shape)}")
         _check_labels(labels, self._end)
         bad = (~features.isfinite().all(1)).nonzero().flatten()
         if len(bad):
-            raise ValueError(
+            raise InputError(
                 f"features of images {int(rows[0])} to {int(rows[-1])} hold NaN or infinity, first in image "
                 f"{int(rows[bad[0]])}; check that image and the encoder's weights"
             )

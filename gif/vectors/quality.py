@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import betainc
 from torch import Tensor
 
+from gif.errors import InputError
 from gif_kernels import gaussian_potential, max_cosine
 
 SAMPLE = 20_000
@@ -109,7 +110,7 @@ def judge_vectors(table: Tensor, reference: Tensor | None = None, *, t: float = 
     Raises ValueError if the reference has another number of rows.
     """
     if reference is not None and len(reference) != len(table):
-        raise ValueError(f"reference must have {len(table)} rows, one a code vector, got {len(reference)}")
+        raise InputError(f"reference must have {len(table)} rows, one a code vector, got {len(reference)}")
     rows = sample_rows(len(table), seed).to(table.device)
     vectors = torch.nn.functional.normalize(table[rows].float(), dim=1)
     nearest, neighbor = max_cosine(vectors)

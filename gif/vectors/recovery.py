@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gif.distributed import least_of_processes, rank, wait_for_all, world_size
+from gif.errors import InputError
 from gif.files import fsync, load_tensors, save_tensors
 from gif.resume import UnfinishedWork
 from gif.vectors.shards import Round, Shards
@@ -198,7 +199,7 @@ def recovery(
     if path is not None and file is not None:
         return Journal(shards, file, path, f"{settings} file={file.resolve()}", round_rows)
     if path is not None and world_size() > 1:
-        raise ValueError(
+        raise InputError(
             "several processes keep a checkpoint of a table in a file only; give CodeVectors.load(path, mmap=True, "
             "writable=True), or no checkpoint"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gif.distributed import gather_rows, least_of_processes, rank, sum_over_processes, world_size
+from gif.errors import InputError
 from gif.progress import progress
 from gif.vectors.neighbors import leaf_bounds, neighbor_order, project
 from gif.vectors.quality import (
@@ -139,7 +140,7 @@ def spread_code_vectors(
     checks.positive("lr", lr)
     checks.positive("t", t)
     if epochs < 0 or neighbor_epochs < 0 or batch < 2 or neighbors < 4:
-        raise ValueError(
+        raise InputError(
             f"wanted epochs >= 0, neighbor_epochs >= 0, batch >= 2 and neighbors >= 4, got epochs={epochs}, "
             f"neighbor_epochs={neighbor_epochs}, batch={batch}, neighbors={neighbors}"
         )
@@ -149,7 +150,7 @@ def spread_code_vectors(
         mapped=vectors.file is not None,
     )
     if shards.m < 2:
-        raise ValueError(f"wanted at least 2 vectors, which push each other apart, got {shards.m}")
+        raise InputError(f"wanted at least 2 vectors, which push each other apart, got {shards.m}")
     settings = (
         f"{vectors} m={shards.m} epochs={epochs} batch={batch} lr={lr} t={t} start={start} "
         f"neighbor_epochs={neighbor_epochs} neighbors={neighbors} target_gap={target_gap} seed={seed}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gif.errors import InputError
 from gif.files import load_tensors, map_tensor, save_tensors
 from gif_kernels.rounding import stochastic_round
 
@@ -29,16 +30,16 @@ class CodeVectors:
 
     def __init__(self, table: Tensor, *, normalized: bool = False) -> None:
         if table.ndim != 2 or min(table.shape) < 1 or not table.is_floating_point():
-            raise ValueError(f"vectors must be (m, d) floating point, got {tuple(table.shape)} {table.dtype}")
+            raise InputError(f"vectors must be (m, d) floating point, got {tuple(table.shape)} {table.dtype}")
         self.table = table.detach()
         self.file: Path | None = None
         if not normalized:
             for rows in self.table.split(_ROWS_A_BLOCK):
                 norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
                 if not bool(norm.isfinite().all()):
-                    raise ValueError("vectors hold NaN or infinity; check the encoder and the images it was given")
+                    raise InputError("vectors hold NaN or infinity; check the encoder and the images it was given")
                 if bool((norm == 0).any()):
-                    raise ValueError("a vector is all zeros and has no direction; drop that identity or its images")
+                    raise InputError("a vector is all zeros and has no direction; drop that identity or its images")
                 rows.copy_(rows / norm.to(torch.promote_types(rows.dtype, torch.float32)))
 
     @classmethod
@@ -53,7 +54,7 @@ class CodeVectors:
         if not mmap:
             tensors, _ = load_tensors(path, format=FORMAT)
             if "vectors" not in tensors:
-                raise ValueError(f"{path} has no tensor named vectors; it has {sorted(tensors)}")
+                raise InputError(f"{path} has no tensor named vectors; it has {sorted(tensors)}")
             return cls(tensors["vectors"], normalized=True)
         vectors = cls(map_tensor(path, "vectors", format=FORMAT, writable=writable), normalized=True)
         vectors.file = Path(path) if writable else None
@@ -104,7 +105,7 @@ class CodeVectors:
         if len(labels):
             low, high = (int(x) for x in torch.aminmax(labels))
             if low < 0 or high >= len(self):
-                raise ValueError(
+                raise InputError(
                     f"labels must lie in [0, {len(self)}), got [{low}, {high}]; "
                     "this table was made for other identities"
                 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from gif_kernels import checks, dispatch
 from gif_kernels.code_regression import blocked, reference
 from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
 from gif_kernels.reduction import REDUCTIONS, Reduction
 from gif_kernels.sphere import compute_dtype
 
@@ -89,6 +90,6 @@ def check_targets(embeddings: Tensor, targets: Tensor, rows: Tensor | None, *, a
         hint = "-1 ignores a row"
         rows = checks.integer("rows", rows, (batch,), low=-1, high=len(targets), hint=hint, asserted=asserted)
         if targets.requires_grad:
-            raise ValueError("targets are constants where rows are given; detach them, or give targets[rows]")
+            raise InputError("targets are constants where rows are given; detach them, or give targets[rows]")
     checks.same_device(embeddings=embeddings, targets=targets, rows=rows)
     return rows

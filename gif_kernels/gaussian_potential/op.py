@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
 from gif_kernels.gaussian_potential import blocked, reference
 from gif_kernels.sphere import compute_dtype
 
@@ -49,9 +50,9 @@ def gaussian_potential(
     checks.floating("vectors", vectors, ("m", "d"))
     if others is None:
         if len(vectors) < 2:
-            raise ValueError(f"vectors must have at least 2 rows to form a pair, got {len(vectors)}")
+            raise InputError(f"vectors must have at least 2 rows to form a pair, got {len(vectors)}")
         if offset != 0:
-            raise ValueError(f"offset says where vectors stand in others, got {offset} without others; give both")
+            raise InputError(f"offset says where vectors stand in others, got {offset} without others; give both")
     else:
         _check_share(vectors, others, offset)
     checks.positive("t", t)
@@ -69,11 +70,11 @@ def _check_share(vectors: Tensor, others: Tensor, offset: int) -> None:
             f"others must have the vectors' dtype {vectors.dtype}, got {others.dtype}; gather them as they are"
         )
     if m < 2:
-        raise ValueError(f"others must have at least 2 rows to form a pair, got {m}")
+        raise InputError(f"others must have at least 2 rows to form a pair, got {m}")
     if not isinstance(offset, int):
         raise TypeError(f"offset must be an int, got {type(offset).__name__}")
     if not 0 <= offset <= m - n:
-        raise ValueError(f"offset must lie in [0, {m - n}] so that others hold the {n} vectors, got {offset}")
+        raise InputError(f"offset must lie in [0, {m - n}] so that others hold the {n} vectors, got {offset}")
     checks.same_device(vectors=vectors, others=others)
     if checks.looks_at_values(vectors):
         same = torch.equal(vectors, others[offset : offset + n])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
 from gif_kernels.max_cosine import blocked, reference
 from gif_kernels.sphere import compute_dtype
 
@@ -38,7 +39,7 @@ def max_cosine(vectors: Tensor, others: Tensor | None = None, *, impl: Impl = "a
     if others is not None:
         checks.floating("others", others, ("m", vectors.shape[1]))
     elif len(vectors) == 1:
-        raise ValueError("vectors must have at least 2 rows, got 1; a row is not compared with itself")
+        raise InputError("vectors must have at least 2 rows, got 1; a row is not compared with itself")
     checks.same_device(vectors=vectors, others=others)
     if torch.compiler.is_compiling():
         found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.max_cosine(vectors, others, impl)

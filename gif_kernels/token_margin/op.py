@@ -7,6 +7,7 @@ from torch import Tensor
 from gif_kernels import checks, dispatch
 from gif_kernels.code_regression.op import CodeRegression, check_targets, looked_up
 from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
 from gif_kernels.precision import operand_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
@@ -73,7 +74,7 @@ def token_margin_loss(
     if projections is not None:
         checks.floating("projections", projections, (length, inner, width), finite=False)
     elif inner != width:
-        raise ValueError(
+        raise InputError(
             f"centers have width {inner} and embeddings {width}; without projections they must agree, otherwise give "
             f"projections of shape ({length}, {inner}, {width})"
         )
@@ -89,12 +90,12 @@ def token_margin_loss(
         token_weights is not None
         and checks.floating("token_weights", token_weights, (length,), finite=False).requires_grad
     ):
-        raise ValueError("token_weights are constants of the loss; detach them")
+        raise InputError("token_weights are constants of the loss; detach them")
     targets, target_rows, pull = regression or (None, None, 0.0)
     if targets is not None:
         target_rows = check_targets(embeddings, targets, target_rows, asserted=asserted)
         if targets.requires_grad:
-            raise ValueError("targets are constants of this loss; detach them, or add code_regression_loss")
+            raise InputError("targets are constants of this loss; detach them, or add code_regression_loss")
         checks.positive("weight", pull)
     checks.angular_margin(margin)
     checks.positive("scale", scale)

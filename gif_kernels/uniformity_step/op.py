@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
 from gif_kernels.sphere import compute_dtype
 from gif_kernels.uniformity_step import blocked, reference
 
@@ -46,9 +47,9 @@ def uniformity_step_(
     checks.floating("table", table, ("m", "d"), finite=False)
     index = checks.integer("index", index, ("n",), low=0, high=len(table), hint="name rows of the table")
     if len(index) < 2:
-        raise ValueError(f"index must name at least 2 rows to form a pair, got {len(index)}")
+        raise InputError(f"index must name at least 2 rows to form a pair, got {len(index)}")
     if checks.looks_at_values(index) and len(index.unique()) < len(index):
-        raise ValueError("index names a row more than once; give distinct rows")
+        raise InputError("index names a row more than once; give distinct rows")
     checks.positive("lr", lr)
     checks.positive("t", t)
     checks.same_device(table=table, index=index)
