@@ -8,7 +8,7 @@ within its shared memory, as `python -m gif_kernels.aot` reports. Measured: the 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ class Tile:
     width: int
     warps: int
     stages: int
-    source: str = "derived"
+    source: str = field(default="derived", compare=False)
     """How it was chosen: "derived" from what compiles, or measured on a card, and when."""
 
     def rows_beside(self, columns: int) -> int:
