@@ -2,9 +2,9 @@
 
 A pipelined loop copies the operands of later products into shared memory while the matrix units, which work on their
 own, may still read those of earlier ones: `warp_group_dot_wait {pendings = p}` lets the last p products run on. Copies
-that are d iterations ahead therefore need d + 1 buffers. Triton 3.5 to 3.8 count d where a load feeds registers as well as a
-product: the copy then overwrites what the units are reading, and the numbers are wrong now and then, on a full device,
-without an error. compute-sanitizer's racecheck does not see what the matrix units read.
+that are d iterations ahead therefore need d + 1 buffers. Triton 3.5 to 3.8 count d where a load feeds registers as well
+as a product: the copy then overwrites what the units are reading, and the numbers are wrong now and then, on a full
+device, without an error. compute-sanitizer's racecheck does not see what the matrix units read.
 """
 
 from __future__ import annotations
