@@ -87,26 +87,31 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def remove_temporaries(folder: Path, name: str | None = None) -> None:
-    """Remove the unfinished files in ``folder``, of file ``name`` or of all, that killed processes left."""
+def remove_temporaries(folder: Path, name: str | None = None, *, held: bool = False) -> None:
+    """Remove the unfinished files in ``folder``, of file ``name`` or of all, that killed processes left.
+
+    ``held``: this process alone writes them, and is not writing now, so that all are left over.
+    """
     for path in folder.glob(".*.tmp"):
         found = _TEMPORARY.fullmatch(path.name)
-        if found and name in (None, found["name"]) and path.is_file() and _forgotten(path, found):
+        if found and name in (None, found["name"]) and path.is_file() and (held or _forgotten(path, found)):
             path.unlink(missing_ok=True)
 
 
 def _forgotten(path: Path, found: re.Match[str]) -> bool:
-    if found["host"] in (None, _HOST) and not _runs(int(found["pid"])):
-        return True
     try:
-        return time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
+        changed = path.stat().st_mtime
     except FileNotFoundError:
         return False
+    here = found["host"] in (None, _HOST)
+    return (here and not _ran(int(found["pid"]), changed)) or time.time() - changed > _FORGOTTEN_SECONDS
 
 
-def _runs(pid: int) -> bool:
+def _ran(pid: int, moment: float) -> bool:
+    """Whether the process that runs as ``pid`` now, if one does, is one that ran at that ``moment`` (s) already."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment + 1
     except (psutil.NoSuchProcess, ValueError, OverflowError):
         return False
     except psutil.AccessDenied:

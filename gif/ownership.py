@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from textwrap import shorten
 
 from filelock import FileLock, Timeout
@@ -29,6 +30,9 @@ def check_output(output: Path, beside: Iterable[Path] = (), inputs: Iterable[Pat
     """
     if output.is_dir():
         raise OutputError(f"--output {output} is a folder; give the name of a file in it")
+    given = {path.resolve() for path in inputs if path is not None}
+    if output.resolve() in given:
+        raise OutputError(f"--output {output} would be written over what is read; give another --output")
     for path in beside:
         if path.is_dir() and path.suffix != ".partial":
             raise OutputError(f"{path}, which this command also writes, is a folder; give another --output")
@@ -36,12 +40,20 @@ def check_output(output: Path, beside: Iterable[Path] = (), inputs: Iterable[Pat
             raise OutputError(
                 f"--output {output} would be overwritten by what is written beside it; give {output.stem}.safetensors"
             )
-        if any(given is not None and given.resolve() == path.resolve() for given in inputs):
-            raise OutputError(f"{path} is read, and would be written beside --output {output}; give another --output")
+        if path.resolve() in given:
+            raise OutputError(f"{path}, which is read, would be overwritten beside --output {output}; give another one")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OutputError where no file can be written into ``folder``, which is made."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
 
 
 @contextmanager
-def own(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
+def hold(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
     """Hold ``output``, a folder or what is written under this name, for the processes of this group.
 
     It is looked at whether something can be written there, and what killed processes left unfinished is removed. A
@@ -87,7 +99,7 @@ def _lock(path: Path) -> FileLock | None:
         command = " ".join(sys.argv)
         place.write_text(f"process {os.getpid()}{processes} on {platform.node()}: {command}", encoding="utf-8")
         for name in {path.name, *_written_beside(path)}:
-            remove_temporaries(path.parent, name)
+            remove_temporaries(path.parent, name, held=True)
     _held.add(path)
     return lock
 
@@ -107,6 +119,11 @@ def _release(lock: FileLock, path: Path) -> None:
     with suppress(PermissionError):  # of Windows, where it is open; it stays then, and locks nothing
         Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
+
+
+def existing(path: Path) -> Callable[[], Path | None]:
+    """What `hold` takes as ``kept`` where that is ``path``, once it is there."""
+    return lambda: path if path.exists() else None
 
 
 def _interrupted(stop: KeyboardInterrupt, kept: Path | None) -> Interrupted:

@@ -11,12 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
+from gif.distributed import rank, world_size
 from gif.errors import DamagedFileError, InputError
 from gif.files import is_temporary, load_tensors, read_json, remove_temporaries, save_tensors, write_text
 
 SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
 RECORD = "settings.json"  # of what a folder belongs to
+
+
+def own_file(path: str | Path) -> Path:
+    """Where this process keeps its state: ``path`` itself where it is the only one."""
+    return Path(path) if world_size() == 1 else Path(f"{path}-{rank() + 1}-of-{world_size()}")
 
 
 class UnfinishedWork:

@@ -12,6 +12,7 @@ from gif.data.images import IdentityDataset
 from gif.data.loading import open_data
 from gif.data.report import describe
 from gif.files import write_text
+from gif.ownership import check_folder
 from gif.plotting import COLORS, figure, save_figure
 from gif.progress import console, progress, say
 
@@ -33,6 +34,8 @@ def inspect(
         decode: decode every image, to find the broken ones.
         workers: processes that read images.
     """
+    if output is not None:
+        check_folder(output)
     data = open_data(input)
     console.print(describe(data))
     if isinstance(data, EncodedImages) and decode:

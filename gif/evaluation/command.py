@@ -15,6 +15,7 @@ from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, 
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
+from gif.ownership import check_folder
 from gif.progress import console, say
 
 
@@ -52,6 +53,7 @@ def evaluate(
     """
     if data is None and not pairs and not ijb:
         raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
+    check_folder(output or model.parent)
     network, config = load_backbone(model)
     decoder = ImageDecoder(config.image_size, config.channels)
     with process_group(device) as own:

@@ -57,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
-        self._folder = folder
+        self.folder = folder
         self._keep = keep
 
     def newest(self) -> Path | None:
@@ -107,7 +107,7 @@ class Checkpoints:
         """
         best = self._best()
         if best is None:
-            raise MissingFileError(f"no checkpoint in {self._folder} was validated; train with `validate`")
+            raise MissingFileError(f"no checkpoint in {self.folder} was validated; train with `validate`")
         try:
             tensors, progress = _read(best)
         except DamagedFileError as error:
@@ -117,8 +117,8 @@ class Checkpoints:
 
     def _newest_whole(self, tables: Mapping[str, TableJournal]) -> Path | None:
         """The newest checkpoint that can be restored; removes what is damaged, and what was after it."""
-        remove_temporaries(self._folder)
-        for left in self._folder.glob(".step-*.tmp"):
+        remove_temporaries(self.folder, held=True)
+        for left in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         damaged: dict[Path, DamagedFileError | MissingFileError] = {}
         whole = [place for place in self._places() if self._is_whole(place, damaged)]
@@ -126,7 +126,7 @@ class Checkpoints:
         if newest is None and damaged:
             first = next(iter(damaged.values()))
             raise DamagedFileError(
-                f"{first}: no checkpoint in {self._folder} is whole; remove that folder to begin anew"
+                f"{first}: no checkpoint in {self.folder} is whole; remove that folder to begin anew"
             ) from first
         for place, error in damaged.items():
             if place not in whole or (newest is not None and place > newest):
@@ -138,7 +138,7 @@ class Checkpoints:
         if not (place / STATE).exists() and any((place / name).exists() for name in _PICKLED):
             raise InputError(
                 f"{place} is a checkpoint of an older version, which kept it as a pickle, and a pickle is not read; "
-                f"finish the run with the version that began it, or remove {self._folder} to begin anew"
+                f"finish the run with the version that began it, or remove {self.folder} to begin anew"
             )
         try:
             check_file(place / STATE)
@@ -162,7 +162,7 @@ class Checkpoints:
         return place not in damaged
 
     def _write(self, state: TrainingState, random: list[dict[str, Tensor]]) -> None:
-        place = self._folder / f"step-{state.step:09d}"
+        place = self.folder / f"step-{state.step:09d}"
         temporary = _beside(place)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -181,7 +181,7 @@ class Checkpoints:
         save_tensors(temporary / STATE, tensors, format=FORMAT, progress=json.dumps(progress))
         fsync(temporary)
         temporary.rename(place)
-        fsync(self._folder)
+        fsync(self.folder)
 
     def _remove_old(self, tables: Mapping[str, TableJournal]) -> None:
         """Keep the newest checkpoints and the best; of the tables, what the newest need."""
@@ -193,7 +193,7 @@ class Checkpoints:
             journal.remove_others({file for place in newest for file in _read_progress(place)["tables"][name]})
 
     def _places(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name))
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name))
 
     def _best(self) -> Path | None:
         scores = {}

@@ -83,7 +83,7 @@ class TableJournal:
         """Delete every file of the journal but these, and what killed processes left of any."""
         for path in set(self._folder.glob("*.safetensors")) - {self._folder / name for name in files}:
             path.unlink()
-        remove_temporaries(self._folder)
+        remove_temporaries(self._folder, held=True)
 
     def _write(self, name: str, rows: Tensor | None) -> None:
         """Write some rows of the table, or all, block by block: no copy of it is made in memory."""
