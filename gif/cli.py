@@ -92,7 +92,7 @@ def vectors_command(
     """
     partial = output.with_suffix(".partial")
     check_output(output, [partial])
-    with process_group(device) as own, hold(output.with_suffix(""), existing(own_file(partial))):
+    with process_group(device) as own, hold(output, existing(own_file(partial))):
         images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size)).train
         network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
         table = initial_code_vectors(
@@ -170,7 +170,7 @@ def spread_command(
         if in_file or world_size() > 1:
             report = spread_file(vectors, output, device=own, write_report=write_report, **options)
         else:
-            with hold(output.with_suffix(""), existing(partial)):
+            with hold(output, existing(partial)):
                 table = CodeVectors(CodeVectors.load(vectors).table.to(own), normalized=True)
                 report = spread_code_vectors(table, checkpoint=partial, keep_checkpoint=True, **options)
                 table.save(output)
@@ -208,7 +208,7 @@ def tokenize_command(
     """
     partial = output.with_suffix(".partial")
     check_output(output, [partial], [vectors])
-    with hold(output.with_suffix(""), existing(partial)):
+    with hold(output, existing(partial)):
         table = CodeVectors.load(vectors, mmap=True)
         codes = tokenize(
             table,

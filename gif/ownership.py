@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 from textwrap import shorten
@@ -54,7 +55,7 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def hold(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
-    """Hold ``output``, a folder or what is written under this name, for the processes of this group.
+    """Hold ``output``, a file or a folder, for the processes of this group.
 
     It is looked at whether something can be written there, and what killed processes left unfinished is removed. A
     folder that a run has claimed, and in which nothing but the claim is, is given up again where the run fails.
@@ -98,20 +99,16 @@ def _lock(path: Path) -> FileLock | None:
         processes = "" if world_size() == 1 else f", the first of {world_size()},"
         command = " ".join(sys.argv)
         place.write_text(f"process {os.getpid()}{processes} on {platform.node()}: {command}", encoding="utf-8")
-        for name in {path.name, *_written_beside(path)}:
-            remove_temporaries(path.parent, name, held=True)
+        for name in _written_beside(path):
+            remove_temporaries(path.parent, name)
     _held.add(path)
     return lock
 
 
 def _written_beside(path: Path) -> set[str]:
-    """Names of the unfinished files of ``path`` with any ending."""
-    found = (left.name[1:].rsplit(".", 2)[0] for left in path.parent.glob(f".{_escaped(path.name)}[.-]*.tmp"))
-    return set(found)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+    """Names of the unfinished files there that are called as ``path`` is, whatever their ending."""
+    left_over = path.parent.glob(f".{escape(path.stem)}[.-]*.tmp")
+    return {left.name[1:].rsplit(".", 2)[0] for left in left_over}
 
 
 def _release(lock: FileLock, path: Path) -> None:

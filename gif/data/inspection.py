@@ -34,9 +34,9 @@ def inspect(
         decode: decode every image, to find the broken ones.
         workers: processes that read images.
     """
+    data = open_data(input)
     if output is not None:
         check_folder(output)
-    data = open_data(input)
     console.print(describe(data))
     if isinstance(data, EncodedImages) and decode:
         _read_all(data, workers)

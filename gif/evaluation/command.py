@@ -53,7 +53,6 @@ def evaluate(
     """
     if data is None and not pairs and not ijb:
         raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
-    check_folder(output or model.parent)
     network, config = load_backbone(model)
     decoder = ImageDecoder(config.image_size, config.channels)
     with process_group(device) as own:
@@ -67,6 +66,7 @@ def evaluate(
             benchmarks.append(PairFiles(pairs, decoder))
         if ijb:
             benchmarks.append(IjbFolders(ijb, decoder))
+        check_folder(output or model.parent)
         outcomes = [benchmark.judge(network, embedder) for benchmark in benchmarks]
         if images is not None and (report := broken_report(images)):
             say(report)

@@ -38,7 +38,7 @@ def spread_file(
     locate_tensor(source, "vectors", format=FORMAT)
     folder = output.with_suffix(".partial")
     check_output(output, [folder], [source])
-    with hold(output.with_suffix(""), existing(folder / "journal")):
+    with hold(output, existing(folder / "journal")):
         return _spread(source, output, folder, device, write_report, options)
 
 
