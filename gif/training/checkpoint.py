@@ -121,8 +121,8 @@ class Checkpoints:
         for left in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         damaged: dict[Path, DamagedFileError | MissingFileError] = {}
-        whole = [place for place in self._places() if self._is_whole(place, damaged)]
-        newest = next((place for place in reversed(whole) if self._has_tables(place, tables, damaged)), None)
+        whole = [place for place in reversed(self._places()) if self._is_whole(place, damaged)]
+        newest = next((place for place in whole if self._has_tables(place, tables, damaged)), None)
         if newest is None and damaged:
             first = next(iter(damaged.values()))
             raise DamagedFileError(
