@@ -32,7 +32,7 @@ from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
 from gif.export import export_command
-from gif.files import save_tensors, write_text
+from gif.files import check_file, save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
 from gif.ownership import check_output, existing, hold
 from gif.planning import plan
@@ -209,6 +209,7 @@ def tokenize_command(
     partial = output.with_suffix(".partial")
     check_output(output, [partial], [vectors])
     with hold(output, existing(partial)):
+        check_file(vectors)  # every row will be read many times
         table = CodeVectors.load(vectors, mmap=True)
         codes = tokenize(
             table,

@@ -35,7 +35,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     tensors, metadata = load_tensors(path, format=FORMAT)
     try:
         config = BackboneConfig(**json.loads(metadata["config"]))
-    except TypeError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} names an unknown backbone ({error}); it is from a newer version") from error
     return _filled(path, config, tensors), config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -12,16 +13,19 @@ from gif.errors import Interrupted
 from gif.progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 3.0  # seconds in which a signal may come again through a launcher
 
 
 class StopRequest:
-    """Within its block the first SIGINT or SIGTERM is noted as ``number``; another one acts as it did outside.
+    """Within its block the first SIGINT or SIGTERM is noted as ``number``; one that comes later acts as it did outside.
 
-    Only the main thread gets signals: elsewhere, and for a signal that is ignored, nothing changes.
+    Later is after `ECHO` seconds: torchrun sends on what its processes have got from the terminal or a scheduler. Only
+    the main thread gets signals: elsewhere, and for a signal that is ignored, nothing changes.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -45,10 +49,16 @@ class StopRequest:
         return max(gather_objects(self.number or 0)) or None if together else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
-        if rank() == 0:
-            say("stopping after this step, with a checkpoint; a second signal stops at once, at the last checkpoint")
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self._since = number, now
+            if rank() == 0:
+                say(
+                    f"stopping after this step, with a checkpoint; a signal after {ECHO:g} s stops at once, without one"
+                )
+        elif now - self._since > ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._before:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gif.distributed import rank, wait_for_all, world_size
-from gif.files import atomic_path, fsync, locate_tensor, seal, writing
+from gif.files import atomic_path, check_file, fsync, locate_tensor, seal, writing
 from gif.ownership import check_output, existing, hold
 from gif.resume import claim_folder
 from gif.vectors.spread import SpreadReport, spread_code_vectors
@@ -56,6 +56,7 @@ def _spread(
             shutil.rmtree(folder)
         claim_folder(folder, {"command": "spread", "vectors": str(source.resolve()), **options})
         if not working.exists():
+            check_file(source)
             with atomic_path(working) as temporary:
                 shutil.copyfile(source, temporary)
     wait_for_all()

@@ -15,10 +15,12 @@ import torch
 
 from gif import CodeVectors, cli, files
 from gif.data.glyphs import all_glyphs
-from gif.errors import InputError, OutputError
+from gif.errors import InputError, Interrupted, OutputError
 from gif.files import allocate_tensors, atomic_path, load_tensors, map_tensor, remove_temporaries, save_tensors
 from gif.ownership import check_output, hold
 from gif.resume import RECORD, claim_folder
+from gif.training import stop as stop_module
+from gif.training.stop import StopRequest
 
 FORMAT = "test/1"
 FORK = multiprocessing.get_context("fork")
@@ -493,6 +495,20 @@ class TestInterrupts:
         step = int(place.name.removeprefix("step-"))
         assert f"continues after step {step:,} of " in printed
         assert left_over(tmp_path) == []
+
+    def test_a_signal_that_comes_again_through_a_launcher_is_the_same_one(self, monkeypatch):
+        with pytest.raises(Interrupted), StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert stop.number == stop.agreed(True) == signal.SIGINT
+        monkeypatch.setattr(stop_module, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt) as stopped, StopRequest():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("it went on")
+        assert not isinstance(stopped.value, Interrupted)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_a_command_that_keeps_nothing_says_so(self, gif, monkeypatch):
         def interrupted(*_, **__):
