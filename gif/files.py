@@ -155,6 +155,8 @@ def map_tensor(path: str | Path, name: str, *, format: str, writable: bool = Fal
     `locate_tensor`.
     """
     where = locate_tensor(path, name, format=format)
+    if math.prod(where.shape) == 0:  # nothing to map
+        return torch.empty(where.shape, dtype=where.dtype)
     with open(path, "r+b" if writable else "rb") as file:
         if writable:
             pages = mmap.mmap(file.fileno(), 0)

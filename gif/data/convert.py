@@ -101,13 +101,19 @@ class PngImages:
         return f"image {row}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self._images.names).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr(list(self._images.names)).encode()).hexdigest()[:32]
 
 
 def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broken: BrokenPolicy) -> tuple[int, int]:
     """Write everything into a folder, or continue there; returns how many images were written, and were broken."""
     identities = hashlib.sha256(repr(list(found.names)).encode() + found.labels.numpy().tobytes()).hexdigest()[:16]
-    settings = f"{found.source.fingerprint()} {identities} to {to}, {shard_size} a shard, {on_broken} broken"
+    settings = {
+        "input": found.source.fingerprint(),
+        "identities": identities,
+        "to": to,
+        "shard_size": shard_size,
+        "on_broken": on_broken,
+    }
     work = UnfinishedWork(staging / "journal", JOURNAL_FORMAT, settings)
     state = work.load()
     if state is None:

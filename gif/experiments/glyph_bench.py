@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, tokenize
 from gif.data import IdentitySplit, load_data, split_identities
+from gif.data.images import SPLIT_BY
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_group, spread_of_centers
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
@@ -113,8 +114,9 @@ class GlyphBench:
         """Train a backbone with a head, keep it in ``folder``, judge it; continues a run that was interrupted."""
         torch.manual_seed(training.seed)
         backbone = BACKBONE.build()
+        who = self.data.train.identities
         own_vectors = CodeVectors(self.vectors.table.clone(), normalized=True)  # the head may move them
-        loss_fn = contender.head.build(self.data.train.num_identities, BACKBONE.embedding_size, self.codes, own_vectors)
+        loss_fn = contender.head.build(len(who), BACKBONE.embedding_size, self.codes, own_vectors)
         log = train(
             backbone,
             loss_fn,
@@ -123,7 +125,7 @@ class GlyphBench:
             checkpoints=folder / "checkpoints",
             description=f"training with {name}",
         )
-        save_backbone(folder / "backbone.safetensors", backbone, BACKBONE)
+        save_backbone(folder / "backbone.safetensors", backbone, BACKBONE, trained_on=who)
         embeddings = embed(backbone, self.data.held_out)
         judgement = judge(embeddings, self.data.held_out.labels)
         parameters = sum(parameter.numel() for parameter in loss_fn.parameters())
@@ -164,6 +166,7 @@ def bench_settings(contenders: Mapping[str, Contender]) -> dict[str, Any]:
     """What decides the results of ``contenders``, beside the data, a seed and the epochs."""
     return {
         "backbone": asdict(BACKBONE),
+        "held_out_by": SPLIT_BY,
         "vocab_size": VOCAB_SIZE,
         "spread_epochs": SPREAD_EPOCHS,
         "contenders": {name: asdict(contender) for name, contender in contenders.items()},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gif.codes import IdentityCodes
+from gif.data.identities import require_same
 from gif.distributed import gather_rows, mean_over_processes, shared_seed
 from gif.errors import InputError
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
@@ -45,7 +46,8 @@ class GIFLoss(nn.Module):
             micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
         moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
 
-    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other.
+    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other,
+    or codes and vectors say that they are of other identities.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class GIFLoss(nn.Module):
             raise InputError(
                 f"codes are for {len(codes)} identities and vectors for {len(vectors)}; tokenize these vectors"
             )
+        if vectors is not None:
+            require_same("the codes", codes.identities, "the code vectors", vectors.identities)
         if vectors is not None and vectors.width != embedding_size:
             raise InputError(f"vectors have width {vectors.width}, embedding_size is {embedding_size}; make them agree")
         checks.choice("projection", projection, ("linear", "none"))

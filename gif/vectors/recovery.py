@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from gif.errors import InputError
 from gif.files import fsync, load_tensors, save_tensors
 from gif.resume import UnfinishedWork
 from gif.vectors.shards import Round, Shards
+from gif.vectors.store import digest_rows
 
 CHECKPOINT_FORMAT = "gif.spread_checkpoint/2"
 JOURNAL_BYTES = 1 << 28  # the journal's size at most, or one round
@@ -58,7 +59,7 @@ class Recovery(ABC):
 class Copies(Recovery):
     """The table in memory is copied to ``checkpoint``, once a minute and on interruption; None keeps nothing."""
 
-    def __init__(self, shards: Shards, checkpoint: Path | None, settings: str) -> None:
+    def __init__(self, shards: Shards, checkpoint: Path | None, settings: Mapping[str, Any]) -> None:
         self._table = shards.table
         self._kept: dict[str, Tensor] = {}
         self._work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
@@ -107,7 +108,9 @@ class Journal(Recovery):
     newer rounds gives that state. Each process keeps its own rows' values, and all flush after the same rounds.
     """
 
-    def __init__(self, shards: Shards, file: Path, checkpoint: Path, settings: str, round_rows: int) -> None:
+    def __init__(
+        self, shards: Shards, file: Path, checkpoint: Path, settings: Mapping[str, Any], round_rows: int
+    ) -> None:
         self._shards = shards
         self._file = file
         self._folder = checkpoint
@@ -188,23 +191,19 @@ def _number(path: Path) -> int:
 
 
 def recovery(
-    shards: Shards, file: Path | None, checkpoint: str | Path | None, settings: str, sample: Tensor, round_rows: int
+    shards: Shards, file: Path | None, checkpoint: str | Path | None, settings: Mapping[str, Any], round_rows: int
 ) -> Recovery:
     """What keeps a run of these ``settings`` in ``checkpoint``: a journal where the table is in ``file``, else copies.
 
-    ``sample``: rows that tell one table in memory from another. ``round_rows``: own rows of a round.
+    ``round_rows``: own rows of a round.
     """
-    settings = f"{settings} processes={world_size()}"
+    settings = {**settings, "processes": world_size()}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and file is not None:
-        return Journal(shards, file, path, f"{settings} file={file.resolve()}", round_rows)
+        return Journal(shards, file, path, {**settings, "file": str(file.resolve())}, round_rows)
     if path is not None and world_size() > 1:
         raise InputError(
             "several processes keep a checkpoint of a table in a file only; give CodeVectors.load(path, mmap=True, "
             "writable=True), or no checkpoint"
         )
-    return Copies(shards, path, f"{settings} start={_digest(sample)}")
-
-
-def _digest(rows: Tensor) -> str:
-    return hashlib.sha256(rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
+    return Copies(shards, path, {**settings, "vectors": None if path is None else digest_rows(shards.table)})
