@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, suffix
-from gif.data.encoded import BrokenPolicy, Labelled
-from gif.data.images import IdentityImages
+from gif.data.encoded import BrokenPolicy, Labelled, stored
+from gif.data.images import IdentityImages, digest_images
 from gif.data.listing import IDENTITIES, PROPERTY, Property
 from gif.data.loading import NAMES, find_data
 from gif.data.pairs import read_pairs, write_bin
@@ -109,6 +110,7 @@ def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broke
     identities = hashlib.sha256(repr(list(found.names)).encode() + found.labels.numpy().tobytes()).hexdigest()[:16]
     settings = {
         "input": found.source.fingerprint(),
+        "sample of the images": digest_images(len(found.source), partial(stored, found.source)),
         "identities": identities,
         "to": to,
         "shard_size": shard_size,

@@ -120,10 +120,7 @@ class EncodedImages(IdentityDataset):
         return {"channels": self.decoder.channels, "size": self.decoder.size, "fit": self.decoder.fit}
 
     def _stored(self, index: int) -> bytes:
-        try:
-            return self.source.read(int(self._rows[index]))
-        except (ValueError, OSError):  # broken: whoever decodes it says so
-            return b""
+        return stored(self.source, int(self._rows[index]))
 
     def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
         return type(self)(
@@ -147,6 +144,14 @@ class EncodedImages(IdentityDataset):
                 reason = error
         if reason:
             raise InputError(f"none of {min(ALL_BROKEN, len(self))} images that were tried can be decoded; {reason}")
+
+
+def stored(source: EncodedSource, row: int) -> bytes:
+    """An image as it is stored; nothing where it cannot be read: whoever needs it says so."""
+    try:
+        return source.read(row)
+    except (ValueError, OSError):
+        return b""
 
 
 def broken_report(data: IdentityDataset) -> str | None:

@@ -29,7 +29,7 @@ _KEY = "identities"  # of the metadata of a file that has names
 class Names(PackedStrings):
     """What identities are called, in order, as UTF-8 bytes in one tensor, which may be memory-mapped.
 
-    A sequence of strings that equals any other of the same strings. Arguments are those of `PackedStrings`.
+    A sequence of strings that equals a list of the same strings. Arguments are those of `PackedStrings`.
     """
 
     @classmethod
@@ -39,6 +39,16 @@ class Names(PackedStrings):
             return strings
         packed = cls.pack(map(str, strings))
         return cls(packed.data, packed.ends)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A name, or a list of some."""
+        if isinstance(index, slice):
+            return [self[row] for row in range(len(self))[index]]
+        return super().__getitem__(range(len(self))[index])
+
+    def __add__(self, others: Iterable[str]) -> Names:
+        more = Names.of(others)
+        return Names(torch.cat([self.data, more.data]), torch.cat([self.ends, more.ends + len(self.data)]))
 
     def __iter__(self) -> Iterator[str]:
         return (name.decode("utf-8", "surrogateescape") for name in self._encoded())
@@ -58,10 +68,6 @@ class Names(PackedStrings):
         """Those for which ``keep`` (m,) bool is True, in their order."""
         lengths = self.ends.diff(prepend=self.ends.new_zeros(1))
         return Names(self.data[keep.repeat_interleave(lengths)], lengths[keep].cumsum(0))
-
-    def followed_by(self, others: Names) -> Names:
-        """These, and after them the others."""
-        return Names(torch.cat([self.data, others.data]), torch.cat([self.ends, others.ends + len(self.data)]))
 
     def digests(self, key: str = "") -> Tensor:
         """(m,) int64: the 8-byte BLAKE2b of each name, of that name and ``key`` alone."""
@@ -117,7 +123,7 @@ class Identities:
                 f"{again.sum()} of {len(others)} newcomers are there already ({_some(others.names, again)}); give "
                 "those alone that came later"
             )
-        return Identities(self.names.followed_by(others.names), self.images, self.data)
+        return Identities(self.names + others.names, self.images, self.data)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file keeps of them, beside `metadata`."""

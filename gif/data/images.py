@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -95,19 +95,14 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def summary(self) -> dict[str, Any]:
         """What tells this data set from another at the same place: settings of a run, fit for JSON.
 
-        Digests of all names, of all labels, and of the images as they are stored: all of 8,192 at most, and of more so
-        many at equal distances.
+        Digests of all names, of all labels, and of a sample of the images (`digest_images`).
         """
-        images = hashlib.sha256()
-        for index in torch.linspace(0, len(self) - 1, min(len(self), _SAMPLE), dtype=torch.float64).long().tolist():
-            stored = self._stored(index)
-            images.update(len(stored).to_bytes(8, "little") + stored)
         return {
             "identities": self.num_identities,
             "images": len(self),
             "names": self.names.fingerprint[:16],
             "labels": hashlib.sha256(self.labels.numpy().data).hexdigest()[:16],
-            "sample of the images": images.hexdigest()[:16],
+            "sample of the images": digest_images(len(self), self._stored),
             "read as": self.image_settings,
         }
 
@@ -236,6 +231,19 @@ def _places(data: IdentityDataset, seed: int) -> np.ndarray:
     After each split the places are fresh ones, or those of a part would all lie on one side.
     """
     return data.names.digests(f"{seed} {data.splits}").numpy().view(np.uint64)
+
+
+def digest_images(count: int, read: Callable[[int], bytes]) -> str:
+    """16 hexadecimal digits that follow from images as they are stored, ``read(index)`` for an index in [0, count).
+
+    They follow from all of 8,192 at most, and of more from so many at equal distances: a data set that was replaced is
+    noticed, one image of a million need not be.
+    """
+    digest = hashlib.sha256()
+    for index in torch.linspace(0, count - 1, min(count, _SAMPLE), dtype=torch.float64).long().tolist():
+        stored = read(index)
+        digest.update(len(stored).to_bytes(8, "little") + stored)
+    return digest.hexdigest()[:16]
 
 
 def check_held_out(held_out: float) -> None:

@@ -19,6 +19,7 @@ from gif.vectors.store import digest_rows
 
 CHECKPOINT_FORMAT = "gif.spread_checkpoint/2"
 JOURNAL_BYTES = 1 << 28  # the journal's size at most, or one round
+SAMPLE = 256  # rows by which a table's file is known again
 
 
 class Recovery(ABC):
@@ -117,12 +118,15 @@ class Journal(Recovery):
         self._work = UnfinishedWork(self._path("state"), CHECKPOINT_FORMAT, settings)
         row_bytes = shards.table.shape[1] * shards.table.itemsize
         self._interval = max(1, JOURNAL_BYTES // (round_rows * row_bytes))
+        self._sample = torch.linspace(0, len(shards.table) - 1, min(len(shards.table), SAMPLE)).long().unique()
         self._flushed = 0
         self._forgotten: list[Path] = []
 
     def load(self, losses: Tensor) -> int:
         saved = self._work.load()
         finished = least_of_processes(-1 if saved is None else int(saved["finished"]))
+        if saved is not None:
+            self._check_table(saved)
         if saved is not None and finished >= 0:
             losses.copy_(saved["losses"])
         for path in sorted(self._undo_files(), reverse=True):
@@ -167,7 +171,8 @@ class Journal(Recovery):
     def _flush(self, finished: int, losses: Tensor) -> None:
         """Make the table on the disk that after ``finished`` rounds; older values are needed by no process then."""
         fsync(self._file)
-        self._work.save({"losses": losses, "finished": torch.tensor(finished)})
+        sample = self._shards.take(self._sample)
+        self._work.save({"losses": losses, "finished": torch.tensor(finished), "sample": sample})
         wait_for_all()
         for path in self._undo_files():
             if _number(path) < finished:
@@ -175,6 +180,21 @@ class Journal(Recovery):
         while self._forgotten:
             self._forgotten.pop().unlink(missing_ok=True)
         self._flushed = finished
+
+    def _check_table(self, saved: dict[str, Tensor]) -> None:
+        """Raise ValueError, having changed nothing, if undoing would not give the table of the ``saved`` state."""
+        found = self._shards.take(self._sample)
+        for path in sorted(self._undo_files(), reverse=True):
+            if _number(path) >= int(saved["finished"]):
+                old, _ = load_tensors(path, format=CHECKPOINT_FORMAT)
+                place = torch.searchsorted(self._sample, old["rows"]).clamp_max(len(self._sample) - 1)
+                hit = self._sample[place] == old["rows"]
+                found[place[hit]] = old["vectors"][hit].to(found.device)
+        if not torch.equal(found.cpu(), saved["sample"]):
+            raise InputError(
+                f"{self._file} is not the table that {self._folder} continues: other vectors were written there since; "
+                "put that table back, or remove the folder to begin anew"
+            )
 
     def _undo_files(self) -> list[Path]:
         return list(self._folder.glob(f"undo-*.{rank()}.safetensors"))
