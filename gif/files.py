@@ -59,10 +59,24 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, format: str, **metadata: str) -> None:
-    """Write named tensors to a safetensors file whose metadata holds ``format`` and ``metadata``, atomically."""
+    """Write named tensors to a safetensors file whose metadata holds ``format`` and ``metadata``, atomically.
+
+    The same content gives the same bytes.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": format, **metadata})
+        _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, whose order the library leaves to chance."""
+    with path.open("r+b") as file:
+        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(_LENGTH.size)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def load_tensors(path: str | Path, *, format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -95,7 +95,8 @@ class GlyphBench:
         split = load_data(data, seed=seed)
         if identities is not None:
             share = identities / (split.train.num_identities + split.held_out.num_identities)
-            split = IdentitySplit(*(split_identities(part, share, seed)[1] for part in (split.train, split.held_out)))
+            parts = ((part, round(share * part.num_identities)) for part in (split.train, split.held_out))
+            split = IdentitySplit(*(split_identities(part, number, seed)[1] for part, number in parts))
         if validation:
             split = IdentitySplit(*split_identities(split.train, VALIDATION, seed))
         judged = "to validate on" if validation else "held out"
