@@ -24,6 +24,7 @@ from gif.vectors.shards import Shards
 
 SIZE = 16
 TINY = ["--backbone.embedding_size=16", f"--backbone.image_size={SIZE}", "--backbone.width=4", "--backbone.channels=3"]
+OFF = {"regression_weight": 0.0}
 NAMES = ["anna", "bob", "Čeněk", "d/dora", "", "emil\nx", "f\udce9"]
 
 
@@ -243,6 +244,19 @@ class TestTables:
             HeadConfig().build(3, 3, codes, vectors[0], identities=who[1])
         GIFLoss(codes, vectors[0], 3)
         assert isinstance(HeadConfig(kind="softmax").build(3, 3, None, vectors[1], identities=who[0]), MarginSoftmax)
+
+    def test_a_head_knows_whose_codes_it_was_trained_with(self):
+        table = torch.eye(3) + 1
+        known, others, bare = (
+            GIFLoss(tokenize(CodeVectors(table, identities=who), vocab_size=3), None, 3, recipe="paper", **OFF)
+            for who in (Identities(Names.of("abc")), Identities(Names.of("abd")), None)
+        )
+        with pytest.raises(ValueError, match="trained with the codes of identities of other names"):
+            others.load_state_dict(known.state_dict())
+        for one, other in ((known, known), (known, bare), (bare, known)):  # of a version before, or of bare tensors
+            other.load_state_dict(one.state_dict())
+        with pytest.raises(ValueError, match="trained with another code table"):
+            known.load_state_dict({**known.state_dict(), "_extra_state": torch.empty(0, dtype=torch.uint8)})
 
     def test_bare_tables_have_no_names_and_fit_every_data_set(self, tmp_path):
         who = Identities(Names.of("abc"))
