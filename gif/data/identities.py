@@ -21,7 +21,7 @@ from gif.files import load_tensors, map_tensor, save_tensors
 
 FORMAT = "gif.identities/1"
 DIGEST_BYTES = 8  # of a name: of 64 million, two share theirs with probability 1e-4
-NAMED = 3  # identities in a message
+_NAMED = 3  # identities in a message
 _NAMES_A_BLOCK = 1 << 20
 _KEY = "identities"  # of the metadata of a file that has names
 
@@ -61,8 +61,8 @@ class Names(PackedStrings):
     __hash__ = None  # type: ignore[assignment]  # as of a list
 
     def __repr__(self) -> str:
-        some = ", ".join(repr(self[row]) for row in range(min(len(self), NAMED)))
-        return f"Names([{some}{', ...' if len(self) > NAMED else ''}], {len(self)})"
+        some = ", ".join(repr(self[row]) for row in range(min(len(self), _NAMED)))
+        return f"Names([{some}{', ...' if len(self) > _NAMED else ''}], {len(self)})"
 
     def where(self, keep: Tensor) -> Names:
         """Those for which ``keep`` (m,) bool is True, in their order."""
@@ -120,7 +120,7 @@ class Identities:
         again = np.isin(others.names.digests().numpy(), self.names.digests().numpy())
         if again.any():
             raise InputError(
-                f"{again.sum()} of {len(others)} newcomers are there already ({_some(others.names, again)}); give "
+                f"{again.sum()} of {len(others)} newcomers are there already ({quote_some(others.names, again)}); give "
                 "those alone that came later"
             )
         return Identities(self.names + others.names, self.images, self.data)
@@ -185,16 +185,18 @@ def require_same_names(what: str, one: Identities | None, others: str, other: Id
         (other.names, what, ~np.isin(theirs, mine)),
     ):
         if absent.any():
-            parts.append(f"{absent.sum()} not in {place} ({_some(names, absent)})")
+            parts.append(f"{absent.sum()} not in {place} ({quote_some(names, absent)})")
     both = min(len(mine), len(theirs))
     moved = np.flatnonzero(mine[:both] != theirs[:both])
     if len(moved):
         row = int(moved[0])
-        parts.append(f'identity {row} is "{one.names[row]}" in {what} and "{other.names[row]}" in {others}')
+        parts.append(
+            f"identity {row} is {_quoted(one.names[row])} in {what} and {_quoted(other.names[row])} in {others}"
+        )
     raise InputError(
         f"{what} ({len(one)} identities{_origin(one)}) and {others} ({len(other)}{_origin(other)}) are not of the same "
-        f"identities: {'; '.join(parts)}. Make code vectors and codes from the data set that is trained on, with the "
-        "same held_out"
+        f"identities: {'; '.join(parts)}. Give those that belong together, with the held_out they were made with, or "
+        "make code vectors and codes anew from this data set"
     )
 
 
@@ -226,6 +228,12 @@ def _origin(who: Identities) -> str:
     return f" of {who.data}" if who.data else ""
 
 
-def _some(names: Names, where: np.ndarray) -> str:
+def quote_some(names: Names, where: np.ndarray) -> str:
+    """The first few of the names for which ``where`` (m,) is True, for a message."""
     rows = np.flatnonzero(where)
-    return ", ".join(f'"{names[row]}"' for row in rows[:NAMED].tolist()) + (", ..." if len(rows) > NAMED else "")
+    return ", ".join(_quoted(names[row]) for row in rows[:_NAMED].tolist()) + (", ..." if len(rows) > _NAMED else "")
+
+
+def _quoted(name: str) -> str:
+    """A name on one line that every terminal can show, whatever its bytes are."""
+    return json.dumps(name.encode("utf-8", "backslashreplace").decode(), ensure_ascii=False)

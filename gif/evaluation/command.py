@@ -12,7 +12,7 @@ import torch
 
 from gif.backbones import TrainedOn, load_backbone, load_trained_on
 from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, broken_report, load_data
-from gif.data.identities import NAMED
+from gif.data.identities import quote_some
 from gif.distributed import process_group, rank
 from gif.errors import InputError
 from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, Outcome, PairFiles
@@ -104,15 +104,15 @@ def _unseen(
     count = int(seen.sum())
     if count == 0:
         return images, 0
-    names = list(images.names.where(seen))
     told = (
         f"{count:,} of the {images.num_identities:,} identities to be judged are called as ones that {model} was "
-        f"trained on ({', '.join(map(repr, names[:NAMED]))}{', ...' if count > NAMED else ''})"
+        f"trained on ({quote_some(images.names, seen.numpy())})"
     )
     if overlap == "drop":
         say(f"{told}: they are left out")
         return images.of_identities((~seen).nonzero().flatten()), 0
-    elsewhere = trained_on.data != images.origin and all(name.isdecimal() for name in names)
+    numbers = all(name.isdecimal() for name in images.names.where(seen))
+    elsewhere = numbers and trained_on.data != images.origin
     if overlap == "refuse" and not elsewhere:
         raise InputError(
             f"{told}, and the judgement would not be one of identities never seen; give the data and the held_out of "

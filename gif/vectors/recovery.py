@@ -118,7 +118,8 @@ class Journal(Recovery):
         self._work = UnfinishedWork(self._path("state"), CHECKPOINT_FORMAT, settings)
         row_bytes = shards.table.shape[1] * shards.table.itemsize
         self._interval = max(1, JOURNAL_BYTES // (round_rows * row_bytes))
-        self._sample = torch.linspace(0, len(shards.table) - 1, min(len(shards.table), SAMPLE)).long().unique()
+        rows = len(shards.table)
+        self._sample = torch.arange(0, rows, max(1, rows // SAMPLE))
         self._flushed = 0
         self._forgotten: list[Path] = []
 

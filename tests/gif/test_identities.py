@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gif.backbones import BackboneConfig, load_backbone, load_trained_on, save_backbone
 from gif.codes import IdentityCodes, tokenize
 from gif.data import IdentityImages, ImageDecoder, load_data, open_data, split_identities
-from gif.data.identities import FORMAT, Identities, Names
+from gif.data.identities import FORMAT, Identities, Names, require_same_names
 from gif.data.images import some_identities
 from gif.encoders import PixelEncoder
 from gif.files import load_tensors
@@ -257,6 +257,14 @@ class TestTables:
             other.load_state_dict(one.state_dict())
         with pytest.raises(ValueError, match="trained with another code table"):
             known.load_state_dict({**known.state_dict(), "_extra_state": torch.empty(0, dtype=torch.uint8)})
+
+    def test_any_name_can_be_told(self):
+        """A name may hold anything that a file's name can: the message is one line of UTF-8."""
+        one, other = (Identities(Names.of(names)) for names in (["a", "f\udce9\n"], ["a", 'é"']))
+        with pytest.raises(ValueError) as raised:
+            require_same_names("the codes", one, "the data set", other)
+        message = str(raised.value)
+        assert "\n" not in message and message.encode() and r"f\\udce9\n" in message and r'"é\""' in message
 
     def test_bare_tables_have_no_names_and_fit_every_data_set(self, tmp_path):
         who = Identities(Names.of("abc"))
@@ -538,7 +546,7 @@ class TestOverlap:
         path, folder, train = model
         count, told = train.num_identities, f"{train.num_identities} of the 24 identities to be judged"
         code, printed, _ = self.run(gif, path, folder, "--held_out=1")
-        assert code == 1 and told in printed and repr(train.names[0]) in printed and "--overlap drop" in printed
+        assert code == 1 and told in printed and f'"{train.names[0]}"' in printed and "--overlap drop" in printed
         assert not (path.parent / "evaluation.json").exists()
         code, printed, found = self.run(gif, path, folder, "--held_out=1", "--overlap=drop")
         assert code == 0 and told in printed and "left out" in printed
