@@ -21,6 +21,8 @@ from gif.codes import IdentityCodes, judge_codes, tokenize
 from gif.codes.commands import export_codes, extend_codes, inspect_codes
 from gif.data import HELD_OUT, ImageDecoder, broken_report, load_data
 from gif.data.convert import convert
+from gif.data.identities import Identities, require_same_names
+from gif.data.images import SPLIT_BY
 from gif.data.inspection import inspect
 from gif.data.report import glyph_report
 from gif.distributed import process_group, rank, wait_for_all, world_size
@@ -171,7 +173,8 @@ def spread_command(
             report = spread_file(vectors, output, device=own, write_report=write_report, **options)
         else:
             with hold(output, existing(partial)):
-                table = CodeVectors(CodeVectors.load(vectors).table.to(own), normalized=True)
+                given = CodeVectors.load(vectors)
+                table = CodeVectors(given.table.to(own), normalized=True, identities=given.identities)
                 report = spread_code_vectors(table, checkpoint=partial, keep_checkpoint=True, **options)
                 table.save(output)
                 write_report(report)
@@ -250,8 +253,9 @@ def train_command(
     processes as there are then. A config from the repository's configs folder holds a recipe; any option after it wins.
 
     Args:
-        output: folder for the backbone, the head, the code vectors if it moved them, the losses and their plot, the
-            checkpoints and TensorBoard's files; of a run that is validated, the best backbone and the scores too.
+        output: folder for the backbone, the head, the identities that were trained on, the code vectors if it moved
+            them, the losses and their plot, the checkpoints and TensorBoard's files; of a run that is validated, the
+            best backbone and the scores too.
         data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
             in the backbone's size and colours.
         held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
@@ -273,30 +277,31 @@ def train_command(
         decoder = ImageDecoder(backbone.image_size, backbone.channels)
         split = load_data(data, held_out=held_out, decoder=decoder)
         images = split.train
+        who = images.identities
+        if (before := output / "identities.safetensors").exists():
+            require_same_names(f"the run in {output}", Identities.load(before), "the data set", who)
         validate = validation.open(split.held_out, decoder, workers=training.workers, device=own)
         torch.manual_seed(training.seed)
         network = backbone.build()
-        loss_fn = head.build(
-            images.num_identities,
-            backbone.embedding_size,
-            code_table,
-            None if vectors is None else CodeVectors.load(vectors, mmap=True),
-        )
+        table = None if vectors is None else CodeVectors.load(vectors, mmap=True)
+        loss_fn = head.build(images.num_identities, backbone.embedding_size, code_table, table, identities=who)
         log_folder = output / "tensorboard" if tensorboard else None
         check_training(loss_fn, images, training, tensorboard=log_folder)
         if rank() == 0:
             settings = {
                 "command": "train",
-                "data": data,
+                "data": {"name": data, **images.summary()},
                 "held_out": held_out,
+                "held_out_by": SPLIT_BY,
                 "codes": code_table and code_table.fingerprint,
-                "vectors": vectors and str(vectors.resolve()),
+                "vectors": table and table.fingerprint(),
                 "head": asdict(head),
                 "backbone": asdict(backbone),
                 "training": training.settings(),
                 "augmentation": augmentation,
             }
             claim_folder(output, settings)
+            who.save(output / "identities.safetensors")
         wait_for_all()
         log = train(
             network,
@@ -313,8 +318,8 @@ def train_command(
             say(report)
         if rank() > 0:
             return
-        save_backbone(output / "backbone.safetensors", network, backbone)
-        save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT)
+        save_backbone(output / "backbone.safetensors", network, backbone, trained_on=who)
+        save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT, **who.metadata())
         if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None and loss_fn.recipe.moves_vectors:
             loss_fn.vectors.save(output / "vectors.safetensors")
         save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
@@ -322,7 +327,7 @@ def train_command(
         say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
         if log.validations:
             best = Checkpoints(output / "checkpoints").load_best(network)
-            save_backbone(output / "best.safetensors", network, backbone)
+            save_backbone(output / "best.safetensors", network, backbone, trained_on=who)
             write_text(output / "validations.json", json.dumps(log.validations, indent=2))
             plot_validations(log.validations, output / "validations.png")
             say(f"wrote the best one, after {best:,} steps, to {output / 'best.safetensors'}")

@@ -323,7 +323,9 @@ def _header(
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], format: str, metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
     """The header of a file of such tensors, without a checksum yet, and the size of the whole file."""
-    header: dict[str, object] = {"__metadata__": {"format": format, **metadata, _CHECKSUM: _UNSEALED}}
+    header: dict[str, object] = {
+        "__metadata__": dict(sorted({"format": format, **metadata, _CHECKSUM: _UNSEALED}.items()))
+    }
     end = 0
     for name in _in_order(layout):
         shape, dtype = layout[name]
@@ -453,7 +455,7 @@ def map_tensor(path: str | Path, name: str, *, format: str, writable: bool = Fal
         _write_checksum(path, _read_header(path), _UNSEALED)
     elif path.stat().st_size <= CHECKED_WHEN_MAPPED:
         check_file(path)
-    if not math.prod(where.shape):
+    if math.prod(where.shape) == 0:  # nothing to map
         return torch.empty(where.shape, dtype=where.dtype)
     with path.open("r+b" if writable else "rb") as file:
         if writable:

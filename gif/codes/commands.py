@@ -10,6 +10,7 @@ from rich.table import Table
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
+from gif.data.identities import require_same
 from gif.errors import InputError
 from gif.files import atomic_path
 from gif.ownership import check_output
@@ -34,7 +35,9 @@ def inspect_codes(codes: Path, *, vectors: Path | None = None, picture: Path | N
     say(f"{table}, {table.free:,} of {total:,} codes free ({table.free / len(table):.1%} of the identities there are)")
     console.print(_levels(table))
     if vectors is not None:
-        say(str(judge_codes(table, CodeVectors.load(vectors, mmap=True))))
+        cut_from = CodeVectors.load(vectors, mmap=True)
+        require_same("the codes", table.identities, "the code vectors", cut_from.identities)
+        say(str(judge_codes(table, cut_from)))
     plot_occupancy(table, picture)
     say(f"drew {picture}")
 
@@ -73,9 +76,12 @@ def extend_codes(codes: Path, vectors: Path, output: Path) -> None:
     """
     check_output(output, inputs=[vectors])
     before = IdentityCodes.load(codes)
-    after = before.extend(CodeVectors.load(vectors).table)
+    newcomers = CodeVectors.load(vectors)
+    after = before.extend(newcomers)
     after.save(output)
     say(f"wrote {after} to {output}: {len(after) - len(before):,} came, {after.free:,} codes are free")
+    if after.identities is None and before.identities is not None:
+        say(f"{vectors} does not say whose vectors they are, so the extended codes do not either")
 
 
 def _levels(codes: IdentityCodes) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -13,11 +12,10 @@ from gif.codes.tree import ALIGNMENTS, Alignment, Cutting, root
 from gif.errors import InputError
 from gif.progress import progress
 from gif.resume import UnfinishedWork
-from gif.vectors.store import CodeVectors
+from gif.vectors.store import CodeVectors, digest_rows
 from gif_kernels import checks
 
 CHECKPOINT_FORMAT = "gif.tokenize_checkpoint/1"
-_DIGEST_ROWS = 4096
 _ROWS_A_BLOCK = 1 << 18
 
 
@@ -45,7 +43,8 @@ def tokenize(
     most, and the centroids that are kept: 2 d bytes a node.
 
     Args:
-        vectors: CodeVectors, or a (m, d) tensor; only directions matter. Any float dtype; products are in float32.
+        vectors: CodeVectors, or a (m, d) tensor; only directions matter. Any float dtype; products are in float32. The
+            codes belong to the identities that CodeVectors do.
         vocab_size: v, in [2, 256].
         length: l; by default the smallest with v^l >= m (1 + slack).
         slack: share of codes to leave free for identities that come later.
@@ -77,10 +76,18 @@ def tokenize(
     _check_directions(table)
 
     m = len(table)
-    settings = (
-        f"{m} x {table.shape[1]} {table.dtype} start={_digest(table)} v={vocab_size} l={length} "
-        f"iterations={iterations} capacity_factor={capacity_factor} alignment={alignment} seed={seed}"
-    )
+    settings = {
+        "m": m,
+        "d": table.shape[1],
+        "dtype": str(table.dtype),
+        "vectors": None if checkpoint is None else digest_rows(table),
+        "vocab_size": vocab_size,
+        "length": length,
+        "iterations": iterations,
+        "capacity_factor": capacity_factor,
+        "alignment": alignment,
+        "seed": seed,
+    }
     work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
     columns: list[Tensor] = []
     codebooks: list[Tensor] = []
@@ -107,16 +114,11 @@ def tokenize(
         vocab_size,
         centroids=level.centroids(centroid_levels) if centroid_levels else None,
         directions=torch.stack(codebooks).half() if alignment == "residual" else None,
+        identities=vectors.identities if isinstance(vectors, CodeVectors) else None,
     )
     if not keep_checkpoint:
         work.remove()
     return codes
-
-
-def _digest(table: Tensor) -> str:
-    """Tells tables apart by rows at equal distances."""
-    rows = table[:: max(1, len(table) // _DIGEST_ROWS)].cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(rows.numpy().data).hexdigest()[:12]
 
 
 def _checked_length(m: int, vocab_size: int, length: int | None, slack: float) -> int:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, suffix
-from gif.data.encoded import BrokenPolicy, Labelled
-from gif.data.images import IdentityImages
+from gif.data.encoded import BrokenPolicy, Labelled, stored
+from gif.data.images import IdentityImages, digest_images
 from gif.data.listing import IDENTITIES, PROPERTY, Property
 from gif.data.loading import NAMES, find_data
 from gif.data.pairs import read_pairs, write_bin
@@ -105,13 +106,20 @@ class PngImages:
         return f"image {row}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self._images.names).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr(list(self._images.names)).encode()).hexdigest()[:32]
 
 
 def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broken: BrokenPolicy) -> tuple[int, int]:
     """Write everything into a folder, or continue there; returns how many images were written, and were broken."""
     identities = hashlib.sha256(repr(list(found.names)).encode() + found.labels.numpy().tobytes()).hexdigest()[:16]
-    settings = f"{found.source.fingerprint()} {identities} to {to}, {shard_size} a shard, {on_broken} broken"
+    settings = {
+        "input": found.source.fingerprint(),
+        "sample of the images": digest_images(len(found.source), partial(stored, found.source)),
+        "identities": identities,
+        "to": to,
+        "shard_size": shard_size,
+        "on_broken": on_broken,
+    }
     work = UnfinishedWork(staging / "journal", JOURNAL_FORMAT, settings)
     state = work.load()
     if state is None:

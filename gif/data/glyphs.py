@@ -129,7 +129,7 @@ def _cache_path(cache_dir: str | Path | None, fonts: list[Path], size: int, min_
 
 
 def _save(path: Path, data: IdentityImages) -> None:
-    tensors, names = {"images": data.images, "labels": data.labels}, json.dumps(data.names)
+    tensors, names = {"images": data.images, "labels": data.labels}, json.dumps(list(data.names))
     save_tensors(path, tensors, format=FORMAT, names=names, sha256=checksum(tensors, names))
 
 

@@ -110,6 +110,7 @@ def _compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, 
         bench = GlyphBench.prepare(
             budget.split, data=budget.data, identities=budget.identities, validation=budget.validation
         )
+        claim_folder(output / "data", bench.data.train.summary())
         for number, (name, seed, folder) in enumerate(missing, 1):
             say(f"run {number} of {len(missing)}: {name}, seed {seed}")
             training = TrainingConfig(epochs=budget.epochs, batch_size=budget.batch_size, seed=seed)

@@ -49,6 +49,7 @@ def _quickstart(output: Path, epochs: int, seed: int) -> None:
         say(f"this run is finished, its report is {report}; remove {output} to repeat it, or give another --output")
         return
     bench = GlyphBench.prepare(seed)
+    claim_folder(output / "data", bench.data.train.summary())
     bench.vectors.save(output / "vectors.safetensors")
     bench.codes.save(output / "codes.safetensors")
     results = {name: bench.run(name, head, training, output / folder_name(name)) for name, head in heads.items()}

@@ -53,7 +53,8 @@ def initial_code_vectors(
         num_workers: processes that read images, for each process that encodes.
         num_identities: m; None takes ``dataset.num_identities``.
         checkpoint: file kept once a minute and on interruption; a later call with the same arguments continues from it
-            to the same result, and removes it when done. Each of several processes keeps its own, named after it
+            to the same result, and removes it when done; with another encoder, other identities or images (see
+            `IdentityDataset.summary`) it is refused. Each of several processes keeps its own, named after it
             (`gif.resume.own_file`).
         keep_checkpoint: leave the checkpoint, with all images done: for whoever saves the result before removing it.
         device: what the process group exchanges tensors on: CUDA for nccl.
@@ -69,13 +70,16 @@ def initial_code_vectors(
             "num_identities where the dataset has none"
         )
     images = len(dataset)  # type: ignore[arg-type]
-    settings = f"{encoder.name} m={m} images={images} batch_size={batch_size}"
+    settings: dict[str, Any] = {"encoder": encoder.name, "m": m, "images": images, "batch_size": batch_size}
     bounds, rows = [0, m], torch.arange(images)
     labels = getattr(dataset, "labels", None)
     if isinstance(labels, Tensor):  # known before the work starts
         _check_labels(labels, m)
         _check_counts(torch.bincount(labels, minlength=m))
-        settings += f" labels={hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}"
+        if isinstance(dataset, IdentityDataset) and checkpoint is not None:
+            settings["data"] = dataset.summary()
+        else:
+            settings["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
         bounds = _shares(labels, m)
         rows = ((labels >= bounds[rank()]) & (labels < bounds[rank() + 1])).nonzero().flatten()
     elif world_size() > 1:
@@ -112,7 +116,8 @@ def initial_code_vectors(
         say(report)
     if keep_checkpoint and len(batches):
         work.save(sums.state())
-    vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)))
+    who = dataset.identities if isinstance(dataset, IdentityDataset) and dataset.num_identities == m else None
+    vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)), identities=who)
     if not keep_checkpoint:
         work.remove()
     return vectors
