@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, judge_codes, tokenize
@@ -29,6 +28,7 @@ from gif.experiments.sweep import sweep
 from gif.export import export_command
 from gif.files import save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
+from gif.packages import needs
 from gif.planning import plan
 from gif.progress import say
 from gif.resume import claim_folder
@@ -326,6 +326,13 @@ COMMANDS: dict[str, Any] = {
     "sweep": sweep,
     "doctor": doctor,
 }
+
+
+def auto_cli(*components: Any, **options: Any) -> None:
+    """jsonargparse's: only the command line needs it."""
+    with needs("jsonargparse[signatures]", "the command line"):
+        from jsonargparse import auto_cli
+    auto_cli(*components, **options)
 
 
 def main() -> None:

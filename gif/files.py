@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gif.errors import InputError, MissingFileError
+from gif.packages import needs
 
 
 @contextmanager
@@ -60,6 +59,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, format: str, **metadata: str) -> None:
     """Write named tensors to a safetensors file whose metadata holds ``format`` and ``metadata``, atomically."""
+    with needs("safetensors", "writing tensors"):
+        from safetensors.torch import save_file
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": format, **metadata})
@@ -70,6 +71,8 @@ def load_tensors(path: str | Path, *, format: str) -> tuple[dict[str, Tensor], d
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged or holds another format.
     """
+    with needs("safetensors", "reading tensors"):
+        from safetensors import SafetensorError, safe_open
     path = existing_file(path)
     try:
         with safe_open(path, framework="pt") as file:

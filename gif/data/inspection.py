@@ -13,7 +13,7 @@ from gif.data.loading import open_data
 from gif.data.report import describe
 from gif.files import write_text
 from gif.plotting import COLORS, figure, save_figure
-from gif.progress import console, progress, say
+from gif.progress import print_table, progress, say
 
 _BATCH = ALL_BROKEN - 1  # of more, being all broken is an error
 
@@ -34,7 +34,7 @@ def inspect(
         workers: processes that read images.
     """
     data = open_data(input)
-    console.print(describe(data))
+    print_table(describe(data))
     if isinstance(data, EncodedImages) and decode:
         _read_all(data, workers)
         say(broken_report(data) or "every image can be decoded")

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from gif.errors import InputError
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
 from gif.files import load_tensors, save_tensors, write_text
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 from gif.resume import claim_folder
 from gif.training import TrainingConfig
 
@@ -133,10 +132,10 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def show(columns: Sequence[str], rows: Rows, title: str) -> None:
     """Print a table."""
-    table = Table(*columns, title=title)
+    table = new_table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    print_table(table)
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
