@@ -170,6 +170,7 @@ def tokenize_command(
     capacity_factor: float = 1.5,
     alignment: Literal["residual", "none"] = "residual",
     seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
 ) -> None:
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
 
@@ -185,6 +186,8 @@ def tokenize_command(
         capacity_factor: how much larger than the mean a branch of the code tree may be; 1 makes them equal.
         alignment: "residual" numbers branches so that a token means the same direction everywhere; "none" at random.
         seed: of the clustering.
+        device: where to cut; "auto" takes a GPU if there is one with room for the vectors. "cpu" reads them from disk,
+            a block at a time; "cuda" holds them all. Codes are those of the CPU but for ties.
     """
     table = CodeVectors.load(vectors, mmap=True)
     codes = tokenize(
@@ -196,6 +199,7 @@ def tokenize_command(
         alignment=alignment,
         seed=seed,
         checkpoint=output.with_suffix(".partial"),
+        device=device,
     )
     codes.save(output)
     if len(codes) > 1:

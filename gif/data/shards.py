@@ -109,9 +109,16 @@ class _Shard:
     identities: list[str]
 
 
+def cpu_count() -> int:
+    """Processors that this process may use."""
+    with needs("joblib", "looking into shards"):
+        import joblib
+    return joblib.cpu_count()
+
+
 def _find_images(files: list[MappedFile]) -> dict[str, Tensor]:
     with needs("joblib", "looking into shards"):
-        from joblib import Parallel, cpu_count, delayed
+        from joblib import Parallel, delayed
     jobs = max(1, min(cpu_count(), len(files) // _SHARDS_A_PROCESS))
     shards: list[_Shard] = []
     with progress("looking into shards", len(files), "shards") as advance:
