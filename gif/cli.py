@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, judge_codes, tokenize
@@ -37,6 +36,7 @@ from gif.export import export_command
 from gif.files import check_file, save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
 from gif.ownership import check_output, existing, hold
+from gif.packages import needs
 from gif.planning import plan
 from gif.progress import say
 from gif.resume import claim_folder, own_file
@@ -193,6 +193,7 @@ def tokenize_command(
     capacity_factor: float = 1.5,
     alignment: Literal["residual", "none"] = "residual",
     seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
 ) -> None:
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
 
@@ -208,6 +209,8 @@ def tokenize_command(
         capacity_factor: how much larger than the mean a branch of the code tree may be; 1 makes them equal.
         alignment: "residual" numbers branches so that a token means the same direction everywhere; "none" at random.
         seed: of the clustering.
+        device: where to cut; "auto" takes a GPU if there is one with room for the vectors. "cpu" reads them from disk,
+            a block at a time; "cuda" holds them all. Codes are those of the CPU but for ties.
     """
     partial = output.with_suffix(".partial")
     check_output(output, [partial], [vectors])
@@ -224,6 +227,7 @@ def tokenize_command(
             seed=seed,
             checkpoint=partial,
             keep_checkpoint=True,
+            device=device,
         )
         codes.save(output)
         partial.unlink()
@@ -358,6 +362,13 @@ COMMANDS: dict[str, Any] = {
     "sweep": sweep,
     "doctor": doctor,
 }
+
+
+def auto_cli(*components: Any, **options: Any) -> None:
+    """jsonargparse's: only the command line needs it."""
+    with needs("jsonargparse[signatures]", "the command line"):
+        from jsonargparse import auto_cli
+    auto_cli(*components, **options)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from gif.backbones import BackboneConfig, load_backbone
 from gif.errors import InputError
 from gif.files import atomic_path
+from gif.packages import needs
 from gif.progress import say
 
 INPUT, OUTPUT = "images", "embeddings"
@@ -49,14 +50,12 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
     on the CPU.
 
     Returns the largest difference to PyTorch of an entry of a unit embedding. Raises ValueError, and leaves no file, if
-    it is above `TOLERANCE`; RuntimeError where the libraries are missing.
+    it is above `TOLERANCE`; and where the libraries are missing.
     """
-    try:
+    with needs("gif-recognition[export]", "export to ONNX"):
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401 (the exporter needs it)
-    except ImportError as error:
-        raise RuntimeError(f"export needs ONNX ({error}); run pip install 'gif-recognition[export]'") from error
     backbone = backbone.cpu().eval()
     shape = (config.channels, config.image_size, config.image_size)
     generator = torch.Generator().manual_seed(0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.table import Table
 
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.picture import plot_occupancy
@@ -14,8 +14,11 @@ from gif.data.identities import require_same
 from gif.errors import InputError
 from gif.files import atomic_path
 from gif.ownership import check_output
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 from gif.vectors.store import CodeVectors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXPORT_FORMATS = (".npy", ".csv")
 
@@ -33,7 +36,7 @@ def inspect_codes(codes: Path, *, vectors: Path | None = None, picture: Path | N
     table = IdentityCodes.load(codes)
     total = table.vocab_size**table.length
     say(f"{table}, {table.free:,} of {total:,} codes free ({table.free / len(table):.1%} of the identities there are)")
-    console.print(_levels(table))
+    print_table(_levels(table))
     if vectors is not None:
         cut_from = CodeVectors.load(vectors, mmap=True)
         require_same("the codes", table.identities, "the code vectors", cut_from.identities)
@@ -86,7 +89,7 @@ def extend_codes(codes: Path, vectors: Path, output: Path) -> None:
 
 def _levels(codes: IdentityCodes) -> Table:
     """Nodes of each depth: how many, how large, how full; and how evenly its token is used."""
-    drawn = Table("tokens", "nodes", "identities a node", "largest", "fullest", "token entropy")
+    drawn = new_table("tokens", "nodes", "identities a node", "largest", "fullest", "token entropy")
     for depth, entropy in enumerate(token_entropy(codes), start=1):
         sizes = codes.nodes(depth)[1].diff()
         largest, room = int(sizes.max()), codes.vocab_size ** (codes.length - depth)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, suffix
@@ -27,6 +26,7 @@ from gif.data.records import LARGEST_LABEL, pack_record
 from gif.errors import InputError
 from gif.files import fsync, remove_temporaries, write_text
 from gif.ownership import check_output, existing, hold
+from gif.packages import needs
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork
 
@@ -98,6 +98,8 @@ class PngImages:
 
     def read(self, row: int) -> bytes:
         pixels = self._images[row][0].permute(1, 2, 0).numpy()
+        with needs("pillow", "writing images"):
+            from PIL import Image
         file = BytesIO()
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
         return file.getvalue()

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from gif.errors import InputError
+from gif.packages import needs
 
 Fit = Literal["squash", "crop", "exact"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -49,6 +49,8 @@ class ImageDecoder:
 
     def __call__(self, encoded: bytes) -> Tensor:
         """Pixels (channels, size, size) uint8. Raises BrokenImageError."""
+        with needs("pillow", "reading images"):
+            from PIL import Image, ImageOps
         suffix(encoded)
         try:
             with Image.open(BytesIO(encoded)) as stored:
@@ -66,7 +68,8 @@ class ImageDecoder:
             return image
         if self.fit == "exact":
             raise BrokenImageError(f"it is {image.shape[1]} x {image.shape[2]}, wanted {self.size} x {self.size}")
-        from torchvision.transforms.v2 import functional as F  # here: as slow to import as torch itself
+        with needs("torchvision", "resizing images"):
+            from torchvision.transforms.v2 import functional as F  # here: as slow to import as torch itself
 
         if self.fit == "squash":
             return F.resize(image, [self.size, self.size], antialias=True)

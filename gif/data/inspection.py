@@ -14,7 +14,7 @@ from gif.data.report import describe
 from gif.files import write_text
 from gif.ownership import check_folder
 from gif.plotting import COLORS, figure, save_figure
-from gif.progress import console, progress, say
+from gif.progress import print_table, progress, say
 
 _BATCH = ALL_BROKEN - 1  # of more, being all broken is an error
 
@@ -37,7 +37,7 @@ def inspect(
     data = open_data(input)
     if output is not None:
         check_folder(output)
-    console.print(describe(data))
+    print_table(describe(data))
     if isinstance(data, EncodedImages) and decode:
         _read_all(data, workers)
         say(broken_report(data) or "every image can be decoded")

@@ -12,7 +12,6 @@ from glob import glob
 from pathlib import Path, PurePosixPath
 
 import torch
-from joblib import Parallel, cpu_count, delayed
 from torch import Tensor
 
 from gif.data.decoding import SUFFIXES
@@ -20,6 +19,7 @@ from gif.data.encoded import Labelled
 from gif.data.listing import IDENTITIES, read_names
 from gif.data.stored import MappedFile, PackedStrings, cached_index, fingerprint
 from gif.errors import InputError, MissingFileError
+from gif.packages import needs
 from gif.progress import progress
 
 INDEX_FORMAT = "gif.shard_index/1"
@@ -109,7 +109,16 @@ class _Shard:
     identities: list[str]
 
 
+def cpu_count() -> int:
+    """Processors that this process may use."""
+    with needs("joblib", "looking into shards"):
+        import joblib
+    return joblib.cpu_count()
+
+
 def _find_images(files: list[MappedFile]) -> dict[str, Tensor]:
+    with needs("joblib", "looking into shards"):
+        from joblib import Parallel, delayed
     jobs = max(1, min(cpu_count(), len(files) // _SHARDS_A_PROCESS))
     shards: list[_Shard] = []
     with progress("looking into shards", len(files), "shards") as advance:

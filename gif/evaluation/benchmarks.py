@@ -10,9 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -26,6 +25,9 @@ from gif.evaluation.ijb import TITLES, Ijb, evaluate_ijb
 from gif.evaluation.open_set import judge
 from gif.evaluation.tables import identification_table, pairs_table, verification_table
 from gif.evaluation.verification import FOLDS, PairAccuracy, Roc, require_both, roc, tar_at, thin, verify_pairs
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PAIRS_FAR = 1e-3  # LFW and its successors have 3,000 impostor pairs
 HELD_OUT_FAR = 1e-3

@@ -20,7 +20,7 @@ from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
 from gif.ownership import check_folder
-from gif.progress import console, say
+from gif.progress import print_table, say
 
 Overlap = Literal["refuse", "drop", "keep"]
 
@@ -131,7 +131,7 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, settings: Mapping[
     results = {"settings": dict(settings), **{outcome.kind: outcome.numbers for outcome in outcomes}}
     for outcome in outcomes:
         for table in outcome.tables:
-            console.print(table)
+            print_table(table)
     write_text(folder / "evaluation.json", json.dumps(results, indent=2, allow_nan=False))
     plot_roc(curves, folder / "roc.png")
     plot_det(curves, folder / "det.png")

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,6 +29,7 @@ from gif.evaluation.embedding import Embedder
 from gif.evaluation.identification import Identification, identify
 from gif.evaluation.templates import FARS, PairBlock, TemplateSums, TemplateVerification, verify_templates
 from gif.files import existing_file
+from gif.packages import needs
 
 IjbName = Literal["ijbb", "ijbc"]
 IjbProtocol = Literal["1:1", "1:N"]
@@ -154,6 +154,8 @@ class IjbFaces(Dataset[tuple[Tensor, int]]):
         return len(self.ijb.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with needs("pillow", "reading images"):
+            from PIL import Image
         with Image.open(existing_file(self.ijb.folder / "loose_crop" / self.ijb.files[index])) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         return align_face(pixels, self.ijb.landmarks[index]), index

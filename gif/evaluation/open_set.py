@@ -12,19 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from gif.errors import InputError
 from gif.evaluation.identification import labelled, rank1
 from gif.evaluation.verification import FOLDS, Roc, check_fars, require_both, tar_at, thin, verify_pairs
-from gif.progress import progress
+from gif.progress import new_table, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ROWS, COLUMNS = 512, 8192
 PENDING = 1 << 20  # scores waiting before the highest are sorted out of them
@@ -65,7 +67,7 @@ class Judgement:
 
     def table(self) -> Table:
         """The numbers, to print."""
-        table = Table("measure", "value", title=f"{self.genuine:,} genuine and {self.impostor:,} impostor pairs")
+        table = new_table("measure", "value", title=f"{self.genuine:,} genuine and {self.impostor:,} impostor pairs")
         table.add_row("rank-1", f"{self.rank1:.4f}")
         for far, tar in self.tar.items():
             table.add_row(f"TAR@FAR={far:g}", f"{tar:.4f}")

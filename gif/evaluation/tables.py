@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.table import Table
 
 from gif.evaluation.ijb import IjbResult
 from gif.evaluation.verification import PairAccuracy
+from gif.progress import new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def pairs_table(results: Mapping[str, PairAccuracy]) -> Table:
     """Accuracy of each named set of pairs and their mean, in per cent: LFW, CFP-FP, AgeDB and so on."""
-    table = Table("pairs", "accuracy (%)", "± over folds", title="Pair verification, ten folds")
+    table = new_table("pairs", "accuracy (%)", "± over folds", title="Pair verification, ten folds")
     for name, result in results.items():
         table.add_row(name, f"{100 * result.accuracy:.2f}", f"{100 * result.std:.2f}")
     if len(results) > 1:
@@ -25,7 +29,7 @@ def verification_table(results: Mapping[str, IjbResult]) -> Table:
     """TAR (%) at each FAR, a row for each named result that has the 1:1 protocol."""
     judged = {name: result.verification for name, result in results.items() if result.verification is not None}
     fars = sorted({far for result in judged.values() for far in result.tar})
-    table = Table("1:1", *(f"{far:g}" for far in fars), title="Templates: TAR (%) at FAR")
+    table = new_table("1:1", *(f"{far:g}" for far in fars), title="Templates: TAR (%) at FAR")
     for name, result in judged.items():
         table.add_row(name, *(f"{100 * result.tar[far]:.2f}" if far in result.tar else "" for far in fars))
     return table
@@ -48,7 +52,7 @@ def identification_table(results: Mapping[str, IjbResult]) -> Table:
             rows[f"{name} {gallery}"] = list(measures.values())
         if len(galleries) > 1:
             rows[f"{name} mean"] = np.mean([list(measures.values()) for measures in galleries.values()], 0).tolist()
-    table = Table("1:N", *columns, title="Templates: identification (%)")
+    table = new_table("1:N", *columns, title="Templates: identification (%)")
     for row, values in rows.items():
         table.add_row(row, *(f"{100 * value:.2f}" for value in values))
     return table

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from gif.errors import InputError
+from gif.packages import needs
 
 THRESHOLDS = np.arange(0, 4, 0.01)
 """The squared distances the field tries."""
@@ -90,6 +90,8 @@ def roc(scores: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> Roc:
     if not np.isfinite(scores).all():
         raise InputError("scores hold NaN or infinity, wanted finite numbers; look for NaN among the embeddings")
     require_both(int(labels.sum()), int((~labels).sum()))
+    with needs("scikit-learn", "ROC curves"):
+        from sklearn.metrics import roc_curve
     return Roc(*roc_curve(labels, scores, drop_intermediate=False))
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from gif.errors import InputError
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
 from gif.files import load_tensors, read_json, save_tensors, write_text
 from gif.ownership import existing, hold
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig
 
@@ -140,10 +139,10 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def show(columns: Sequence[str], rows: Rows, title: str) -> None:
     """Print a table."""
-    table = Table(*columns, title=title)
+    table = new_table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    print_table(table)
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

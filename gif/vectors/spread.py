@@ -340,7 +340,7 @@ class _Run:
         if skip >= count:
             return True
         self.finished = first + skip
-        with closing(prefetched(rounds(skip), self.load)) as loaded:
+        with closing(prefetched(rounds(skip), self.load, self.shards.device)) as loaded:
             for round, rows in loaded:
                 if self.deadline is not None and not least_of_processes(time.monotonic() < self.deadline):
                     return False
@@ -379,7 +379,8 @@ class _Run:
         subsets = self.neighbor_order(self.seed).split(self.neighbor_sizes)
         largest = torch.full((1, 1), -torch.inf)
         with _progress("looking for near-duplicates", shards.m) as advance:
-            for round, rows in prefetched(shards.rounds(subsets, 0, 0), lambda round: shards.take(round.rows)):
+            rounds = shards.rounds(subsets, 0, 0)
+            for round, rows in prefetched(rounds, lambda round: shards.take(round.rows), shards.device):
                 subset = shards.collect(round, rows.to(shards.device))
                 for leaf in self.leaves_of(round.subset, subset.device):
                     largest = largest.maximum(max_cosine(subset[leaf])[0].max().cpu())

@@ -14,7 +14,7 @@ from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages
 from gif.data.augment import RandomAffine, normalize_pixels
-from gif.evaluation import embed
+from gif.evaluation import embed, judge
 from gif.losses import MarginSoftmax
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
@@ -107,6 +107,82 @@ def test_every_way_to_train_learns(dataset, options, precision):
     config = TrainingConfig(epochs=6, batch_size=32, precision=precision, channels_last=True, **options)
     log = train(*fresh(), dataset, config, augment=unchanged)
     assert log.losses[-5:].mean() < 0.6 * log.losses[:5].mean()
+
+
+class Watched(torch.nn.Module):
+    """Notes which dtype autocast has when ``head`` computes, which is no head of this project."""
+
+    def __init__(self, head, seen):
+        super().__init__()
+        self.head, self.seen = head, seen
+
+    def forward(self, embeddings, labels):
+        enabled = torch.is_autocast_enabled("cpu")
+        self.seen.append(torch.get_autocast_dtype("cpu") if enabled else torch.float32)
+        loss = self.head(embeddings, labels)
+        assert loss.dtype == torch.float32
+        return loss
+
+
+def watched_kind(kind, seen):
+    """``kind`` with a forward pass that is watched."""
+
+    class Own(kind):
+        def forward(self, *arguments, **options):
+            return Watched.forward(self, *arguments, **options)
+
+        def head(self, *arguments, **options):
+            return super().forward(*arguments, **options)
+
+    Own.seen = seen
+    return Own
+
+
+def softmax_head(kind=MarginSoftmax):
+    torch.manual_seed(2)
+    return kind(8, 16, scale=16.0)
+
+
+def gif_head(kind=GIFLoss):
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
+    vectors = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    return kind(codes, CodeVectors(vectors), 16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_products_of_own_heads_are_in_the_training_s_precision(dataset, precision, dtype):
+    config = TrainingConfig(epochs=1, batch_size=32, precision=precision)
+    for kind, build in ((GIFLoss, gif_head), (MarginSoftmax, softmax_head)):
+        seen = []
+        train(BACKBONE.build(), build(watched_kind(kind, seen)), dataset, config, augment=unchanged)
+        assert seen == [dtype] * 5
+    seen = []
+    train(BACKBONE.build(), Watched(gif_head(), seen), dataset, config, augment=unchanged)
+    assert seen == [torch.float32] * 5  # of another head nobody knows what it would lose
+
+
+@pytest.mark.parametrize("head", [gif_head, softmax_head], ids=["gif", "softmax"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_narrow_operands_train_as_float32_does(dataset, precision, head):
+    """The backbone is in the same precision both times; `Watched` keeps the head in float32."""
+    found = []
+    for wrap in (lambda inner: inner, lambda inner: Watched(inner, [])):
+        torch.manual_seed(0)
+        backbone, inner = BACKBONE.build(), head()
+        config = TrainingConfig(epochs=8, batch_size=32, lr=0.01, precision=precision)
+        losses = train(backbone, wrap(inner), dataset, config, augment=unchanged).losses
+        found.append((losses, judge(embed(backbone, dataset), dataset.labels).tar[1e-3]))
+    (narrow, narrow_tar), (exact, exact_tar) = found
+    assert not torch.equal(narrow, exact)
+    rounding = 2**-9 if precision == "bf16" else 2**-12
+    assert abs(narrow[0] - exact[0]) < 16 * rounding  # logits are 16 times a cosine of rounded operands
+    # five steps carry the difference on; later ones of so few images would differ by one bit's difference as well
+    torch.testing.assert_close(narrow[:5], exact[:5], rtol=32 * rounding, atol=0)
+    assert narrow[-10:].mean() < 0.1 * narrow[0] and exact[-10:].mean() < 0.1 * exact[0]
+    assert exact_tar > 0.98 and narrow_tar > 0.98
 
 
 def test_workers_read_the_same_images(dataset):
