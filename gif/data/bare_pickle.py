@@ -6,7 +6,7 @@ arguments and build plain values. What Python 2 and 3 and NumPy before and after
 Python 2's str, bytes and bytearray are all bytes here.
 
 Memory stays below a small multiple of the file's size: what an array or a codec copies is paid for by the file's
-bytes, of which each can be spent once, and a file has few opcodes for its length.
+bytes, each of which a codec and an array may copy once, and a file has few opcodes for its length.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []  # heights of the stack
         self._memo: dict[int, Any] = {}
-        self._bytes_left = len(content)
+        self._bytes_left = 2 * len(content)
         self._values_left = max(_FEW_VALUES, len(content) // _BYTES_A_VALUE)
 
     def run(self) -> Any:
