@@ -23,7 +23,8 @@ class _RateColumn(ProgressColumn):
 
 
 def say(text: str) -> None:
-    """Print a line as it is, whatever the width of the terminal."""
+    """Print a line as it is, whatever the width of the terminal; what its encoding lacks is written out, as \\xe9."""
+    text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

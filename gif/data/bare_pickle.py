@@ -89,7 +89,9 @@ class _Interpreter:
                 return self._pop()
             step = _OPCODES.get(opcode)
             if step is None:
-                raise InputError(f"opcode {opcode!r} at byte {self._at - 1:,}, which images and truth values do not need")
+                raise InputError(
+                    f"opcode {opcode!r} at byte {self._at - 1:,}, which images and truth values do not need"
+                )
             self._spend(values=1)
             step(self)
 
@@ -185,7 +187,7 @@ class _Interpreter:
         line = self._line()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in b"'\"":
             raise InputError(f"a string without quotes before byte {self._at:,}: it is damaged")
-        self._push(codecs.escape_decode(line[1:-1])[0])  # type: ignore[attr-defined]  # as pickle reads Python 2's
+        self._push(codecs.escape_decode(line[1:-1])[0])  # as pickle reads Python 2's
 
     def _extend(self, values: list[Any]) -> None:
         top = self._top()
@@ -220,9 +222,9 @@ class _Interpreter:
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
             raise InputError(f"it calls a {type_name(function)}: it is damaged")
         match function.name, arguments:
-            case ("bytes" | "bytearray"), ():
+            case (("bytes" | "bytearray"), ()):
                 self._push(b"")
-            case ("encode" | "bytearray"), (str(text), str("latin1" | "latin-1") | bytes(b"latin1" | b"latin-1")):
+            case (("encode" | "bytearray"), (str(text), str("latin1" | "latin-1") | bytes(b"latin1" | b"latin-1"))):
                 self._spend(data=len(text))
                 self._push(text.encode("latin-1"))
             case "encode", (str(), codec):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gif.data.bare_pickle import Array, interpret, type_name
 from gif.data.decoding import SUFFIXES, BrokenImageError, ImageDecoder
+from gif.data.listing import Tally, read_text
 from gif.errors import InputError
 from gif.files import atomic_path, existing_file
 from gif.progress import progress
@@ -32,6 +33,20 @@ class ImagePairs:
         """
         for places in torch.arange(len(self.encoded)).split(size):
             yield torch.stack([self.image(place, decoder) for place in places.tolist()])
+
+    def check(self, decoder: ImageDecoder = ImageDecoder()) -> None:  # noqa: B008 (frozen)
+        """Decode all images once. Raises BrokenImageError that names them: pairs are all or none."""
+        broken, first = Tally(), ""
+        with progress("looking at pairs", len(self.encoded), "images") as advance:
+            for place in range(len(self.encoded)):
+                try:
+                    self.image(place, decoder)
+                except BrokenImageError as error:
+                    broken.add(f"image {place % 2} of pair {place // 2}")
+                    first = first or str(error)
+                advance(1)
+        if broken.number:
+            raise BrokenImageError(f"{first}; of {len(self.encoded):,} images are broken: {broken}")
 
     def image(self, place: int, decoder: ImageDecoder = ImageDecoder()) -> Tensor:  # noqa: B008 (frozen)
         """Image ``place`` in [0, 2n), (c, h, w) uint8. Raises BrokenImageError."""
@@ -54,10 +69,10 @@ def read_bin(path: str | Path) -> ImagePairs:
         content = interpret(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is damaged, or no verification .bin file: {error}; copy or make it again") from error
-    parts = [_sequence(part) for part in _sequence(content) or ()]
-    if len(parts) != 2 or parts[0] is None or parts[1] is None:
+    parts = _sequence(content)
+    images, issame = map(_sequence, parts) if parts is not None and len(parts) == 2 else (None, None)
+    if images is None or issame is None:
         raise InputError(f"{path} holds no two lists, images and truth values; give a verification .bin file")
-    images, issame = parts
     if len(images) != 2 * len(issame) or not len(issame):
         raise InputError(f"{path} has {len(images)} images and {len(issame)} truth values; wanted 2n and n > 0")
     encoded = []
@@ -105,7 +120,7 @@ def read_pairs(path: str | Path, root: Path) -> list[tuple[Path, Path, bool]]:
     Raises FileNotFoundError, or ValueError for another line.
     """
     pairs = []
-    for number, line in enumerate(existing_file(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         match line.split("\t") if "\t" in line else line.split():
             case []:
                 pass
