@@ -18,8 +18,9 @@ import torch
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, judge_codes, tokenize
 from gif.codes.commands import export_codes, extend_codes, inspect_codes
-from gif.data import HELD_OUT, ImageDecoder, broken_report, load_data
+from gif.data import HELD_OUT, ImageDecoder, left_out, load_data
 from gif.data.convert import convert
+from gif.data.decoding import MAX_PIXELS
 from gif.data.identities import Identities, require_same_names
 from gif.data.images import SPLIT_BY
 from gif.data.inspection import inspect
@@ -68,6 +69,7 @@ def vectors_command(
     weights: str | None = None,
     width: int = 128,
     image_size: int = 112,
+    max_pixels: int = MAX_PIXELS,
     batch_size: int = 256,
     workers: int = 0,
     precision: Precision = "fp32",
@@ -87,6 +89,7 @@ def vectors_command(
         weights: file with the encoder's weights, instead of the hub; OpenAI's need --model ViT-B-32-quickgelu.
         width: of the vectors, for "pixels"; the backbone's embedding_size must equal it. clip and dino have their own.
         image_size: pixels that images on disk are read in, before the encoder resizes them to its own.
+        max_pixels: an image whose file declares more counts as broken, before it is decoded.
         batch_size: images encoded at once.
         workers: processes that read images, for each process that encodes.
         precision: of a network; "bf16" is for GPUs.
@@ -95,7 +98,7 @@ def vectors_command(
     partial = output.with_suffix(".partial")
     check_output(output, [partial])
     with process_group(device) as own, hold(output, existing(own_file(partial))):
-        images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size)).train
+        images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size, max_pixels=max_pixels)).train
         network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
         table = initial_code_vectors(
             images,
@@ -248,6 +251,7 @@ def train_command(
     training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     validation: ValidationConfig = ValidationConfig(),  # noqa: B008 (frozen)
     augmentation: AugmentationName = "affine",
+    max_pixels: int = MAX_PIXELS,
     tensorboard: bool = False,
     resume: Literal["auto", "never"] = "auto",
 ) -> None:
@@ -270,6 +274,7 @@ def train_command(
         training: optimizer and schedule.
         validation: what the backbone is judged by while it trains, and how often. The best one is kept.
         augmentation: "affine" for glyphs, "mirror" for aligned faces, or "none".
+        max_pixels: an image whose file declares more counts as broken, before it is decoded.
         tensorboard: log to output/tensorboard.
         resume: "auto" continues the run that output holds, if it does; "never" refuses it.
     """
@@ -278,7 +283,7 @@ def train_command(
     kept = Checkpoints(output / "checkpoints").newest
     with process_group(training.device) as own, hold(output, kept):
         code_table = None if codes is None else IdentityCodes.load(codes)
-        decoder = ImageDecoder(backbone.image_size, backbone.channels)
+        decoder = ImageDecoder(backbone.image_size, backbone.channels, max_pixels=max_pixels)
         split = load_data(data, held_out=held_out, decoder=decoder)
         images = split.train
         who = images.identities
@@ -318,7 +323,7 @@ def train_command(
             checkpoints=output / "checkpoints",
             tensorboard=log_folder,
         )
-        if report := broken_report(images):
+        if report := left_out(images):
             say(report)
         if rank() > 0:
             return

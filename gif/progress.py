@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,11 +49,14 @@ def print_table(table: Table) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line as it is, whatever the width of the terminal."""
-    if find_spec("rich") is None:
-        print(text, flush=True)
-    else:
+    """Print a line as it is, whatever the width of the terminal; what its encoding lacks is written out, as \\xe9."""
+    rich = find_spec("rich") is not None
+    encoding = (_console().encoding if rich else sys.stdout.encoding) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    if rich:
         _console().print(text, soft_wrap=True, highlight=False, markup=False)
+    else:
+        print(text, flush=True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
-from gif.data.encoded import EncodedImages, broken_report
+from gif.data.encoded import EncodedImages, broken_report, left_out
 from gif.data.glyphs import glyphs
 from gif.data.glyphs_80k import glyphs_80k
 from gif.data.identities import Identities, Names
@@ -25,6 +25,7 @@ __all__ = [
     "broken_report",
     "glyphs",
     "glyphs_80k",
+    "left_out",
     "load_data",
     "open_data",
     "read_bin",

@@ -24,8 +24,8 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Images with the identity each shows, wherever they are: what training, encoding and evaluation read.
 
     Which identity each image shows is known without reading an image. Indexing gives ``(image uint8 (channels, height,
-    width), label int64 ())``. A whole batch is read at once with ``__getitems__``, which a DataLoader uses when it is
-    given ``collate_fn=dataset.collate``; images that cannot be read may be missing there, see `broken`.
+    width), label int64 ())``. A whole batch is read at once by `batch`, or by a DataLoader; images that cannot be read
+    may be missing there, see `broken`. Give a DataLoader ``collate_fn=dataset.collate``: then a batch may be empty.
 
     Args:
         labels: (n,) integer, the identity of each image, in [0, len(names)).
@@ -70,8 +70,12 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """The readable images (k, c, h, w) of some, in their order, and their labels (k,)."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """What a DataLoader asks for: the readable images (c, h, w) of some, each with its label ()."""
+        return _Pairs(zip(*self.batch(indices), strict=True))
 
     @abstractmethod
     def broken(self, indices: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def image_batches(self, size: int) -> Iterator[Tensor]:
         """All readable images in their order, of ``size`` at a time, no batch empty."""
-        batches = (self.__getitems__(indices.tolist())[0] for indices in torch.arange(len(self)).split(size))
+        batches = (self.batch(indices.tolist())[0] for indices in torch.arange(len(self)).split(size))
         return (images for images in batches if len(images))
 
     def of_identities(self, identities: Tensor) -> Self:
@@ -126,11 +130,24 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         part.origin, part.splits = self.origin, self.splits
         return part
 
-    @staticmethod
-    def collate(batch: Any) -> tuple[Tensor, Tensor]:
-        """Pass a batch of ``__getitems__`` on as it is: (images, labels)."""
-        images, labels = batch
-        return images, labels
+    def collate(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A DataLoader's batch, as `batch` gives it: images (k, c, h, w) and labels (k,); k may be 0."""
+        if not len(pairs):
+            return torch.empty(0, *self.image_shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        images, labels = zip(*pairs, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+
+class _Pairs(list[tuple[Tensor, Tensor]]):
+    """Images with their labels; where there are none, whoever wants the first is told why."""
+
+    def __getitem__(self, place: Any) -> Any:
+        if not len(self):
+            raise InputError(
+                "none of the images of a batch can be read; give the DataLoader collate_fn=dataset.collate to get an "
+                "empty batch, and look at the data set with gif data inspect"
+            )
+        return super().__getitem__(place)
 
 
 class IdentityImages(IdentityDataset):
@@ -164,7 +181,7 @@ class IdentityImages(IdentityDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._images[self._rows[index]], self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self._images[self._rows[indices]], self.labels[indices]
 
     def broken(self, indices: Tensor) -> Tensor:

@@ -102,6 +102,6 @@ def _contact_sheet(data: IdentityImages, counts: torch.Tensor) -> np.ndarray:
     sheet = np.zeros((len(shown) * cell, SHEET_COLUMNS * cell), np.uint8)
     for row, identity in enumerate(shown):
         places = (data.labels == identity).nonzero().flatten()[:SHEET_COLUMNS].tolist()
-        for column, image in enumerate(data.__getitems__(places)[0].numpy()):
+        for column, image in enumerate(data.batch(places)[0].numpy()):
             sheet[row * cell :, column * cell :][:size, :size] = image.mean(0)
     return sheet

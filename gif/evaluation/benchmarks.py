@@ -88,7 +88,7 @@ class PairFiles(Benchmark):
                 raise InputError(f"{path} has {len(pairs.issame)} pairs, fewer than the {FOLDS} folds of the protocol")
             try:
                 require_both(int(pairs.issame.sum()), int((~pairs.issame).sum()))
-                pairs.image(0, decoder)
+                pairs.check(decoder)
             except ValueError as error:
                 raise InputError(f"{path}: {error}") from error
             self.pairs[path.stem] = pairs
@@ -124,6 +124,7 @@ class IjbFolders(Benchmark):
                 f"IJB's faces are aligned to {SIZE} x {SIZE} in {CHANNELS} channels, and the backbone takes "
                 f"{decoder.size} x {decoder.size} in {decoder.channels}; give a backbone for aligned faces"
             )
+        self.max_pixels = decoder.max_pixels
         self.benchmarks: dict[str, Ijb] = {}
         for folder in _listed(folders):
             for ijb in Ijb.find(folder):
@@ -141,6 +142,7 @@ class IjbFolders(Benchmark):
                 batch_size=embedder.batch_size,
                 workers=embedder.workers,
                 device=embedder.device,
+                max_pixels=self.max_pixels,
             )
             for name, ijb in self.benchmarks.items()
         }
@@ -185,6 +187,10 @@ class _PairImages:
 
     def __init__(self, pairs: ImagePairs, decoder: ImageDecoder) -> None:
         self._pairs, self._decoder = pairs, decoder
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._decoder.channels, self._decoder.size, self._decoder.size
 
     def __len__(self) -> int:
         return len(self._pairs.encoded)

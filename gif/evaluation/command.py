@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from gif.backbones import TrainedOn, load_backbone, load_trained_on
-from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, broken_report, load_data
+from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, left_out, load_data
+from gif.data.decoding import MAX_PIXELS
 from gif.data.identities import quote_some
 from gif.distributed import process_group, rank
 from gif.errors import InputError
@@ -37,6 +38,7 @@ def evaluate(
     flip: bool = True,
     batch_size: int = 256,
     workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
     device: str = "cpu",
 ) -> None:
     """Judge a trained backbone: on pairs (LFW, CFP-FP, AgeDB, ...), on IJB, on identities that training never saw.
@@ -58,13 +60,14 @@ def evaluate(
         flip: for pairs and IJB, add the embedding of the mirrored image, as their protocols do.
         batch_size: images embedded at once.
         workers: processes that read images, for each process that embeds.
+        max_pixels: an image whose file declares more counts as broken, before it is decoded.
         device: where to compute, "cpu" or "cuda".
     """
     if data is None and not pairs and not ijb:
         raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
     network, config = load_backbone(model)
     trained_on = load_trained_on(model)
-    decoder = ImageDecoder(config.image_size, config.channels)
+    decoder = ImageDecoder(config.image_size, config.channels, max_pixels=max_pixels)
     if trained_on is not None and "fit" in trained_on.images:
         decoder = replace(decoder, fit=trained_on.images["fit"])
     with process_group(device) as own:
@@ -82,7 +85,7 @@ def evaluate(
             benchmarks.append(IjbFolders(ijb, decoder))
         check_folder(output or model.parent)
         outcomes = [benchmark.judge(network, embedder) for benchmark in benchmarks]
-        if images is not None and (report := broken_report(images)):
+        if images is not None and (report := left_out(images)):
             say(report)
         if rank() == 0:
             settings = {"model": str(model), "data": data, "held_out": held_out, "flip": flip}

@@ -106,6 +106,25 @@ class TemplateSums:
             self._times = sum_over_processes(self._times.to(device)).cpu()
             self._sums = sum_over_processes(self._sums.to(device)).cpu()
 
+    def leave_out(self, images: Tensor, others: TemplateSums | None) -> Tensor:
+        """Make the templates of some images (n,) bool, which were not added, of their other images alone.
+
+        Args:
+            images: which.
+            others: sums of all other images of these templates; None where there are none.
+
+        Returns the templates that have no other image, whose sums are zero.
+        """
+        assert self._sums is not None  # other images were added
+        places = self._place[images].unique()
+        self._sums[places] = 0
+        self._times[images] = 1
+        if others is None:
+            return self.ids[places]
+        assert others._sums is not None
+        self._sums[torch.searchsorted(self.ids, others.ids)] = others._sums
+        return self.ids[places][~torch.isin(self.ids[places], others.ids)]
+
     def templates(self, dtype: torch.dtype = torch.float32) -> Templates:
         """The templates (a sum of zero stays zero). Raises ValueError unless each image has been added once."""
         if self._sums is None or not bool((self._times == 1).all()):

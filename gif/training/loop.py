@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
+from gif.data.shared_memory import check_workers
 from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
 from gif.errors import InputError, Interrupted
 from gif.losses import GIFLoss, MarginSoftmax
@@ -311,6 +312,7 @@ def check_training(
             f"batch_size {config.batch_size} does not divide among {processes} processes, at least 2 images to each; "
             f"give a multiple of {processes}"
         )
+    check_workers(config.workers, config.batch_size // processes, dataset.image_shape)
     if processes > 1 and isinstance(head, GIFLoss) and head.tables() and head.vectors and head.vectors.file:
         raise InputError(
             f"each of {processes} processes would move the rows of {head.vectors.file}; load the code vectors without "

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gif.data.encoded import broken_report
+from gif.data.encoded import EncodedImages, check_identities, left_out
 from gif.data.images import IdentityDataset
+from gif.data.shared_memory import check_workers
 from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
 from gif.errors import InputError
@@ -59,9 +60,9 @@ def initial_code_vectors(
         keep_checkpoint: leave the checkpoint, with all images done: for whoever saves the result before removing it.
         device: what the process group exchanges tensors on: CUDA for nccl.
 
-    Raises ValueError for bad values, a label outside [0, m), an identity without a readable image, features that are
-    not finite, or a checkpoint of another run; with several processes also for a dataset without ``labels``, or fewer
-    identities than processes.
+    Raises ValueError for bad values, a label outside [0, m), an identity without a readable image (of `EncodedImages`
+    before the work starts: an image of each is read first), features that are not finite, or a checkpoint of another
+    run; with several processes also for a dataset without ``labels``, or fewer identities than processes.
     """
     m = getattr(dataset, "num_identities", None) if num_identities is None else num_identities
     if m is None or m < 1 or batch_size < 1:
@@ -88,6 +89,10 @@ def initial_code_vectors(
 
     work = UnfinishedWork(None if checkpoint is None else own_file(checkpoint), CHECKPOINT_FORMAT, settings)
     sums = _FeatureSums(begin, end, work.load())
+    if isinstance(dataset, IdentityDataset):
+        check_workers(num_workers, batch_size, dataset.image_shape)
+    if isinstance(dataset, EncodedImages) and sums.images == 0:
+        check_identities(dataset, rows, num_workers)
     batches = rows[sums.images :].split(batch_size) if sums.images < len(rows) else ()
     loader = DataLoader(
         dataset,
@@ -112,7 +117,7 @@ def initial_code_vectors(
             if sums.whole:
                 work.save(sums.state())
             raise
-    if isinstance(dataset, IdentityDataset) and (report := broken_report(dataset)):
+    if isinstance(dataset, IdentityDataset) and (report := left_out(dataset)):
         say(report)
     if keep_checkpoint and len(batches):
         work.save(sums.state())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from gif.errors import InputError
 from gif.evaluation import (
     Ijb,
     IjbFaces,
@@ -35,6 +36,7 @@ from gif.evaluation import identification as identification_module
 from gif.evaluation import ijb as ijb_module
 from gif.evaluation import templates as templates_module
 from gif.evaluation.alignment import FIVE_POINTS
+from gif.progress import console
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 against float64
 
@@ -263,6 +265,91 @@ def ijb_folder(tmp_path_factory, write_benchmark):
 
 
 class TestIjb:
+    def test_blank_lines_and_byte_order_marks(self, tmp_path, write_benchmark, monkeypatch):
+        """pandas, which the field reads these files with, takes either."""
+        expected = Ijb.read(write_benchmark(tmp_path / "a", "ijbc", ("G1", "G2")), "ijbc")
+        meta = write_benchmark(tmp_path / "b", "ijbc", ("G1", "G2")) / "meta"
+        for path in meta.iterdir():
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n\r\n \n"[: 3 if path.suffix == ".csv" else 5])
+        monkeypatch.setattr(ijb_module, "_PAIRS_A_BLOCK", 22)  # the blank lines are a block
+        found = Ijb.read(tmp_path / "b", "ijbc")
+        found.check()
+        assert found.files == expected.files and torch.equal(found.landmarks, expected.landmarks)
+        for mine, theirs in ((found.pairs(), expected.pairs()), ([found.probes()], [expected.probes()])):
+            for a, b in zip(mine, theirs, strict=True):
+                assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a, b, strict=True))
+
+    def test_broken_images(self, tmp_path, write_benchmark):
+        """Left out, named, counted: templates are what their other images make them, here by files that lack them."""
+        folder = write_benchmark(tmp_path / "broken", "ijbc", ("G1", "G2"))
+        crops = folder / "loose_crop"
+        (crops / "1.jpg").write_bytes(b"?")
+        (crops / "8.jpg").write_bytes((crops / "8.jpg").read_bytes()[:200])
+        for number in (16, 17, 18):  # all of template 6
+            (crops / f"{number}.jpg").write_bytes(b"")
+        with console.capture() as capture:
+            result = evaluate_ijb(Grey(), Ijb.read(folder, "ijbc"), batch_size=5)
+        assert result.broken == tuple(f"{number}.jpg" for number in (1, 8, 16, 17, 18)) and result.lost == (6,)
+        assert "images that are broken and were left out: 5 (1.jpg, 8.jpg, 16.jpg, ...)" in capture.get()
+        assert "templates without an image, like nobody: 1 (6)" in capture.get()
+        other = write_benchmark(tmp_path / "without", "ijbc", ("G1", "G2"))
+        for file in ("face_tid_mid", "name_5pts_score"):
+            path = other / "meta" / f"ijbc_{file}.txt"
+            gone = tuple(f"{number}.jpg " for number in (1, 8))
+            path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(gone)))
+        whole = Ijb.read(other, "ijbc")
+        pairs = ((first, second, same) for first, second, same in whole.pairs())
+        kept = [(a[(a != 6) & (b != 6)], b[(a != 6) & (b != 6)], c[(a != 6) & (b != 6)]) for a, b, c in pairs]
+        seen = []
+
+        def spy(templates, blocks, **options):
+            seen.append(templates)
+            return verify_templates(templates, kept, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ijb_module, "verify_templates", spy)
+            for ijb in (Ijb.read(folder, "ijbc"), whole):
+                evaluate_ijb(Grey(), ijb, batch_size=5, protocols=["1:1"])
+        with_broken, without = seen
+        others = with_broken.ids != 6
+        torch.testing.assert_close(with_broken.features[others], without.features[others], rtol=0, atol=1e-6)
+        assert not with_broken.features[~others].any()
+
+    def test_what_is_wrong_with_images_is_found_first(self, tmp_path, write_benchmark):
+        folder = write_benchmark(tmp_path, "ijbc", ("G1", "G2"))
+        for number in (3, 5):
+            (folder / "loose_crop" / f"{number}.jpg").rename(tmp_path / f"{number}")
+        with pytest.raises(FileNotFoundError, match=r"lacks 2 \(3\.jpg, 5\.jpg\) of 36 images"):
+            Ijb.read(folder, "ijbc").check()
+        path = folder / "meta" / "ijbc_name_5pts_score.txt"
+        text = path.read_text()
+        for line in ("2.jpg" + " 7" * 10 + " 0.5", "2.jpg 1 2 3 4 5 6 7 8 9 nan 0.5", "2.jpg 1 2 3 4 5 6 7 8 9 1 inf"):
+            lines = text.splitlines()
+            path.write_text("\n".join([lines[0], line, *lines[2:]]))
+            with pytest.raises(InputError, match=r"landmarks that coincide, .* 1 \(2\.jpg\)"):
+                Ijb.read(folder, "ijbc")
+        path.write_text(text.replace("2.jpg ", "2.jpg x", 1))
+        with pytest.raises(InputError, match="line 2: "):
+            Ijb.read(folder, "ijbc")
+        for crop in (folder / "loose_crop").iterdir():
+            crop.write_bytes(b"?")
+        for number in (3, 5):
+            (folder / "loose_crop" / f"{number}.jpg").write_bytes(b"?")
+        path.write_text(text)
+        with pytest.raises(InputError, match="is a broken image: it is no JPEG"):
+            evaluate_ijb(Grey(), Ijb.read(folder, "ijbc"))
+
+    def test_lists_that_contradict_themselves(self, tmp_path, write_benchmark):
+        meta = write_benchmark(tmp_path, "ijbc", ("G1", "G2")) / "meta"
+        gallery = meta / "ijbc_1N_gallery_G1.csv"
+        gallery.write_text(gallery.read_text() + "1,999,x.jpg\n")
+        with pytest.raises(InputError, match=r"line 5: template 1 is of person 101 and of 999"):
+            Ijb.read(tmp_path, "ijbc").gallery("G1")
+        pairs = meta / "ijbc_template_pair_label.txt"
+        pairs.write_text(pairs.read_text() + "1 2 -1\n")
+        with pytest.raises(InputError, match="a pair is labelled -1, wanted 0 or 1"):
+            list(Ijb.read(tmp_path, "ijbc").pairs())
+
     def test_files(self, ijb_folder, monkeypatch):
         found = Ijb.read(ijb_folder, "ijbc")
         assert found.files[:2] == ["1.jpg", "2.jpg"]
