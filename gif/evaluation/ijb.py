@@ -110,7 +110,7 @@ class Ijb:
     def pairs(self) -> Iterator[PairBlock]:
         """The 1:1 protocol's pairs of templates, a million at a time: first (n,), second (n,), same (n,) bool.
 
-        Raises FileNotFoundError, or ValueError for a line that is not three whole numbers.
+        Raises FileNotFoundError, or ValueError for a line that is not three whole numbers, the last 0 or 1.
         """
         path = existing_file(self._pairs_file)
         done = 0
@@ -120,6 +120,9 @@ class Ijb:
                     first, second, same = np.loadtxt(lines, dtype=np.int64, ndmin=2, unpack=True)
                 except ValueError as error:
                     raise InputError(f"{path}, after line {done:,}: {error}; wanted 'template template 0|1'") from error
+                if not np.isin(same, (0, 1)).all():
+                    wrong = int(same[~np.isin(same, (0, 1))][0])
+                    raise InputError(f"{path}, after line {done:,}: label {wrong}; wanted 'template template 0|1'")
                 done += len(lines)
                 yield first, second, same == 1
 

@@ -141,7 +141,7 @@ class TestGIFLoss:
             assert torch.equal(loss_fn.codes.codes, codes.codes)
             assert torch.equal(loss_fn.vectors.table, vectors.table)
             assert len(metric_learning.GIFLoss(*paths, WIDTH).loss.codes) == M
-        with pytest.raises(FileNotFoundError, match="no file .*none"):
+        with pytest.raises(FileNotFoundError, match=r"no file .*none"):
             GIFLoss(str(tmp_path / "none"), vectors, WIDTH)
         with pytest.raises(TypeError, match="codes must be IdentityCodes or the path of their file, got CodeVectors"):
             GIFLoss(vectors, codes, WIDTH)
@@ -445,7 +445,7 @@ class TestLabels:
         for bad in (torch.tensor([1.5, 2.0]), torch.tensor([math.nan, 2.0]), torch.tensor([2.0**24, 1.0])):
             with pytest.raises(ValueError, match="must be whole numbers"):
                 head(torch.randn(2, WIDTH), bad)
-        with pytest.raises(TypeError, match="must be an integer tensor, got torch.float16"):
+        with pytest.raises(TypeError, match=r"must be an integer tensor, got torch\.float16"):
             head(torch.randn(2, WIDTH), torch.tensor([1.0, 2.0]).half())
 
 
