@@ -81,9 +81,7 @@ class TestMetricLearning:
             self.make(distance=LpDistance())
         with pytest.raises(TypeError, match="weight_regularizer belong to losses with a weight for each class"):
             self.make(weight_regularizer=LpRegularizer())
-        with pytest.raises(
-            TypeError, match=r"temperature: no option of GIFLoss and no field of a recipe, which are \["
-        ):
+        with pytest.raises(TypeError, match="temperature: no option of GIFLoss and no field of a recipe"):
             self.make(temperature=0.1)
 
     @pytest.mark.parametrize("recipe", ["live", "paper"])
