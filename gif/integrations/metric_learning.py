@@ -16,7 +16,6 @@ import gif.losses
 from gif.codes import IdentityCodes
 from gif.vectors.store import CodeVectors
 
-
 OF_SOFTMAX_LOSSES = ("num_classes", "weight_init_func", "weight_regularizer", "weight_reg_weight")
 
 

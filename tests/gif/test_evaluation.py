@@ -153,7 +153,7 @@ class TestRoc:
         assert tar_at_far(torch.tensor(self.SCORES), torch.tensor(self.LABELS), [0.25])[0.25] == pytest.approx(2 / 3)
 
     def test_insightfaces_point(self):
-        """Four impostors in a row are one line from FPR 0 to 0.8: its end is nearest to 0.5, and there TPR rises to 1."""
+        """Four impostors in a row are one line from FPR 0 to 0.8: its end is nearest to 0.5, where TPR is 1."""
         scores, truth = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], [1, 0, 0, 0, 0, 1, 0]
         assert tar_at_far(scores, truth, [0.5]) == {0.5: 1.0}
         assert roc(scores, truth).fpr.tolist() == [0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 1]  # every point is drawn
