@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from gif.backbones import BackboneConfig, load_backbone
-from gif.errors import InputError
+from gif.errors import InputError, UnavailableError
 from gif.files import atomic_path
 from gif.progress import say
 
@@ -56,7 +56,7 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
         import onnxruntime
         import onnxscript  # noqa: F401 (the exporter needs it)
     except ImportError as error:
-        raise RuntimeError(f"export needs ONNX ({error}); run pip install 'gif-recognition[export]'") from error
+        raise UnavailableError(f"export needs ONNX ({error}); run pip install 'gif-recognition[export]'") from error
     backbone = backbone.cpu().eval()
     shape = (config.channels, config.image_size, config.image_size)
     generator = torch.Generator().manual_seed(0)

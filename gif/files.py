@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gif.errors import InputError, MissingFileError
+from gif.errors import InputError, MissingFileError, UnavailableError
 
 
 @contextmanager
@@ -62,7 +62,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, format: str
     """Write named tensors to a safetensors file whose metadata holds ``format`` and ``metadata``, atomically."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": format, **metadata})
+        try:
+            save_file(contiguous, temporary, metadata={"format": format, **metadata})
+        except SafetensorError as error:
+            raise UnavailableError(f"cannot write {path} ({error}); look at the disk") from error
 
 
 def load_tensors(path: str | Path, *, format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

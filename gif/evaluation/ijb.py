@@ -12,7 +12,7 @@ Files, as the field hands them around: ``loose_crop/`` with the images, and in `
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,8 +79,11 @@ class Ijb:
                 f"{name}{_MEMBERS} ({len(members)} images) and {name}_name_5pts_score.txt ({len(found)}) in "
                 f"{folder / 'meta'} do not list the same images in one order; take both from one release"
             )
-        ids = torch.from_numpy(np.array([row[1:] for row in members], dtype=np.int64))
-        numbers = torch.from_numpy(np.array([row[1:] for row in found], dtype=np.float64))
+        try:
+            ids = torch.from_numpy(np.array([row[1:] for row in members], dtype=np.int64))
+            numbers = torch.from_numpy(np.array([row[1:] for row in found], dtype=np.float64))
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{folder / 'meta'}: a template, medium or landmark is no number ({error})") from error
         return cls(folder, name, files, ids[:, 0], ids[:, 1], numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10])
 
     def check(self, protocols: Sequence[IjbProtocol] = PROTOCOLS) -> None:
@@ -115,10 +118,10 @@ class Ijb:
         path = existing_file(self._pairs_file)
         done = 0
         with path.open(encoding="ascii") as file:
-            while lines := list(islice(file, _PAIRS_A_BLOCK)):
+            while lines := _decoded(path, islice(file, _PAIRS_A_BLOCK)):
                 try:
                     first, second, same = np.loadtxt(lines, dtype=np.int64, ndmin=2, unpack=True)
-                except ValueError as error:
+                except (ValueError, OverflowError) as error:
                     raise InputError(f"{path}, after line {done:,}: {error}; wanted 'template template 0|1'") from error
                 if not np.isin(same, (0, 1)).all():
                     wrong = int(same[~np.isin(same, (0, 1))][0])
@@ -139,10 +142,10 @@ class Ijb:
         path = existing_file(self.folder / "meta" / file)
         with path.open(encoding="utf-8", newline="") as lines:
             rows = csv.reader(lines)
-            next(rows, None)
             try:
-                people = {int(row[0]): int(row[1]) for row in rows}
-            except (ValueError, IndexError) as error:
+                next(rows, None)
+                people = {int(row[0]): int(row[1]) for row in rows if row}
+            except (ValueError, IndexError, csv.Error) as error:
                 raise InputError(f"{path}, line {rows.line_num}: {error}; wanted 'template,person,...'") from error
         return torch.tensor(list(people)), torch.tensor(list(people.values()))
 
@@ -226,8 +229,17 @@ def evaluate_ijb(
 
 def _lines(path: Path, columns: int) -> Iterator[list[str]]:
     with existing_file(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_decoded(path, file), 1):
             fields = line.split()
-            if len(fields) != columns:
+            if fields and len(fields) != columns:
                 raise InputError(f"{path}, line {number} has {len(fields)} columns, wanted {columns}: {line[:80]!r}")
-            yield fields
+            if fields:
+                yield fields
+
+
+def _decoded(path: Path, lines: Iterable[str]) -> list[str]:
+    """The lines of a file that is text. Raises ValueError where it is not."""
+    try:
+        return list(lines)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text ({error}); give the lists as the benchmark's release has them") from error
