@@ -69,7 +69,7 @@ class Comparison:
 
     def results(self, name: str) -> list[dict[str, Any]]:
         """What the runs of a contender scored, a dictionary a seed."""
-        return [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in self.folders[name]]
+        return [_read(folder / "result.json") for folder in self.folders[name]]
 
     def values(self, name: str, measure: str) -> list[float]:
         """One of ``MEASURES`` of a contender, a value a seed; NaN where it could not be measured."""
@@ -141,3 +141,10 @@ def show(columns: Sequence[str], rows: Rows, title: str) -> None:
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in arrays.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and the run is made again") from error
