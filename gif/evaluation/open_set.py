@@ -77,13 +77,17 @@ class Judgement:
             "impostor": self.impostor,
         }
 
+    def tar_in_words(self, far: float, digits: int = 4) -> str:
+        """TAR at one of the FARs, to print: with a "?" where the impostor pairs do not resolve that FAR."""
+        return f"{self.tar[far]:.{digits}f}" + " ?" * len(unresolved([far], self.impostor))
+
     def table(self) -> Table:
         """The numbers, to print."""
         table = Table("measure", "value", title=f"{self.genuine:,} genuine and {self.impostor:,} impostor pairs")
         table.add_row("rank-1", f"{self.rank1:.4f}")
+        for far in self.tar:
+            table.add_row(f"TAR@FAR={far:g}", self.tar_in_words(far))
         low = unresolved(list(self.tar), self.impostor)
-        for far, tar in self.tar.items():
-            table.add_row(f"TAR@FAR={far:g}", f"{tar:.4f}" + " ?" * (far in low))
         table.caption = f"? {resolution(low, self.impostor)}" if low else None
         table.add_row("pair accuracy", f"{self.pair_accuracy:.4f} ± {self.pair_std:.4f}")
         return table

@@ -113,8 +113,9 @@ def compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, s
             save_tensors(folder / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
             found = {**result.judgement.to_dict(), "rarity": result.rarity}
             write_text(folder / "result.json", json.dumps(found, indent=2))
-            tar = ", ".join(f"TAR@{far:g} {value:.3f}" for far, value in result.judgement.tar.items())
-            say(f"{name}, seed {seed}: rank-1 {result.judgement.rank1:.3f}, {tar}")
+            judged = result.judgement
+            tar = ", ".join(f"TAR@{far:g} {judged.tar_in_words(far, 3)}" for far in judged.tar)
+            say(f"{name}, seed {seed}: rank-1 {judged.rank1:.3f}, {tar}")
     return Comparison(folders)
 
 
