@@ -8,10 +8,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -34,6 +36,7 @@ from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
 from gif.export import export_command
+from gif.faults import BUG_CODE, MENDABLE_CODE, bug, mendable, printable
 from gif.files import check_file, save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
 from gif.ownership import check_output, existing, hold
@@ -55,7 +58,12 @@ from gif.training import (
 from gif.vectors import CodeVectors, SpreadReport, Start, initial_code_vectors, spread_code_vectors, spread_file
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
-DESCRIPTION = "Train recognition models with millions of identities: identity codes instead of a softmax."
+DEBUG = "--debug"
+DESCRIPTION = (
+    "Train recognition models with millions of identities: identity codes instead of a softmax. "
+    f"{DEBUG}, anywhere in a command, shows where an error comes from."
+)
+ALIASES = {"--closed_form": "--start"}  # which torchrun takes for a short form of its own --start-method
 HEAD_FORMAT = "gif.head/1"
 
 
@@ -143,7 +151,8 @@ def spread_command(
         epochs: passes over all vectors; 3 do nearly all there is to do.
         batch: vectors that push each other apart in one step.
         lr: learning rate, per vector.
-        start: a closed form first; "center" subtracts the mean, "whiten" also evens out the covariance.
+        start: a closed form first; "center" subtracts the mean, "whiten" also evens out the covariance. After torchrun
+            write --closed_form, for torchrun takes --start for an option of its own.
         neighbor_epochs: passes in subsets of neighbours afterwards, which part near-duplicates.
         target_gap: stop early, once the mean optimality gap of an epoch is below this.
         minutes: stop after so much time.
@@ -369,31 +378,72 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def auto_cli(*components: Any, **options: Any) -> None:
-    """jsonargparse's: only the command line needs it."""
+def _run(arguments: Sequence[str]) -> None:
+    """The command line, by jsonargparse, which it alone needs."""
     with needs("jsonargparse[signatures]", "the command line"):
-        from jsonargparse import auto_cli
-    auto_cli(*components, **options)
+        from jsonargparse import ArgumentParser, auto_cli
+
+    class Parser(ArgumentParser):
+        """Names what is missing as it is given on the command line: --output, not train.output."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            begin, required, keys = message.partition("arguments are required: ")
+            if required:
+                message = begin + required + ", ".join(map(_option, keys.split(", ")))
+            super().error(message, ex)
+
+    auto_cli(
+        COMMANDS,
+        args=_arguments(arguments),
+        as_positional=False,
+        prog="gif",
+        description=DESCRIPTION,
+        parser_class=Parser,
+    )
+
+
+def _option(key: str) -> str:
+    """--option of a key such as train.output or data.convert.input."""
+    level: Any = COMMANDS
+    names = key.split(".")
+    while len(names) > 1 and isinstance(level, dict) and names[0] in level:
+        level = level[names.pop(0)]
+    return f"--{'.'.join(names)}"
+
+
+def _arguments(given: Sequence[str]) -> list[str]:
+    """The command line with options by their first names, and without --debug, which may stand anywhere."""
+    arguments = []
+    for argument in given:
+        name, sign, value = argument.partition("=")
+        arguments.append(f"{ALIASES.get(name, name)}{sign}{value}")
+    return [argument for argument in arguments if argument != DEBUG]
 
 
 def main() -> None:
-    """Run the `gif` command. Errors a user can mend are one line, and exit with 1; interrupts with 130.
+    """Run the `gif` command.
 
-    SIGTERM is an interrupt too, and exits with 143: what long work keeps is kept.
+    What a user can mend is one line, and exits with 1; a wrong command line with 2; an interrupt with 130, SIGTERM,
+    which is one too, with 143: what long work keeps is kept. Anything else is a bug, said to be one, and exits with 70.
+    --debug shows the traceback in each case.
     """
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)  # a bus error, of a mapped file that was shortened, says where it was read
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+    given = sys.argv[1:]
     try:
-        auto_cli(COMMANDS, as_positional=False, prog="gif", description=DESCRIPTION)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+        _run(given)
     except KeyboardInterrupt as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             say(str(stop) or "interrupted; this command keeps nothing, and begins anew")
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+    except Exception as error:
+        if DEBUG in given:
+            traceback.print_exc()
+        line = mendable(error)
+        say(printable(bug(error) if line is None else f"error: {line}"))
+        sys.exit(BUG_CODE if line is None else MENDABLE_CODE)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gif.errors import InputError
+from gif.errors import UnavailableError
 
 
 @contextmanager
 def needs(package: str, purpose: str) -> Iterator[None]:
-    """Around the imports of ``package``, as pip calls it: InputError, with the command that installs it, without it.
+    """Around the imports of ``package``, as pip calls it: UnavailableError, with the command that installs it, without it.
 
     ``purpose`` is what cannot be done then: "pictures", "reading images".
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        raise InputError(
+        raise UnavailableError(
             f"{purpose}: the package {package} is needed and not installed ({error}); pip install {package!r}"
         ) from error

@@ -101,20 +101,21 @@ class IdentityCodes:
     def lookup(self, labels: Tensor) -> Tensor:
         """Codes of identities ``labels`` (B,) as (B, l) int64, on the labels' device; label -1 gives a row of -1.
 
-        Raises ValueError for a label outside [-1, m).
+        Raises TypeError for labels that are not integers, ValueError for another shape or a label outside [-1, m).
         """
-        index = labels.to(self.codes.device)
-        if index.numel():
-            hint = "these codes were made for other identities (-1 marks a row to ignore)"
-            index = checks.integer("labels", index, ("B",), low=-1, high=len(self), hint=hint)
-        rows = self.codes[index.long().clamp_min(0)].long()
+        index = self._index(labels, low=-1, hint=" (-1 marks a row to ignore)")
+        rows = self.codes[index.clamp_min(0)].long()
         return rows.masked_fill((index < 0)[:, None], -1).to(labels.device)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Identities (n,) int64 that own ``codes`` (n, l), on the codes' device; -1 where no identity does."""
-        if codes.ndim != 2 or codes.shape[1] != self.length:
-            raise InputError(f"codes must have shape (n, {self.length}), got {tuple(codes.shape)}")
-        tokens = codes.to(self.codes.device).long()
+        """Identities (n,) int64 that own ``codes`` (n, l), on the codes' device; -1 where no identity does.
+
+        Raises TypeError for codes that are not integers, ValueError for another shape.
+        """
+        every = torch.iinfo(torch.int64)
+        hint = "give rows of tokens"
+        tokens = checks.integer("codes", codes, ("n", self.length), low=every.min, high=every.max, hint=hint)
+        tokens = tokens.to(self.codes.device)
         wanted = self._keys(tokens)
         place = torch.zeros_like(wanted)  # of codes that are smaller: a binary search, so that no keys need be kept
         for step in (1 << bit for bit in reversed(range(len(self).bit_length()))):
@@ -135,7 +136,7 @@ class IdentityCodes:
 
         The next, the one before, the second next and so on, around the ends; with few identities some may repeat.
         """
-        index = labels.to(self.codes.device)
+        index = self._index(labels, low=0)
         steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], dtype=torch.int64, device=index.device)
         place = (self._rank[index].long()[:, None] + steps) % len(self)
         return self._order[place].long().to(labels.device)
@@ -205,6 +206,12 @@ class IdentityCodes:
 
     def __repr__(self) -> str:
         return f"IdentityCodes({len(self)} identities, {self.length} tokens of {self.vocab_size})"
+
+    def _index(self, labels: Tensor, *, low: int, hint: str = "") -> Tensor:
+        """The labels (B,) as int64 on the codes' device, each in [low, m)."""
+        hint = f"these codes were made for other identities{hint}"
+        index = labels.to(self.codes.device) if isinstance(labels, Tensor) else labels
+        return checks.integer("labels", index, ("B",), low=low, high=len(self), hint=hint)
 
     @cached_property
     def _rank(self) -> Tensor:

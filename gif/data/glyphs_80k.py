@@ -30,7 +30,7 @@ from gif.data.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, Integers, distinct
-from gif.errors import InputError, OutputError
+from gif.errors import InputError, OutputError, UnavailableError
 from gif.files import allocate_tensors, atomic_path, fsync, locate_tensor, map_tensor
 from gif.packages import needs
 from gif.progress import progress, say
@@ -135,7 +135,7 @@ def all_glyphs_80k(
             _render_again(path, judged, drawings, size, workers)
         data = _load(path)
     if data is None:
-        raise RuntimeError(f"{path} does not hold what was just written to it; check the disk")
+        raise UnavailableError(f"{path} does not hold what was just written to it; check the disk")
     return data
 
 

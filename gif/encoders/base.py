@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from gif.errors import InputError
+from gif.errors import InputError, UnavailableError
 from gif.packages import needs
 
 Precision = Literal["fp32", "bf16"]
@@ -140,7 +140,7 @@ def loading(what: str, file: Path | None) -> Iterator[None]:
     except Exception as error:  # pickle's, safetensors', the hub's and its HTTP client's: they share no other class
         reason = shorten(str(error), _REASON_CHARACTERS)
         if file is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"cannot load {what} from its hub; check the network, or download the weights elsewhere and give the "
                 f"path of the file ({reason})"
             ) from error

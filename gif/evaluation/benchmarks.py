@@ -6,6 +6,7 @@ gives an `Outcome`: numbers, tables and curves in one form, whichever benchmark 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,19 @@ from gif.evaluation.identification import Identification
 from gif.evaluation.ijb import TITLES, Ijb, evaluate_ijb
 from gif.evaluation.open_set import judge
 from gif.evaluation.tables import identification_table, pairs_table, verification_table
-from gif.evaluation.verification import FOLDS, PairAccuracy, Roc, require_both, roc, tar_at, thin, verify_pairs
+from gif.evaluation.verification import (
+    FOLDS,
+    PairAccuracy,
+    one_kind_folds,
+    require_both,
+    resolution,
+    roc,
+    tar_at,
+    thin,
+    turns,
+    unresolved,
+    verify_pairs,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,6 +61,7 @@ class Outcome:
         tables: to print.
         curves: verification, by name.
         identification: by name.
+        notes: what keeps a number from being what it seems, a line each.
     """
 
     kind: str
@@ -56,6 +70,7 @@ class Outcome:
     tables: list[Table]
     curves: dict[str, Verified]
     identification: dict[str, Identification] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Benchmark(ABC):
@@ -97,18 +112,28 @@ class PairFiles(Benchmark):
         results: dict[str, PairAccuracy] = {}
         numbers: dict[str, Any] = {}
         curves: dict[str, Verified] = {}
+        notes: list[str] = []
         for name, pairs in self.pairs.items():
             _, embeddings = embedder.all_shares(backbone, _PairImages(pairs, self.decoder), name)
-            results[name] = verify_pairs(embeddings, pairs.issame)
-            curve = _roc_of_pairs(embeddings, pairs.issame)
-            curves[name] = curve
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the notes say it
+                results[name] = verify_pairs(embeddings, pairs.issame)
+            scores_of_pairs = cosine_similarity(embeddings[::2].double(), embeddings[1::2].double())
+            genuine, impostor = int(pairs.issame.sum()), int((~pairs.issame).sum())
+            curve = roc(scores_of_pairs, pairs.issame)
+            curves[name] = thin(curve, impostor)
+            tar = tar_at(turns(curve, genuine, impostor), PAIRS_FAR)
+            if low := unresolved([PAIRS_FAR], impostor):
+                notes.append(f"{name}: {resolution(low, impostor)}")
+            if results[name].one_kind:
+                notes.append(f"{name}: {one_kind_folds(results[name].one_kind, FOLDS)}")
             numbers[name] = {
                 **results[name].to_dict(),
-                "tar": {f"{PAIRS_FAR:g}": tar_at(curve, PAIRS_FAR)},
+                "tar": {f"{PAIRS_FAR:g}": tar},
                 "pairs": len(pairs.issame),
             }
         scores = {name: result.accuracy for name, result in results.items()}
-        return Outcome("pairs", numbers, scores, [pairs_table(results)], curves)
+        return Outcome("pairs", numbers, scores, [pairs_table(results)], curves, notes=notes)
 
 
 class IjbFolders(Benchmark):
@@ -197,11 +222,6 @@ class _PairImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._pairs.image(index, self._decoder), index
-
-
-def _roc_of_pairs(embeddings: Tensor, issame: Tensor) -> Roc:
-    scores = cosine_similarity(embeddings[::2].double(), embeddings[1::2].double())
-    return thin(roc(scores, issame), int((~issame).sum()))
 
 
 def _listed(paths: Paths) -> list[Path]:

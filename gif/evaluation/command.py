@@ -131,10 +131,14 @@ def write_outcomes(outcomes: Sequence[Outcome], folder: Path, settings: Mapping[
     """Print the tables; write evaluation.json, roc.png, det.png and, where probes were searched, identification.png."""
     curves = {name: curve for outcome in outcomes for name, curve in outcome.curves.items()}
     searches = {name: found for outcome in outcomes for name, found in outcome.identification.items()}
-    results = {"settings": dict(settings), **{outcome.kind: outcome.numbers for outcome in outcomes}}
+    notes = [note for outcome in outcomes for note in outcome.notes]
+    how = {**settings, "notes": notes} if notes else dict(settings)
+    results = {"settings": how, **{outcome.kind: outcome.numbers for outcome in outcomes}}
     for outcome in outcomes:
         for table in outcome.tables:
             print_table(table)
+    for note in notes:
+        say(f"warning: {note}")
     write_text(folder / "evaluation.json", json.dumps(results, indent=2, allow_nan=False))
     plot_roc(curves, folder / "roc.png")
     plot_det(curves, folder / "det.png")

@@ -138,7 +138,7 @@ class Ijb:
     def pairs(self) -> Iterator[PairBlock]:
         """The 1:1 protocol's pairs of templates, a million at a time: first (n,), second (n,), same (n,) bool.
 
-        Raises FileNotFoundError, or ValueError for a line that is not three whole numbers.
+        Raises FileNotFoundError, or ValueError for a line that is not three whole numbers, the last 0 or 1.
         """
         path = existing_file(self._pairs_file)
         done = 0
@@ -149,7 +149,7 @@ class Ijb:
                     continue
                 try:
                     first, second, same = np.loadtxt(lines, dtype=np.int64, ndmin=2, unpack=True)
-                except ValueError as error:
+                except (ValueError, OverflowError) as error:
                     raise InputError(
                         f"{path}, after line {begin:,}: {error}; wanted 'template template 0|1'"
                     ) from error
@@ -172,7 +172,6 @@ class Ijb:
         people: dict[int, int] = {}
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             rows = csv.reader(lines)
-            next(rows, None)
             try:
                 for row in filter(None, rows):
                     template, person = int(row[0]), int(row[1])

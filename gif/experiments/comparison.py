@@ -119,8 +119,9 @@ def _compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, 
             save_tensors(folder / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
             found = {**result.judgement.to_dict(), "rarity": result.rarity}
             write_text(folder / "result.json", json.dumps(found, indent=2))
-            tar = ", ".join(f"TAR@{far:g} {value:.3f}" for far, value in result.judgement.tar.items())
-            say(f"{name}, seed {seed}: rank-1 {result.judgement.rank1:.3f}, {tar}")
+            judged = result.judgement
+            tar = ", ".join(f"TAR@{far:g} {judged.tar_in_words(far, 3)}" for far in judged.tar)
+            say(f"{name}, seed {seed}: rank-1 {judged.rank1:.3f}, {tar}")
     return Comparison(folders)
 
 
@@ -147,3 +148,10 @@ def show(columns: Sequence[str], rows: Rows, title: str) -> None:
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in arrays.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and the run is made again") from error

@@ -71,7 +71,7 @@ def _rows(results: dict[str, HeadResult]) -> list[tuple[str, ...]]:
         (
             name,
             f"{result.judgement.rank1:.3f}",
-            *(f"{tar:.3f}" for tar in result.judgement.tar.values()),
+            *(result.judgement.tar_in_words(far, 3) for far in result.judgement.tar),
             f"{result.judgement.pair_accuracy:.3f}",
             f"{result.parameters:,}",
             "" if math.isnan(result.log.images_per_second) else f"{result.log.images_per_second:,.0f}",

@@ -20,7 +20,7 @@ from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
 from gif.data.shared_memory import check_workers
 from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
-from gif.errors import InputError, Interrupted
+from gif.errors import DivergedError, InputError, Interrupted
 from gif.losses import GIFLoss, MarginSoftmax
 from gif.ownership import hold
 from gif.resume import LARGEST_SHARE
@@ -30,6 +30,7 @@ from gif.training.health import health
 from gif.training.journal import TableJournal
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, begin_epoch
+from gif.training.statistics import RunningStatistics
 from gif.training.stop import StopRequest, leave_signals_to_the_trainer
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
@@ -110,7 +111,7 @@ def train(
     with _kept(keeper) as stop:
         random = keeper.load(state) if keeper else {}
         before = state.step
-        losses = _Losses(state.losses, state.step)
+        losses = _Losses(state.losses, state.step, REPORT_EVERY if state.scaler.is_enabled() else 1)
         take_step = _Step(backbone, head, augment, state, config)
         clock = _SaveClock(config)
 
@@ -128,7 +129,7 @@ def train(
                     losses.add(loss)
                     state.step += 1
                     if state.step % REPORT_EVERY == 0:
-                        recent = losses.settle()[-REPORT_EVERY:].mean()
+                        recent = losses.settle()[-REPORT_EVERY:].nanmean()
                         measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
                         report(state.step, {"learning rate": lr, **measures})
                     scores = None
@@ -191,9 +192,11 @@ class _Step:
         self._backbone, self._head, self._augment, self._state, self._config = backbone, head, augment, state, config
         self._network = torch.compile(backbone) if config.compile else backbone
         self._without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
-        if world_size() > 1:
+        if world_size() > 1 and any(parameter.requires_grad for parameter in backbone.parameters()):
             replicas = DistributedDataParallel(self._network)
             self._network, self._without_exchange = replicas, replicas.no_sync
+        else:
+            replicate(backbone)  # frozen: DistributedDataParallel refuses what has no gradient to exchange
         replicate(head)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,6 +205,7 @@ class _Step:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
+        before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
         parts = 1 if config.micro_batch_size is None else math.ceil(len(images) / config.micro_batch_size)
         for part in range(parts):
@@ -213,6 +217,8 @@ class _Step:
                 part_loss = self._loss(embeddings, own_labels) * share
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
+        if before is not None:
+            before.restore()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self._backbone.parameters(), config.clip)
         scaler.step(optimizer)
@@ -251,10 +257,13 @@ def _share_of_a_step(head: nn.Module, share: float) -> Iterator[None]:
 
 
 class _Losses:
-    """The loss of each step: each process's own at first, settled now and then to their mean."""
+    """The loss of each step: each process's own at first, settled now and then to their mean.
 
-    def __init__(self, losses: Tensor, done: int) -> None:
-        self._losses = losses
+    ``patience``: so many steps in a row without a finite loss are an error: 1, and more where a loss scaler skips them.
+    """
+
+    def __init__(self, losses: Tensor, done: int, patience: int) -> None:
+        self._losses, self._patience = losses, patience
         self._settled = self._done = done
 
     def add(self, loss: Tensor) -> None:
@@ -262,13 +271,14 @@ class _Losses:
         self._done += 1
 
     def settle(self) -> Tensor:
-        """The losses so far, the same on every process; raises FloatingPointError if the last is not finite."""
+        """The losses so far, the same on every process; raises FloatingPointError if the last are not finite."""
         fresh = self._losses[self._settled : self._done]
         fresh.copy_(mean_over_processes(fresh))
         self._settled = self._done
         losses = self._losses[: self._done]
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(
+        recent = losses[-self._patience :]
+        if len(recent) == self._patience and not bool(recent.isfinite().any()):
+            raise DivergedError(
                 f"the loss is {float(losses[-1])} after {len(losses)} steps; lower lr, lengthen warmup or lower the "
                 "scale"
             )

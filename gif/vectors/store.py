@@ -11,6 +11,7 @@ from torch import Tensor
 from gif.data.identities import Identities, check_count
 from gif.errors import InputError
 from gif.files import check_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
+from gif_kernels import checks
 from gif_kernels.rounding import stochastic_round
 
 FORMAT = "gif.code_vectors/1"
@@ -84,32 +85,39 @@ class CodeVectors:
         save_tensors(path, {"vectors": self.table, **names}, format=FORMAT, **metadata)
 
     def lookup(self, labels: Tensor) -> Tensor:
-        """Rows of identities ``labels`` (B,) as (B, d), on the labels' device, in the table's dtype.
+        """Rows of identities ``labels`` (B,), of any integer dtype, as (B, d) on their device, in the table's dtype.
 
-        Raises ValueError for a label outside [0, m). Only the rows asked for are read or moved.
+        Raises TypeError for labels that are not integers, ValueError for another shape or a label outside [0, m). Only
+        the rows asked for are read or moved.
         """
-        self._check(labels)
+        rows = self._rows(labels)
         check_mapped(self.table)
-        return self.table[labels.to(self.table.device)].to(labels.device)
+        return self.table[rows].to(labels.device)
 
     @torch.no_grad()
-    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int = 0) -> None:
+    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int = 0) -> Tensor:
         """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
 
         ``gradient`` (C, d) belongs to the labels row by row; an identity named more than once takes the sum of its
-        gradients. A low-precision table is rounded stochastically, so that small steps survive on average; give a new
+        gradients. A row whose step is not finite stays as it is: one overflow upstream must not outlive the step it
+        spoils. A low-precision table is rounded stochastically, so that small steps survive on average; give a new
         ``seed`` in each step.
 
-        Raises ValueError for a label outside [0, m).
+        Returns how many rows stayed, () int64 on the table's device. Raises TypeError for labels that are not integers,
+        ValueError for another shape or a label outside [0, m).
         """
-        self._check(labels)
+        rows, place = self._rows(labels).unique(return_inverse=True)
         check_mapped(self.table)
-        rows, place = labels.to(self.table.device).unique(return_inverse=True)
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         step = torch.zeros(len(rows), self.width, dtype=dtype, device=self.table.device)
         step.index_add_(0, place, gradient.to(step))
-        moved = torch.nn.functional.normalize(self.table[rows].to(dtype).add_(step, alpha=-lr), dim=1)
-        self.table[rows] = stochastic_round(moved, self.table.dtype, rows, seed)
+        before = self.table[rows]
+        moved = step.mul_(-lr).add_(before)
+        norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+        moves = norm.isfinite() & (norm > 0)  # NaN and infinity anywhere in a row reach its norm
+        moved = stochastic_round(moved.div_(norm), self.table.dtype, rows, seed)
+        self.table[rows] = torch.where(moves, moved, before)
+        return (~moves).sum()
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that follow from the vectors as they are now, and from whose they are.
@@ -124,14 +132,18 @@ class CodeVectors:
         """d, the width of a vector."""
         return self.table.shape[1]
 
-    def _check(self, labels: Tensor) -> None:
-        if len(labels):
-            low, high = (int(x) for x in torch.aminmax(labels))
+    def _rows(self, labels: Tensor) -> Tensor:
+        """The labels (B,) as rows of the table, int64 on its device."""
+        every, hint = torch.iinfo(torch.int64), "this table was made for other identities"
+        rows = checks.integer("labels", labels, ("B",), low=every.min, high=every.max, hint=hint, asserted=False)
+        rows = rows.to(self.table.device)
+        if not checks.looks_at_values(rows):
+            checks.require(((rows >= 0) & (rows < len(self))).all(), f"labels must lie in [0, {len(self)}); {hint}")
+        elif len(rows):
+            low, high = (int(x) for x in torch.aminmax(rows))
             if low < 0 or high >= len(self):
-                raise InputError(
-                    f"labels must lie in [0, {len(self)}), got [{low}, {high}]; "
-                    "this table was made for other identities"
-                )
+                raise InputError(f"labels must lie in [0, {len(self)}), got [{low}, {high}]; {hint}")
+        return rows
 
     def __len__(self) -> int:
         return self.table.shape[0]

@@ -13,8 +13,10 @@ from rich.console import Console
 
 from gif.errors import InputError
 from gif.evaluation import (
+    Identification,
     Ijb,
     IjbFaces,
+    IjbResult,
     PairAccuracy,
     TemplateSums,
     align_face,
@@ -413,9 +415,23 @@ class TestIjb:
         plot_identification(result.identification, tmp_path / "identification.png")
         for picture in ("det", "identification"):
             assert (tmp_path / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
-        assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["1:N"]["G1"]["mated"] == 2
+        assert "60 impostor pairs resolve 1.7e-02" in " ".join(text.split()) and "?" in text
+        found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert found["1:N"]["G1"]["mated"] == 2
+        assert found["1:1"]["tar"]["0.01"] is None and found["1:1"]["tar"]["0.1"] == result.verification.tar[0.1]
         with pytest.raises(ValueError, match="no curve to draw"):
             plot_identification({}, tmp_path / "none.png")
+
+    def test_the_mean_of_ranks_pools_the_probes(self):
+        def gallery(rank1, mated, tpir):
+            return Identification({1: rank1}, {0.01: tpir}, mated, 5, None)
+
+        result = IjbResult(None, {"G1": gallery(0.1, 300, 0.2), "G2": gallery(0.106, 100, 0.4)})
+        table = identification_table({"IJB-C": result})
+        cells = [list(column.cells) for column in table.columns]
+        assert cells[0][-1] == "IJB-C mean"
+        assert cells[1][-1] == "10.15"  # (30 + 10.6) of 400; alike they would be 10.30
+        assert cells[2][-1] == "30.00"
 
     def test_one_protocol_needs_its_files_alone(self, tmp_path, write_benchmark):
         folder = write_benchmark(tmp_path, "ijbb", ("S1", "S2"))
@@ -437,6 +453,9 @@ class TestIjb:
 
         damage("ijbc_template_pair_label.txt", "1 3 0\n", "1 3\n")
         with pytest.raises(ValueError, match=r"pair_label\.txt, after line 0: .*wanted 'template template 0\|1'"):
+            list(Ijb.read(tmp_path, "ijbc").pairs())
+        damage("ijbc_template_pair_label.txt", "1 3\n", "1 3 -1\n")
+        with pytest.raises(ValueError, match=r"_label\.txt, after line 0: label -1; wanted 'template template 0\|1'"):
             list(Ijb.read(tmp_path, "ijbc").pairs())
         damage("ijbc_1N_probe_mixed.csv", "4,102,", "four,102,")
         with pytest.raises(ValueError, match=r"probe_mixed\.csv, line 3: .*wanted 'template,person"):

@@ -14,6 +14,7 @@ from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages
 from gif.data.augment import RandomAffine, normalize_pixels
+from gif.errors import InputError
 from gif.evaluation import embed, judge
 from gif.losses import MarginSoftmax
 from gif.progress import console
@@ -21,6 +22,7 @@ from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
 from gif.training.health import health, summary
 from gif.training.order import EpochOrder, begin_epoch
+from gif_kernels import checks
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
@@ -99,6 +101,48 @@ def test_moved_rows_are_marked():
     head(torch.randn(4, 16), torch.tensor([3, 20, -1, 3]))
     changed = (head.vectors.table != before).any(1)
     assert changed.sum() > 2 and not (changed & ~head.moved).any() and head.moved.sum() <= 6
+
+
+class Overflowing(torch.nn.Module):
+    """A backbone in which an image overflows, in float16 as on an accelerator, in each of ``steps`` in training."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.network, self.steps, self.step = BACKBONE.build(), steps, 0
+
+    def forward(self, images):
+        self.step += self.training
+        if self.training and self.step in self.steps:
+            images = images.clone()
+            images[1] = math.inf
+        return self.network(images)
+
+
+def train_overflowing(dataset, monkeypatch, steps, precision="fp16"):
+    monkeypatch.setattr(checks, "looks_at_values", lambda tensor: False)
+    torch.manual_seed(0)
+    backbone = Overflowing(steps)
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
+    head = GIFLoss(codes, CodeVectors(torch.randn(8, 16)), 16)
+    config = TrainingConfig(epochs=4, batch_size=32, precision=precision)  # 20 steps
+    return train(backbone, head, dataset, config, augment=unchanged), backbone, head
+
+
+@pytest.mark.parametrize("step", [3, 10])  # 10: a step whose loss is looked at
+def test_an_overflow_outlives_its_step_nowhere(dataset, monkeypatch, step):
+    log, backbone, head = train_overflowing(dataset, monkeypatch, {step})
+    assert [i + 1 for i, loss in enumerate(log.losses) if not loss.isfinite()] == [step]
+    assert all(value.isfinite().all() for value in weights(backbone, head).values())
+    assert head.vectors.table.isfinite().all() and int(head.stayed) == 8
+    assert embed(backbone, dataset).isfinite().all()
+
+
+def test_what_never_recovers_is_an_error(dataset, monkeypatch):
+    with pytest.raises(FloatingPointError, match="the loss is nan after 10 steps; lower lr") as told:
+        train_overflowing(dataset, monkeypatch, set(range(1, 20)))
+    assert isinstance(told.value, InputError)
+    with pytest.raises(FloatingPointError, match="the loss is nan after 10 steps"):  # nothing skips a step here
+        train_overflowing(dataset, monkeypatch, {10}, precision="fp32")
 
 
 @pytest.mark.parametrize("options", [{"optimizer": "adamw", "lr": 0.01}, {"schedule": "polynomial"}])
@@ -248,6 +292,8 @@ class TestHealth:
         measures = {"token accuracy/1": 0.5, "token accuracy/2": 0.25, "code accuracy": 0.1}
         assert summary(measures) == "tokens 50/25 %, codes 10%"
         assert summary({"cosine to own": 0.5, "cosine to impostor": 0.25}) == "own 0.50, impostor 0.25"
+        assert summary({"code vectors stayed": 0.0}) == ""
+        assert summary({"code vectors stayed": 1200.0}) == "1,200 code vectors stayed"
         assert summary({}) == ""
 
 
