@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -15,23 +20,26 @@ from gif.codes import IdentityCodes, judge_codes, tokenize
 from gif.codes.commands import export_codes, extend_codes, inspect_codes
 from gif.data import HELD_OUT, ImageDecoder, broken_report, load_data
 from gif.data.convert import convert
+from gif.data.identities import Identities, require_same_names
+from gif.data.images import SPLIT_BY
 from gif.data.inspection import inspect
 from gif.data.report import glyph_report
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.doctor import doctor
 from gif.encoders import Precision, make_encoder
-from gif.errors import InputError
+from gif.errors import InputError, Interrupted
 from gif.evaluation.command import evaluate
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
 from gif.export import export_command
-from gif.files import save_tensors, write_text
+from gif.files import check_file, save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
+from gif.ownership import check_output, existing, hold
 from gif.packages import needs
 from gif.planning import plan
 from gif.progress import say
-from gif.resume import claim_folder
+from gif.resume import claim_folder, own_file
 from gif.training import (
     AUGMENTATIONS,
     AugmentationName,
@@ -43,7 +51,7 @@ from gif.training import (
     plot_validations,
     train,
 )
-from gif.vectors import CodeVectors, Start, initial_code_vectors, spread_code_vectors, spread_file
+from gif.vectors import CodeVectors, SpreadReport, Start, initial_code_vectors, spread_code_vectors, spread_file
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
 DESCRIPTION = "Train recognition models with millions of identities: identity codes instead of a softmax."
@@ -84,7 +92,9 @@ def vectors_command(
         precision: of a network; "bf16" is for GPUs.
         device: where to encode, "cpu" or "cuda".
     """
-    with process_group(device) as own:
+    partial = output.with_suffix(".partial")
+    check_output(output, [partial])
+    with process_group(device) as own, hold(output, existing(own_file(partial))):
         images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size)).train
         network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
         table = initial_code_vectors(
@@ -92,12 +102,15 @@ def vectors_command(
             network,
             batch_size=batch_size,
             num_workers=workers,
-            checkpoint=output.with_suffix(".partial"),
+            checkpoint=partial,
+            keep_checkpoint=True,
             device=own,
         )
         if rank() == 0:
             table.save(output)
             say(f"wrote {table} to {output}")
+        wait_for_all()
+        own_file(partial).unlink(missing_ok=True)
 
 
 def spread_command(
@@ -146,17 +159,27 @@ def spread_command(
         "minutes": minutes,
         "seed": seed,
     }
+    partial, picture = output.with_suffix(".partial"), output.with_suffix(".png")
+    report_file, gaps = output.with_suffix(".json"), output.with_name(f"{output.stem}-gap.png")
+    check_output(output, [partial, report_file, picture, gaps], [vectors])
+
+    def write_report(report: SpreadReport) -> None:
+        write_text(report_file, json.dumps(report.to_dict(), indent=2))
+        plot_nearest_cosines(report.before, report.after, picture)
+        plot_gaps(report, gaps)
+
     with process_group(device) as own:
         if in_file or world_size() > 1:
-            report = spread_file(vectors, output, device=own, **options)
+            report = spread_file(vectors, output, device=own, write_report=write_report, **options)
         else:
-            table = CodeVectors(CodeVectors.load(vectors).table.to(own), normalized=True)
-            report = spread_code_vectors(table, checkpoint=output.with_suffix(".partial"), **options)
-            table.save(output)
+            with hold(output, existing(partial)):
+                given = CodeVectors.load(vectors)
+                table = CodeVectors(given.table.to(own), normalized=True, identities=given.identities)
+                report = spread_code_vectors(table, checkpoint=partial, keep_checkpoint=True, **options)
+                table.save(output)
+                write_report(report)
+                partial.unlink()
         if rank() == 0:
-            write_text(output.with_suffix(".json"), json.dumps(report.to_dict(), indent=2))
-            plot_nearest_cosines(report.before, report.after, output.with_suffix(".png"))
-            plot_gaps(report, output.with_name(f"{output.stem}-gap.png"))
             say(f"{report}\nwrote {output}")
 
 
@@ -189,22 +212,28 @@ def tokenize_command(
         device: where to cut; "auto" takes a GPU if there is one with room for the vectors. "cpu" reads them from disk,
             a block at a time; "cuda" holds them all. Codes are those of the CPU but for ties.
     """
-    table = CodeVectors.load(vectors, mmap=True)
-    codes = tokenize(
-        table,
-        vocab_size=vocab_size,
-        length=length,
-        slack=slack,
-        capacity_factor=capacity_factor,
-        alignment=alignment,
-        seed=seed,
-        checkpoint=output.with_suffix(".partial"),
-        device=device,
-    )
-    codes.save(output)
-    if len(codes) > 1:
-        say(str(judge_codes(codes, table)))
-    say(f"wrote {codes} to {output}")
+    partial = output.with_suffix(".partial")
+    check_output(output, [partial], [vectors])
+    with hold(output, existing(partial)):
+        check_file(vectors)  # every row will be read many times
+        table = CodeVectors.load(vectors, mmap=True)
+        codes = tokenize(
+            table,
+            vocab_size=vocab_size,
+            length=length,
+            slack=slack,
+            capacity_factor=capacity_factor,
+            alignment=alignment,
+            seed=seed,
+            checkpoint=partial,
+            keep_checkpoint=True,
+            device=device,
+        )
+        codes.save(output)
+        partial.unlink()
+        if len(codes) > 1:
+            say(str(judge_codes(codes, table)))
+        say(f"wrote {codes} to {output}")
 
 
 def train_command(
@@ -228,8 +257,9 @@ def train_command(
     processes as there are then. A config from the repository's configs folder holds a recipe; any option after it wins.
 
     Args:
-        output: folder for the backbone, the head, the code vectors if it moved them, the losses and their plot, the
-            checkpoints and TensorBoard's files; of a run that is validated, the best backbone and the scores too.
+        output: folder for the backbone, the head, the identities that were trained on, the code vectors if it moved
+            them, the losses and their plot, the checkpoints and TensorBoard's files; of a run that is validated, the
+            best backbone and the scores too.
         data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
             in the backbone's size and colours.
         held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
@@ -245,35 +275,37 @@ def train_command(
     """
     if resume == "never" and output.exists():
         raise InputError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
-    with process_group(training.device) as own:
+    kept = Checkpoints(output / "checkpoints").newest
+    with process_group(training.device) as own, hold(output, kept):
         code_table = None if codes is None else IdentityCodes.load(codes)
         decoder = ImageDecoder(backbone.image_size, backbone.channels)
         split = load_data(data, held_out=held_out, decoder=decoder)
         images = split.train
+        who = images.identities
+        if (before := output / "identities.safetensors").exists():
+            require_same_names(f"the run in {output}", Identities.load(before), "the data set", who)
         validate = validation.open(split.held_out, decoder, workers=training.workers, device=own)
         torch.manual_seed(training.seed)
         network = backbone.build()
-        loss_fn = head.build(
-            images.num_identities,
-            backbone.embedding_size,
-            code_table,
-            None if vectors is None else CodeVectors.load(vectors, mmap=True),
-        )
+        table = None if vectors is None else CodeVectors.load(vectors, mmap=True)
+        loss_fn = head.build(images.num_identities, backbone.embedding_size, code_table, table, identities=who)
         log_folder = output / "tensorboard" if tensorboard else None
         check_training(loss_fn, images, training, tensorboard=log_folder)
         if rank() == 0:
             settings = {
                 "command": "train",
-                "data": data,
+                "data": {"name": data, **images.summary()},
                 "held_out": held_out,
+                "held_out_by": SPLIT_BY,
                 "codes": code_table and code_table.fingerprint,
-                "vectors": vectors and str(vectors.resolve()),
+                "vectors": table and table.fingerprint(),
                 "head": asdict(head),
                 "backbone": asdict(backbone),
                 "training": training.settings(),
                 "augmentation": augmentation,
             }
             claim_folder(output, settings)
+            who.save(output / "identities.safetensors")
         wait_for_all()
         log = train(
             network,
@@ -290,8 +322,8 @@ def train_command(
             say(report)
         if rank() > 0:
             return
-        save_backbone(output / "backbone.safetensors", network, backbone)
-        save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT)
+        save_backbone(output / "backbone.safetensors", network, backbone, trained_on=who)
+        save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT, **who.metadata())
         if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None and loss_fn.recipe.moves_vectors:
             loss_fn.vectors.save(output / "vectors.safetensors")
         save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
@@ -299,7 +331,7 @@ def train_command(
         say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
         if log.validations:
             best = Checkpoints(output / "checkpoints").load_best(network)
-            save_backbone(output / "best.safetensors", network, backbone)
+            save_backbone(output / "best.safetensors", network, backbone, trained_on=who)
             write_text(output / "validations.json", json.dumps(log.validations, indent=2))
             plot_validations(log.validations, output / "validations.png")
             say(f"wrote the best one, after {best:,} steps, to {output / 'best.safetensors'}")
@@ -340,15 +372,27 @@ def auto_cli(*components: Any, **options: Any) -> None:
 
 
 def main() -> None:
-    """Run the `gif` command. Errors a user can mend are one line, and exit with 1; an interrupt exits with 130."""
+    """Run the `gif` command. Errors a user can mend are one line, and exit with 1; interrupts with 130.
+
+    SIGTERM is an interrupt too, and exits with 143: what long work keeps is kept.
+    """
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a bus error, of a mapped file that was shortened, says where it was read
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         auto_cli(COMMANDS, as_positional=False, prog="gif", description=DESCRIPTION)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted; the same command continues where this one stopped")
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            say(str(stop) or "interrupted; this command keeps nothing, and begins anew")
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("", number)
 
 
 if __name__ == "__main__":

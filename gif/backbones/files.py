@@ -4,26 +4,66 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gif.backbones.config import BackboneConfig
 from gif.backbones.iresnet import BLOCKS, WIDTHS
 from gif.backbones.shapes import STRIDE
+from gif.data.identities import Identities
 from gif.errors import InputError
 from gif.files import existing_file, load_tensors, save_tensors
+from gif.weights import load_pytorch
 
 FORMAT = "gif.backbone/1"
 PYTORCH_SUFFIXES = (".pt", ".pth")
+_TRAINED_ON = "trained_on"  # a tensor beside the weights
 
 
-def save_backbone(path: str | Path, backbone: nn.Module, config: BackboneConfig) -> None:
-    """Write the weights, and how to build what they belong to, as safetensors, atomically."""
-    save_tensors(path, backbone.state_dict(), format=FORMAT, config=json.dumps(asdict(config)))
+@dataclass(frozen=True, eq=False)
+class TrainedOn:
+    """Whom a backbone was trained on, as its file says.
+
+    Args:
+        digests: (m,) int64, the digest of each name (`Names.digests`).
+        images: settings in which the images were decoded.
+        data: the data set's name or path.
+    """
+
+    digests: Tensor
+    images: dict[str, Any]
+    data: str
+
+
+def save_backbone(
+    path: str | Path, backbone: nn.Module, config: BackboneConfig, *, trained_on: Identities | None = None
+) -> None:
+    """Write the weights, and how to build what they belong to, as safetensors, atomically.
+
+    Of ``trained_on`` it holds a digest a name, 8 bytes: enough to tell whether somebody was among them.
+    """
+    tensors, metadata = backbone.state_dict(), {"config": json.dumps(asdict(config))}
+    if trained_on is not None:
+        tensors = {**tensors, _TRAINED_ON: trained_on.names.digests()}
+        metadata |= trained_on.metadata()
+    save_tensors(path, tensors, format=FORMAT, **metadata)
+
+
+def load_trained_on(path: str | Path) -> TrainedOn | None:
+    """Whom the backbone in a file was trained on; None where the file does not say. Errors are `load_backbone`'s."""
+    if Path(path).suffix in PYTORCH_SUFFIXES:
+        return None
+    tensors, metadata = load_tensors(path, format=FORMAT)
+    if _TRAINED_ON not in tensors:
+        return None
+    try:
+        images = json.loads(metadata["images"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not say how images were read ({error}); it is damaged") from error
+    return TrainedOn(tensors[_TRAINED_ON], images, metadata.get("data", ""))
 
 
 def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
@@ -34,9 +74,10 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     if Path(path).suffix in PYTORCH_SUFFIXES:
         return load_insightface(path)
     tensors, metadata = load_tensors(path, format=FORMAT)
+    tensors.pop(_TRAINED_ON, None)
     try:
         config = BackboneConfig(**json.loads(metadata["config"]))
-    except TypeError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} names an unknown backbone ({error}); it is from a newer version") from error
     return _filled(path, config, tensors), config
 
@@ -50,10 +91,7 @@ def load_insightface(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     Raises FileNotFoundError, or ValueError for a file that holds anything else.
     """
     path = existing_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} is damaged or more than tensors ({error}); save the state dict alone") from error
+    state = load_pytorch(path)
     if isinstance(state, dict):
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")  # saved from inside DDP
     if not isinstance(state, dict) or not {"conv1.weight", "fc.weight"} <= state.keys():

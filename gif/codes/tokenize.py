@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -14,11 +13,10 @@ from gif.codes.tree import ALIGNMENTS, Alignment, Cutting, root
 from gif.errors import InputError
 from gif.progress import progress
 from gif.resume import UnfinishedWork
-from gif.vectors.store import CodeVectors
+from gif.vectors.store import CodeVectors, digest_rows
 from gif_kernels import checks
 
 CHECKPOINT_FORMAT = "gif.tokenize_checkpoint/1"
-_DIGEST_ROWS = 4096
 _ROWS_A_BLOCK = 1 << 18
 BYTES_A_ROW = 60  # held beside the vectors: order, codes, paths and candidates for a move
 BLOCKS_HELD = 10  # of float32: gathered rows, similarities, membership, and temporaries of them
@@ -36,6 +34,7 @@ def tokenize(
     centroid_levels: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
     device: str | torch.device | None = None,
 ) -> IdentityCodes:
     """Give each identity a distinct code, its path in a tree of k-means clusters: similar identities share a prefix.
@@ -48,7 +47,8 @@ def tokenize(
     most, and the centroids that are kept: 2 d bytes a node.
 
     Args:
-        vectors: CodeVectors, or a (m, d) tensor; only directions matter. Any float dtype; products are in float32.
+        vectors: CodeVectors, or a (m, d) tensor; only directions matter. Any float dtype; products are in float32. The
+            codes belong to the identities that CodeVectors do.
         vocab_size: v, in [2, 256].
         length: l; by default the smallest with v^l >= m (1 + slack).
         slack: share of codes to leave free for identities that come later.
@@ -62,6 +62,7 @@ def tokenize(
         seed: the same seed gives the same codes.
         checkpoint: file that holds the finished levels; a later call with the same arguments continues from it to the
             same codes, and removes it when done.
+        keep_checkpoint: leave the checkpoint, of all levels: for whoever saves the codes before removing it.
         device: where to compute: "cpu", "cuda", or "auto" for a GPU that has room for the vectors and else the CPU. By
             default where the vectors are. The tree is the same on every device, but for identities to which two
             children are alike within rounding, and the codes but for names that hang on those. They are on the CPU.
@@ -80,14 +81,22 @@ def tokenize(
     if not 0 <= centroid_levels < length:
         raise InputError(f"centroid_levels must lie in [0, {length}), the tokens of a code, got {centroid_levels}")
     place = working_device(table, device)
-    m, start = len(table), _digest(table)
+    m, content = len(table), None if checkpoint is None else digest_rows(table)
     table = table.detach().to(place)
     _check_directions(table)
 
-    settings = (
-        f"{m} x {table.shape[1]} {table.dtype} start={start} v={vocab_size} l={length} "
-        f"iterations={iterations} capacity_factor={capacity_factor} alignment={alignment} seed={seed}"
-    )
+    settings = {
+        "m": m,
+        "d": table.shape[1],
+        "dtype": str(table.dtype),
+        "vectors": content,
+        "vocab_size": vocab_size,
+        "length": length,
+        "iterations": iterations,
+        "capacity_factor": capacity_factor,
+        "alignment": alignment,
+        "seed": seed,
+    }
     work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
     columns: list[Tensor] = []
     codebooks: list[Tensor] = []
@@ -114,8 +123,10 @@ def tokenize(
         vocab_size,
         centroids=level.centroids(centroid_levels) if centroid_levels else None,
         directions=torch.stack(codebooks).half().cpu() if alignment == "residual" else None,
+        identities=vectors.identities if isinstance(vectors, CodeVectors) else None,
     )
-    work.remove()
+    if not keep_checkpoint:
+        work.remove()
     return codes
 
 
@@ -144,12 +155,6 @@ def _lacking(table: Tensor, device: torch.device) -> str:
         needed += table.nbytes
     free = torch.cuda.mem_get_info(device)[0]
     return f"need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free" if needed > free else ""
-
-
-def _digest(table: Tensor) -> str:
-    """Tells tables apart by rows at equal distances."""
-    rows = table[:: max(1, len(table) // _DIGEST_ROWS)].cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(rows.numpy().data).hexdigest()[:12]
 
 
 def _checked_length(m: int, vocab_size: int, length: int | None, slack: float) -> int:

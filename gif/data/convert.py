@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, suffix
-from gif.data.encoded import BrokenPolicy, Labelled
-from gif.data.images import IdentityImages
+from gif.data.encoded import BrokenPolicy, Labelled, stored
+from gif.data.images import IdentityImages, digest_images
 from gif.data.listing import IDENTITIES, PROPERTY, Property
 from gif.data.loading import NAMES, find_data
 from gif.data.pairs import read_pairs, write_bin
 from gif.data.records import LARGEST_LABEL, pack_record
 from gif.errors import InputError
-from gif.files import fsync, write_text
+from gif.files import fsync, remove_temporaries, write_text
+from gif.ownership import check_output, existing, hold
 from gif.packages import needs
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork
@@ -58,6 +60,7 @@ def convert(
         on_broken: "skip" leaves out, and counts, what is no JPEG, PNG or WebP; "raise" stops there.
     """
     if pairs is not None:
+        check_output(output, inputs=[pairs])
         named = read_pairs(pairs, Path(input))
         write_bin(output, named, len(named))
         say(f"wrote {len(named):,} pairs to {output}")
@@ -70,9 +73,11 @@ def convert(
         raise InputError(f"{output} exists and is not empty; give another --output")
     found = PngImages.of(NAMES[input]()) if input in NAMES else find_data(input)
     staging = output.with_name(f".{output.name}.partial")
-    written, broken = _write(found, staging, to, shard_size, on_broken)
-    os.replace(staging, output)
-    fsync(output.parent)
+    with hold(output, existing(staging / "journal")):
+        written, broken = _write(found, staging, to, shard_size, on_broken)
+        remove_temporaries(staging, held=True)
+        os.replace(staging, output)
+        fsync(output.parent)
     say(f"wrote {written:,} images of {len(found.names):,} identities to {output}")
     if broken:
         say(f"{broken:,} of {len(found.labels):,} images were broken and left out; gif data inspect names them")
@@ -103,13 +108,20 @@ class PngImages:
         return f"image {row}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self._images.names).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr(list(self._images.names)).encode()).hexdigest()[:32]
 
 
 def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broken: BrokenPolicy) -> tuple[int, int]:
     """Write everything into a folder, or continue there; returns how many images were written, and were broken."""
     identities = hashlib.sha256(repr(list(found.names)).encode() + found.labels.numpy().tobytes()).hexdigest()[:16]
-    settings = f"{found.source.fingerprint()} {identities} to {to}, {shard_size} a shard, {on_broken} broken"
+    settings = {
+        "input": found.source.fingerprint(),
+        "sample of the images": digest_images(len(found.source), partial(stored, found.source)),
+        "identities": identities,
+        "to": to,
+        "shard_size": shard_size,
+        "on_broken": on_broken,
+    }
     work = UnfinishedWork(staging / "journal", JOURNAL_FORMAT, settings)
     state = work.load()
     if state is None:

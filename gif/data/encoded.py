@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
+from gif.data.identities import Names
 from gif.data.images import IdentityDataset
 from gif.errors import InputError
 
@@ -114,7 +115,14 @@ class EncodedImages(IdentityDataset):
         """Where image ``index`` lies."""
         return self.source.place(int(self._rows[index]))
 
-    def _part(self, labels: Tensor, names: list[str], rows: Tensor) -> Self:
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        return {"channels": self.decoder.channels, "size": self.decoder.size, "fit": self.decoder.fit}
+
+    def _stored(self, index: int) -> bytes:
+        return stored(self.source, int(self._rows[index]))
+
+    def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
         return type(self)(
             self.source,
             labels,
@@ -136,6 +144,14 @@ class EncodedImages(IdentityDataset):
                 reason = error
         if reason:
             raise InputError(f"none of {min(ALL_BROKEN, len(self))} images that were tried can be decoded; {reason}")
+
+
+def stored(source: EncodedSource, row: int) -> bytes:
+    """An image as it is stored; nothing where it cannot be read: whoever needs it says so."""
+    try:
+        return source.read(row)
+    except (ValueError, OSError):
+        return b""
 
 
 def broken_report(data: IdentityDataset) -> str | None:

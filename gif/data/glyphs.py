@@ -22,7 +22,7 @@ from gif.data.cache import cache_folder, checksum
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, distinct
-from gif.errors import InputError
+from gif.errors import InputError, OutputError
 from gif.files import load_tensors, save_tensors
 from gif.packages import needs
 from gif.progress import progress, say
@@ -84,7 +84,10 @@ def all_glyphs(*, size: int = 32, min_fonts: int = 4, cache_dir: str | Path | No
     data = _load(cache)
     if data is None:
         data = _render(fonts, size)
-        _save(cache, data)
+        try:
+            _save(cache, data)
+        except OutputError as error:
+            say(f"{error}; the glyphs are not kept")
     return data
 
 
@@ -128,7 +131,7 @@ def _cache_path(cache_dir: str | Path | None, fonts: list[Path], size: int, min_
 
 
 def _save(path: Path, data: IdentityImages) -> None:
-    tensors, names = {"images": data.images, "labels": data.labels}, json.dumps(data.names)
+    tensors, names = {"images": data.images, "labels": data.labels}, json.dumps(list(data.names))
     save_tensors(path, tensors, format=FORMAT, names=names, sha256=checksum(tensors, names))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,10 +77,15 @@ def open_data(
 
     Raises ValueError for an unknown name or a path that is nothing of the kind, and as the readers do.
     """
+    images: IdentityDataset
     if data in NAMES:
-        return NAMES[data]()
+        images = NAMES[data]()
+        images.origin = data
+        return images
     found = find_data(data)
-    return EncodedImages(found.source, found.labels, found.names, decoder=decoder, on_broken=on_broken)
+    images = EncodedImages(found.source, found.labels, found.names, decoder=decoder, on_broken=on_broken)
+    images.origin = os.fsencode(Path(data).resolve()).decode(errors="replace")  # it goes into files, as UTF-8
+    return images
 
 
 def find_data(path: str) -> Labelled:

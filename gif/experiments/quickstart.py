@@ -13,8 +13,9 @@ from gif.documents import markdown_table
 from gif.evaluation import plot_roc
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, GlyphBench, HeadResult, bench_settings, folder_name
 from gif.files import write_text
+from gif.ownership import existing, hold
 from gif.progress import new_table, print_table, say
-from gif.resume import claim_folder
+from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig, plot_losses
 from gif.vectors.plots import plot_nearest_cosines
 
@@ -36,6 +37,11 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 4, seed:
         epochs: passes over the training images, for each head.
         seed: of everything random.
     """
+    with hold(output, existing(output / RECORD)):
+        _quickstart(output, epochs, seed)
+
+
+def _quickstart(output: Path, epochs: int, seed: int) -> None:
     begin = time.monotonic()
     training = TrainingConfig(epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
     heads = {name: CONTENDERS[name] for name in SHOWN}
@@ -45,6 +51,7 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 4, seed:
         say(f"this run is finished, its report is {report}; remove {output} to repeat it, or give another --output")
         return
     bench = GlyphBench.prepare(seed)
+    claim_folder(output / "data", bench.data.train.summary())
     bench.vectors.save(output / "vectors.safetensors")
     bench.codes.save(output / "codes.safetensors")
     results = {name: bench.run(name, head, training, output / folder_name(name)) for name, head in heads.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gif.codes import IdentityCodes
+from gif.data.identities import require_same
 from gif.distributed import gather_rows, mean_over_processes, shared_seed
 from gif.errors import InputError
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
@@ -25,7 +26,8 @@ class GIFLoss(nn.Module):
     Memory and time depend on the codes' length and vocabulary, not on the number of identities. The tables of codes and
     of code vectors are no parameters, are not in ``state_dict()``, and need not be on the embeddings' device: a step
     reads the rows of its own batch, and of their siblings in the code tree. ``state_dict()`` holds the trained
-    parameters and the fingerprint of the code table; loading it into a loss with other codes raises ValueError.
+    parameters and the fingerprints of the code table and of the identities' names, where the codes know them; loading
+    it into a loss with other codes, or with the codes of others, raises ValueError.
 
     Recipe "paper" is L_C + L_AR as published. Recipe "live", the default, adds the contrast L_CC, and lets the code
     vectors it reads take a step of gradient descent with every forward pass in training: **the table given as
@@ -45,7 +47,8 @@ class GIFLoss(nn.Module):
             micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
         moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
 
-    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other.
+    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other,
+    or codes and vectors say that they are of other identities.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class GIFLoss(nn.Module):
             raise InputError(
                 f"codes are for {len(codes)} identities and vectors for {len(vectors)}; tokenize these vectors"
             )
+        if vectors is not None:
+            require_same("the codes", codes.identities, "the code vectors", vectors.identities)
         if vectors is not None and vectors.width != embedding_size:
             raise InputError(f"vectors have width {vectors.width}, embedding_size is {embedding_size}; make them agree")
         checks.choice("projection", projection, ("linear", "none"))
@@ -207,17 +212,25 @@ class GIFLoss(nn.Module):
         return {"vectors": self.vectors.table} if self.vectors is not None and self.recipe.moves_vectors else {}
 
     def get_extra_state(self) -> Tensor:
-        """Fingerprint of the code table, as bytes: part of ``state_dict()``."""
-        return torch.tensor(list(bytes.fromhex(self.codes.fingerprint)), dtype=torch.uint8)
+        """Fingerprints of the code table and, where known, of the names, as bytes: part of ``state_dict()``."""
+        who = self.codes.identities
+        digits = self.codes.fingerprint + ("" if who is None else who.names.fingerprint)
+        return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise ValueError unless the state was made with this code table."""
-        if not torch.equal(state.cpu(), self.get_extra_state()):
-            raise InputError(
-                "this state was trained with another code table (its fingerprint is "
-                f"{bytes(state.tolist()).hex()[:12]}..., the codes here have {self.codes.fingerprint[:12]}...); "
-                "load the codes file that was used in training"
-            )
+        """Raise ValueError unless the state was made with this code table, and these names where both know them."""
+        given, own = (bytes(each.tolist()).hex() for each in (state, self.get_extra_state()))
+        size = len(self.codes.fingerprint)
+        names = (given[size:], own[size:])
+        other_names = all(names) and names[0] != names[1]
+        if given[:size] == own[:size] and not other_names:
+            return
+        what = "the codes of identities of other names" if other_names else "another code table"
+        there, here = names if other_names else (given, own)
+        raise InputError(
+            f"this state was trained with {what} (fingerprint {there[:12]}..., the codes here have {here[:12]}...); "
+            "load the codes file that was used in training"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.codes}, {self.recipe}"
