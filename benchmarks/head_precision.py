@@ -35,7 +35,7 @@ class Rounded(nn.Module):
 
 
 def head_precision(
-    *, heads: tuple[str, ...] = ("GIF", "GIF, published", "full softmax"), identities: int = 1500, epochs: int = 6,
+    *, heads: tuple[str, ...] = ("GIF", "GIF, published", "full softmax"), identities: int = 1500, epochs: int = 4,
     seeds: int = 2,
 ) -> None:  # fmt: skip
     """Train each head with operands of each dtype, and print a table.

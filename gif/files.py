@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from gif.errors import DamagedFileError, InputError, MissingFileError, OutputError
+from gif.packages import needs
 
 CHECKED_WHEN_MAPPED = 1 << 28
 """Bytes up to which a file is read whole, and its checksum compared, when it is mapped: a fraction of a second."""
@@ -109,6 +109,8 @@ def _forgotten(path: Path, found: re.Match[str]) -> bool:
 
 def _ran(pid: int, moment: float) -> bool:
     """Whether the process that runs as ``pid`` now, if one does, is one that ran at that ``moment`` (s) already."""
+    with needs("psutil", "telling what a killed run left from what one is writing"):
+        import psutil
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment + 1

@@ -93,7 +93,6 @@ NEEDS = {
     "from gif.backbones import BackboneConfig; BackboneConfig(name='vit').build()": "timm",
     "from gif.plotting import figure; figure()": "matplotlib",
     "from gif.progress import new_table; new_table()": "rich",
-    "from gif.files import save_tensors; save_tensors('x', {}, format='x')": "safetensors",
     "from gif.cli import main, auto_cli; auto_cli()": "jsonargparse",
 }
 
