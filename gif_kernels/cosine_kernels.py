@@ -35,6 +35,9 @@ PROGRAMS = 256
 
 REDUCED_AT_ONCE = 1024
 
+ALIGNED = 16
+"""Numbers that Triton looks for in a stride before it loads 16 bytes at once."""
+
 LIMIT = tl.constexpr(COSINE_LIMIT)
 PI = tl.constexpr(math.pi)
 
@@ -236,10 +239,11 @@ def _row_gradient(
     p_target_rows,
     p_row_gradient,
     batch,
-    columns,
     incoming_stride,
     target_count,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOPES: tl.constexpr,
     WIDTH: tl.constexpr,
     MEAN: tl.constexpr,
     PULLED: tl.constexpr,
@@ -253,8 +257,8 @@ def _row_gradient(
     """A block of dloss/drow = factor / norm (sum_n slope_n center_n / norm_n - radial row / norm + pull target)."""
     i_start = i_block.to(tl.int64) * BLOCK_B
     i_row = i_start * TOKENS + i_token
-    i_column = i_token.to(tl.int64) * columns
-    p_slopes += i_row * columns
+    i_column = i_token.to(tl.int64) * COLUMNS
+    p_slopes += i_row * SLOPES
     p_centers += i_column * WIDTH
     p_center_inverse += i_column
     o_b = tl.arange(0, BLOCK_B)
@@ -263,9 +267,9 @@ def _row_gradient(
     m_d = inside(o_d, WIDTH, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
     b_gradient = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for i_n in range(0, columns, BLOCK_N):
-        m_n = o_n < columns - i_n
-        o_slopes = o_b[:, None] * (TOKENS * columns) + o_n[None, :]
+    for i_n in range(0, COLUMNS, BLOCK_N):
+        m_n = o_n < COLUMNS - i_n
+        o_slopes = o_b[:, None] * (TOKENS * SLOPES) + o_n[None, :]
         b_slopes = tl.load(p_slopes + o_slopes, mask=m_b[:, None] & m_n[None, :], other=0.0)
         b_slopes = b_slopes * tl.load(p_center_inverse + o_n, mask=m_n, other=0.0)[None, :]
         b_center = load_block(p_centers, o_n, m_n, o_d, m_d, WIDTH).to(OPERAND)
@@ -299,10 +303,11 @@ def _center_partial(
     p_share,
     p_partial,
     batch,
-    columns,
     incoming_stride,
     split_rows,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOPES: tl.constexpr,
     WIDTH: tl.constexpr,
     MEAN: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -316,26 +321,26 @@ def _center_partial(
     i_row = i_start * TOKENS + i_token
     i_column = i_n.to(tl.int64) * BLOCK_N
     p_rows += i_row * WIDTH
-    p_slopes += i_row * columns + i_column
+    p_slopes += i_row * SLOPES + i_column
     p_row_inverse += i_row
-    p_partial += ((i_split.to(tl.int64) * TOKENS + i_token) * columns + i_column) * WIDTH
+    p_partial += ((i_split.to(tl.int64) * TOKENS + i_token) * COLUMNS + i_column) * WIDTH
     rows = tl.minimum(split_rows, batch - i_start).to(tl.int32)
     o_b = tl.arange(0, BLOCK_B)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = inside(o_d, WIDTH, BLOCK_D)
     o_n = tl.arange(0, BLOCK_N)
-    m_n = o_n < columns - i_column
+    m_n = o_n < COLUMNS - i_column
     b_partial = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
     for i_b in range(0, rows, BLOCK_B):
         m_b = o_b < rows - i_b
         b_factor = tl.load(p_row_inverse + o_b * TOKENS, mask=m_b, other=0.0)
         b_factor *= row_factor(p_incoming, incoming_stride, p_share, i_start + i_b, o_b, m_b, MEAN)
-        o_slopes = o_b[:, None] * (TOKENS * columns) + o_n[None, :]
+        o_slopes = o_b[:, None] * (TOKENS * SLOPES) + o_n[None, :]
         b_slopes = tl.load(p_slopes + o_slopes, mask=m_b[:, None] & m_n[None, :], other=0.0) * b_factor[:, None]
         b_row = load_block(p_rows, o_b, m_b, o_d, m_d, TOKENS * WIDTH).to(OPERAND)
         b_partial = tl.dot(tl.trans(b_row), b_slopes.to(OPERAND), acc=b_partial, input_precision=PRECISION)
         p_rows += BLOCK_B * TOKENS * WIDTH
-        p_slopes += BLOCK_B * TOKENS * columns
+        p_slopes += BLOCK_B * TOKENS * SLOPES
         p_row_inverse += BLOCK_B * TOKENS
     o_out = o_n[None, :] * WIDTH + o_d[:, None]
     tl.store(p_partial + o_out, b_partial, mask=m_n[None, :] & m_d[:, None])
@@ -344,25 +349,26 @@ def _center_partial(
 @triton.jit(do_not_specialize=["batch", "incoming_stride", "target_count", "split_rows", "row_programs"])
 def cosine_backward(
     p_rows,  # (B, TOKENS, WIDTH)
-    p_centers,  # (TOKENS, columns, WIDTH)
-    p_slopes,  # (B, TOKENS, columns): dloss/dcosine
+    p_centers,  # (TOKENS, COLUMNS, WIDTH)
+    p_slopes,  # (B, TOKENS, SLOPES), SLOPES >= COLUMNS: dloss/dcosine
     p_row_inverse,  # (B, TOKENS): 1 / norm
     p_radial,  # (B, TOKENS): row / norm . dloss/d(row / norm)
-    p_center_inverse,  # (TOKENS, columns)
+    p_center_inverse,  # (TOKENS, COLUMNS)
     p_incoming,  # (B,) or (): its stride is 0 where every row counts the same
     p_share,  # (): multiplies it, if MEAN
     p_pull,  # (B,): the pull of `code_regression`, if PULLED (and TOKENS is 1)
     p_targets,  # (target_count, WIDTH)
     p_target_rows,  # (B,)
     p_row_gradient,  # (B, TOKENS, WIDTH)
-    p_partial,  # (splits, TOKENS, columns, WIDTH)
+    p_partial,  # (splits, TOKENS, COLUMNS, WIDTH)
     batch,
-    columns,
     incoming_stride,
     target_count,
     split_rows,
     row_programs,
     TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOPES: tl.constexpr,
     WIDTH: tl.constexpr,
     MEAN: tl.constexpr,
     PULLED: tl.constexpr,
@@ -381,18 +387,19 @@ def cosine_backward(
             i // (BLOCKS_D * TOKENS), i // BLOCKS_D % TOKENS, i % BLOCKS_D,
             p_rows, p_centers, p_slopes, p_row_inverse, p_radial, p_center_inverse, p_incoming, p_share,
             p_pull, p_targets, p_target_rows, p_row_gradient,
-            batch, columns, incoming_stride, target_count,
-            TOKENS, WIDTH, MEAN, PULLED, HAS_TARGET_ROWS, OPERAND, PRECISION, BLOCK_B, BLOCK_D, BLOCK_N,
+            batch, incoming_stride, target_count,
+            TOKENS, COLUMNS, SLOPES, WIDTH, MEAN, PULLED, HAS_TARGET_ROWS, OPERAND, PRECISION,
+            BLOCK_B, BLOCK_D, BLOCK_N,
         )  # fmt: skip
     else:
         i -= row_programs
-        blocks_n = tl.cdiv(columns, BLOCK_N)
+        BLOCKS_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
         _center_partial(
-            i // (BLOCKS_D * blocks_n * TOKENS), i // (BLOCKS_D * blocks_n) % TOKENS,
-            i // BLOCKS_D % blocks_n, i % BLOCKS_D,
+            i // (BLOCKS_D * BLOCKS_N * TOKENS), i // (BLOCKS_D * BLOCKS_N) % TOKENS,
+            i // BLOCKS_D % BLOCKS_N, i % BLOCKS_D,
             p_rows, p_slopes, p_row_inverse, p_incoming, p_share, p_partial,
-            batch, columns, incoming_stride, split_rows,
-            TOKENS, WIDTH, MEAN, OPERAND, PRECISION, BLOCK_B, BLOCK_D, BLOCK_N,
+            batch, incoming_stride, split_rows,
+            TOKENS, COLUMNS, SLOPES, WIDTH, MEAN, OPERAND, PRECISION, BLOCK_B, BLOCK_D, BLOCK_N,
         )  # fmt: skip
 
 
@@ -465,7 +472,7 @@ def cosine_gradients(
         cosine_backward[(row_programs + splits * split_programs,)](
             rows, centers, slopes, row_inverse, radial, center_inverse, incoming, share,
             pull, targets, target_rows, row_gradient, partial,
-            batch, columns, incoming_stride(incoming), 0 if targets is None else len(targets),
+            batch, incoming_stride(incoming), 0 if targets is None else len(targets),
             split_blocks * block_b, row_programs, MEAN=share.ndim == 0, PULLED=pulled is not None,
             HAS_TARGET_ROWS=target_rows is not None, **constants,
         )  # fmt: skip
@@ -473,6 +480,11 @@ def cosine_gradients(
             block_d = triton.next_power_of_2(width)
             center_gradient[(count,)](partial, centers, centers_gradient, splits, count, WIDTH=width, BLOCK_D=block_d)
     return row_gradient, centers_gradient
+
+
+def slopes_stride(columns: int) -> int:
+    """Numbers from one row of slopes to the next: rounded up, so that rows begin where whole vectors are loaded."""
+    return triton.cdiv(columns, ALIGNED) * ALIGNED
 
 
 @functools.cache
@@ -486,6 +498,8 @@ def backward_constants(
     block_n = block_size(columns, limits.columns)
     return {
         "TOKENS": tokens,
+        "COLUMNS": columns,
+        "SLOPES": slopes_stride(columns),
         "WIDTH": width,
         "OPERAND": TRITON_DTYPE[operand],
         "PRECISION": "tf32" if tf32 and has_tf32(architecture) else "ieee",
@@ -516,7 +530,7 @@ def shipped_backward(
     pointers = {"p_pull": "*fp32", "p_targets": SIGNATURE[centers], "p_target_rows": "*i64"}
     absent = {} if pulled else dict.fromkeys(pointers)
     floats = ["p_slopes", "p_row_inverse", "p_radial", "p_center_inverse", "p_incoming", "p_share", "p_partial"]
-    integers = ["batch", "columns", "incoming_stride", "target_count", "split_rows", "row_programs"]
+    integers = ["batch", "incoming_stride", "target_count", "split_rows", "row_programs"]
     signature = {
         "p_rows": SIGNATURE[rows],
         "p_centers": SIGNATURE[centers],

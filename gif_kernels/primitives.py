@@ -20,8 +20,9 @@ SMALLEST_BLOCK = 16
 
 @triton.jit
 def inverse_norm(square):
-    """1 / sqrt(square); 0 for a row of zeros, which has no direction."""
-    return tl.where(square >= SMALLEST_SQUARE, 1.0 / tl.sqrt_rn(tl.maximum(square, SMALLEST_SQUARE)), 0.0)
+    """1 / sqrt(square); 0 for a row of zeros, which has no direction; NaN where the square is."""
+    short = square < SMALLEST_SQUARE
+    return tl.where(short, 0.0, 1.0 / tl.sqrt_rn(tl.where(short, 1.0, square)))
 
 
 @triton.jit

@@ -56,20 +56,12 @@ TILES = {
         ("gfx942", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
     },
     "cosine_backward": {
+        ("sm_90", 2): Tile(rows=64, columns=128, width=128, warps=8, stages=2),
+        ("sm_90", 4): Tile(rows=64, columns=64, width=64, warps=8, stages=1),
         ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
         ("gfx942", 2): Tile(rows=32, columns=128, width=64, warps=4, stages=1),
         ("sm_80", 4): Tile(rows=32, columns=64, width=64, warps=8, stages=1),
         ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=4, stages=2),
-    },
-    "code_contrast_tiles": {
-        ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
-        ("gfx942", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
-        ("sm_80", 4): Tile(rows=32, columns=64, width=32, warps=8, stages=2),
-        ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=8, stages=2),
-    },
-    "code_contrast_rows": {
-        ("sm_80", 4): Tile(rows=4, columns=512, width=32, warps=4, stages=2),
-        ("gfx942", 4): Tile(rows=4, columns=512, width=32, warps=4, stages=2),
     },
     "gaussian_potential_pairs": {
         ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
@@ -114,7 +106,8 @@ FUSED_POTENTIAL = {
         1024: Tile(rows=32, columns=32, width=128, warps=8, stages=1),
     },
     "sm_90": {
-        512: Tile(rows=64, columns=64, width=128, warps=8, stages=2),
+        256: Tile(rows=128, columns=64, width=128, warps=8, stages=2),
+        512: Tile(rows=64, columns=64, width=256, warps=8, stages=2),
         640: Tile(rows=64, columns=32, width=128, warps=8, stages=2),
     },
     "sm_100": {384: Tile(rows=128, columns=32, width=128, warps=8, stages=2)},

@@ -17,25 +17,12 @@ from gif_kernels.primitives import (
     block_size,
     has_tf32,
     inside,
-    inverse_norm,
     load_block,
     shared_dtype,
     tf32_allowed,
 )
+from gif_kernels.row_kernels import inverse_norms
 from gif_kernels.tuning import Configuration, MatrixUnits, architecture, multiprocessors, tile
-
-
-@triton.jit
-def max_cosine_norms(
-    p_vectors,  # (n, WIDTH)
-    p_inverse,  # (n,): 1 / norm
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # >= WIDTH
-):
-    i_row = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    b_row = tl.load(p_vectors + i_row * WIDTH + o_d, mask=inside(o_d, WIDTH, BLOCK_D), other=0.0).to(tl.float32)
-    tl.store(p_inverse + i_row, inverse_norm(tl.sum(b_row * b_row, 0)))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "split_columns"])
@@ -101,9 +88,8 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
     vectors = vectors.contiguous()
     columns = vectors if others is None else others.contiguous()
     n, width = vectors.shape
-    constants = _constants(
-        vectors.dtype, columns.dtype, width, others is None, tf32_allowed(), architecture(vectors.device)
-    )
+    operand = shared_dtype(vectors.dtype, columns.dtype)
+    constants = _constants(operand, width, others is None, tf32_allowed(), architecture(vectors.device))
     row_blocks = triton.cdiv(n, constants["BLOCK_M"])
     column_blocks = triton.cdiv(len(columns), constants["BLOCK_N"])
     side_by_side = max(1, multiprocessors(vectors.device) // row_blocks)
@@ -112,11 +98,19 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
     cosine = torch.empty((splits, n), dtype=torch.float32, device=vectors.device)
     index = torch.empty((splits, n), dtype=torch.int32, device=vectors.device)
     with torch.cuda.device_of(vectors):
-        inverse = _inverse_norms(vectors)
+        inverse = inverse_norms(vectors, operand)
         max_cosine_search[(row_blocks, splits)](
-            vectors, columns, inverse, inverse if others is None else _inverse_norms(columns), cosine, index,
-            n, len(columns), blocks_a_split * constants["BLOCK_N"], **constants,
-        )  # fmt: skip
+            p_vectors=vectors,
+            p_others=columns,
+            p_vectors_inverse=inverse,
+            p_others_inverse=inverse if others is None else inverse_norms(columns, operand),
+            p_cosine=cosine,
+            p_index=index,
+            rows=n,
+            columns=len(columns),
+            split_columns=blocks_a_split * constants["BLOCK_N"],
+            **constants,
+        )
     best = cosine.amax(0)
     lowest = torch.where(cosine == best, index, len(columns) - 1).amin(0)  # of equals, in whichever part
     return best, lowest.long()
@@ -125,26 +119,10 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
 # ---- launches
 
 
-def _inverse_norms(vectors: Tensor) -> Tensor:
-    inverse = torch.empty(len(vectors), dtype=torch.float32, device=vectors.device)
-    max_cosine_norms[(len(vectors),)](vectors, inverse, **_norm_constants(vectors.shape[1]))
-    return inverse
-
-
-def _norm_constants(width: int) -> dict[str, Any]:
-    return {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)}
-
-
 @functools.cache
 def _constants(
-    row_dtype: torch.dtype,
-    column_dtype: torch.dtype,
-    width: int,
-    among_themselves: bool,
-    tf32: bool,
-    architecture: str,
+    operand: torch.dtype, width: int, among_themselves: bool, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    operand = shared_dtype(row_dtype, column_dtype)
     limits = tile("max_cosine", operand, architecture)
     return {
         "WIDTH": width,
@@ -162,15 +140,13 @@ def _constants(
 def shipped(architecture: str) -> Iterator[Configuration]:
     """What `gif_kernels.aot` compiles for ``architecture``: matrix units and exact products."""
     common = {
-        **dict.fromkeys(["p_vectors_inverse", "p_others_inverse", "p_inverse", "p_cosine"], "*fp32"),
+        **dict.fromkeys(["p_vectors_inverse", "p_others_inverse", "p_cosine"], "*fp32"),
         "p_index": "*i32",
         **dict.fromkeys(["rows", "columns", "split_columns"], "i32"),
     }
     for dtype, width in ((torch.bfloat16, 768), (torch.float32, 400)):
         signature = {**common, **dict.fromkeys(["p_vectors", "p_others"], SIGNATURE[dtype])}
-        constants = _constants(dtype, dtype, width, dtype == torch.bfloat16, False, architecture)
+        constants = _constants(dtype, width, dtype == torch.bfloat16, False, architecture)
         units: MatrixUnits = "widest" if dtype == torch.bfloat16 else "none"
         label = f"{width} {str(dtype).removeprefix('torch.')}"
         yield Configuration(label, max_cosine_search, signature, constants, units)
-    bf16 = {**common, "p_vectors": SIGNATURE[torch.bfloat16]}
-    yield Configuration("768 bfloat16", max_cosine_norms, bf16, _norm_constants(768))

@@ -17,11 +17,11 @@ from gif_kernels.primitives import (
     block_size,
     has_tf32,
     inside,
-    inverse_norm,
     load_block,
     shared_dtype,
     tf32_allowed,
 )
+from gif_kernels.row_kernels import inverse_norms
 from gif_kernels.tuning import Configuration, MatrixUnits, architecture, tile
 
 
@@ -29,6 +29,8 @@ from gif_kernels.tuning import Configuration, MatrixUnits, architecture, tile
 def nearest_centroid_search(
     p_vectors,  # (n, WIDTH), segment after segment
     p_centroids,  # (segments, COUNT, WIDTH)
+    p_row_inverse,  # (n,): 1 / norm
+    p_centroid_inverse,  # (segments, COUNT)
     p_offsets,  # (segments + 1,)
     p_segment,  # (programs,): whose rows a program takes; ``segments`` where none are left
     p_first,  # (segments,): the first program of each
@@ -50,32 +52,30 @@ def nearest_centroid_search(
         rows = tl.load(p_offsets + i_segment + 1) - i_start
         p_vectors += i_start * WIDTH
         p_centroids += i_segment * (COUNT * WIDTH)
+        p_centroid_inverse += i_segment * COUNT
         o_m = tl.arange(0, BLOCK_M)
         m_m = o_m < rows
         b_best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         b_index = tl.zeros((BLOCK_M,), tl.int32)
-        b_row_square = tl.zeros((BLOCK_M,), tl.float32)
         for j in range(0, COUNT, BLOCK_N):
             o_n = j + tl.arange(0, BLOCK_N)
             m_n = o_n < COUNT
             b_product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            b_square = tl.zeros((BLOCK_N,), tl.float32)
-            b_row_square = tl.zeros((BLOCK_M,), tl.float32)
             for i_d in range(0, WIDTH, BLOCK_D):
                 o_d = i_d + tl.arange(0, BLOCK_D)
                 m_d = inside(o_d, WIDTH, BLOCK_D)
                 b_row = load_block(p_vectors, o_m, m_m, o_d, m_d, WIDTH).to(OPERAND)
                 b_centroid = load_block(p_centroids, o_n, m_n, o_d, m_d, WIDTH).to(OPERAND)
                 b_product = tl.dot(b_row, tl.trans(b_centroid), acc=b_product, input_precision=PRECISION)
-                b_row_square += tl.sum(b_row.to(tl.float32) * b_row.to(tl.float32), 1)
-                b_square += tl.sum(b_centroid.to(tl.float32) * b_centroid.to(tl.float32), 1)
-            b_product = tl.where(m_n[None, :], b_product * inverse_norm(b_square)[None, :], -float("inf"))
+            b_inverse = tl.load(p_centroid_inverse + o_n, mask=m_n, other=0.0)
+            b_product = tl.where(m_n[None, :], b_product * b_inverse[None, :], -float("inf"))
             b_found, b_where = tl.max(b_product, 1, return_indices=True, return_indices_tie_break_left=True)
             b_better = b_found > b_best  # strictly: of equals the first stays
             b_index = tl.where(b_better, j + b_where, b_index)
             b_best = tl.where(b_better, b_found, b_best)
         tl.store(p_index + i_start + o_m, b_index, mask=m_m)
-        tl.store(p_cosine + i_start + o_m, b_best * inverse_norm(b_row_square), mask=m_m)
+        b_inverse = tl.load(p_row_inverse + i_start + o_m, mask=m_m, other=0.0)
+        tl.store(p_cosine + i_start + o_m, b_best * b_inverse, mask=m_m)
 
 
 def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,8 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
     cosine = torch.empty(n, dtype=torch.float32, device=vectors.device)
     if n == 0:
         return index, cosine
-    constants = _constants(vectors.dtype, centroids.dtype, count, width, tf32_allowed(), architecture(vectors.device))
+    operand = shared_dtype(vectors.dtype, centroids.dtype)
+    constants = _constants(operand, count, width, tf32_allowed(), architecture(vectors.device))
     rows = constants["BLOCK_M"]
     # a segment's last block may be partly empty: as many programs as there can be, so that no one waits for the sizes
     programs = torch.arange(triton.cdiv(n, rows) + segments, device=vectors.device)
@@ -93,17 +94,23 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
     ends = blocks.cumsum(0)
     with torch.cuda.device_of(vectors):
         nearest_centroid_search[(len(programs),)](
-            vectors.contiguous(), centroids.contiguous(), offsets.contiguous(),
-            torch.searchsorted(ends, programs, right=True), ends - blocks, index, cosine, segments, **constants,
-        )  # fmt: skip
+            p_vectors=vectors.contiguous(),
+            p_centroids=centroids.contiguous(),
+            p_row_inverse=inverse_norms(vectors, operand),
+            p_centroid_inverse=inverse_norms(centroids.reshape(-1, width), operand),
+            p_offsets=offsets.contiguous(),
+            p_segment=torch.searchsorted(ends, programs, right=True),
+            p_first=ends - blocks,
+            p_index=index,
+            p_cosine=cosine,
+            segments=segments,
+            **constants,
+        )
     return index, cosine
 
 
 @functools.cache
-def _constants(
-    row_dtype: torch.dtype, centroid_dtype: torch.dtype, count: int, width: int, tf32: bool, architecture: str
-) -> dict[str, Any]:
-    operand = shared_dtype(row_dtype, centroid_dtype)
+def _constants(operand: torch.dtype, count: int, width: int, tf32: bool, architecture: str) -> dict[str, Any]:
     limits = tile("nearest_centroid", operand, architecture)
     columns = block_size(count, limits.columns)
     return {
@@ -128,12 +135,12 @@ def shipped(architecture: str) -> Iterator[Configuration]:
         (fp32, fp32, 20, 400),
         (fp32, fp32, 256, 512),
     ):
-        constants = _constants(rows, centroids, count, width, False, architecture)
+        constants = _constants(shared_dtype(rows, centroids), count, width, False, architecture)
         signature = {
             "p_vectors": SIGNATURE[rows],
             "p_centroids": SIGNATURE[centroids],
             **dict.fromkeys(["p_offsets", "p_segment", "p_first", "p_index"], "*i64"),
-            "p_cosine": "*fp32",
+            **dict.fromkeys(["p_row_inverse", "p_centroid_inverse", "p_cosine"], "*fp32"),
             "segments": "i32",
         }
         dtypes = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (rows, centroids)))

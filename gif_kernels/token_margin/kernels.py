@@ -29,6 +29,7 @@ from gif_kernels.cosine_kernels import (
     reduced_like,
     shipped_backward,
     shipped_shared,
+    slopes_stride,
 )
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
@@ -47,6 +48,19 @@ from gif_kernels.reduction import Reduction
 from gif_kernels.tuning import MAX_VOCAB, Configuration, architecture, tile
 
 
+@triton.jit
+def block_inverse_norms(
+    p, o_row, m_row, STRIDE: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """1 / norm of a block of rows rounded to OPERAND: a loop of its own, for what row_kernels.py says of products."""
+    b_square = tl.zeros((o_row.shape[0], BLOCK_D), tl.float32)
+    for i_d in tl.static_range(0, WIDTH, BLOCK_D):
+        o_d = i_d + tl.arange(0, BLOCK_D)
+        b_row = load_block(p, o_row, m_row, o_d, inside(o_d, WIDTH, BLOCK_D), STRIDE).to(OPERAND).to(tl.float32)
+        b_square += b_row * b_row
+    return inverse_norm(tl.sum(b_square, 1))
+
+
 @triton.jit(do_not_specialize=["batch", "target_count"])
 def token_margin_forward(
     p_rows,  # (B, T, WIDTH), T = 1 if SHARED else LENGTH
@@ -56,7 +70,7 @@ def token_margin_forward(
     p_targets,  # (target_count, WIDTH), if PULLED (and SHARED)
     p_target_rows,  # (B,), or None: row i is for row i
     p_losses,  # (B,)
-    p_slopes,  # (B, LENGTH, VOCAB): dloss/dcosine
+    p_slopes,  # (B, T, SLOPES), SLOPES >= VOCAB of each of its tokens: dloss/dcosine
     p_row_inverse,  # (B, T): 1 / norm
     p_radial,  # (B, T): row / norm . dloss/d(row / norm)
     p_center_inverse,  # (LENGTH, VOCAB)
@@ -71,6 +85,7 @@ def token_margin_forward(
     LENGTH: tl.constexpr,
     VOCAB: tl.constexpr,
     WIDTH: tl.constexpr,
+    SLOPES: tl.constexpr,
     SHARED: tl.constexpr,
     WEIGHED: tl.constexpr,
     PULLED: tl.constexpr,
@@ -90,7 +105,7 @@ def token_margin_forward(
     p_rows += i_start * (TOKENS * WIDTH)
     p_codes += i_start * LENGTH
     p_losses += i_start
-    p_slopes += i_start * (LENGTH * VOCAB)
+    p_slopes += i_start * (TOKENS * SLOPES)
     p_row_inverse += i_start * TOKENS
     p_radial += i_start * TOKENS
 
@@ -121,19 +136,15 @@ def token_margin_forward(
         o_center = o_column_token * VOCAB + o_column % BLOCK_V
         m_center = (o_column_token < LENGTH) & (o_column % BLOCK_V < VOCAB)
 
+        b_row_inverse = block_inverse_norms(p_rows + i_row * WIDTH, o_b, m_b, TOKENS * WIDTH, WIDTH, OPERAND, BLOCK_D)
+        b_center_inverse = block_inverse_norms(p_centers, o_center, m_center, WIDTH, WIDTH, OPERAND, BLOCK_D)
         b_product = tl.zeros((BLOCK_B, GROUP * BLOCK_V), tl.float32)
-        b_row_square = tl.zeros((BLOCK_B,), tl.float32)
-        b_center_square = tl.zeros((GROUP * BLOCK_V,), tl.float32)
         for i_d in range(0, WIDTH, BLOCK_D):
             o_d = i_d + tl.arange(0, BLOCK_D)
             m_d = inside(o_d, WIDTH, BLOCK_D)
             b_row = load_block(p_rows + i_row * WIDTH, o_b, m_b, o_d, m_d, TOKENS * WIDTH).to(OPERAND)
             b_center = load_block(p_centers, o_center, m_center, o_d, m_d, WIDTH).to(OPERAND)
             b_product = tl.dot(b_row, tl.trans(b_center), acc=b_product, input_precision=PRECISION)
-            b_row_square += tl.sum(b_row.to(tl.float32) * b_row.to(tl.float32), 1)
-            b_center_square += tl.sum(b_center.to(tl.float32) * b_center.to(tl.float32), 1)
-        b_row_inverse = inverse_norm(b_row_square)
-        b_center_inverse = inverse_norm(b_center_square)
         b_cosine = b_product * b_row_inverse[:, None] * b_center_inverse[None, :]
         b_cosine = tl.reshape(b_cosine, (BLOCK_B, GROUP, BLOCK_V))
 
@@ -162,7 +173,8 @@ def token_margin_forward(
             b_slopes = b_exp / b_sum[:, :, None]  # softmax; then dloss/dcosine
             b_slopes = tl.where(m_own, (b_slopes - 1.0) * b_slope[:, :, None], b_slopes)
             b_slopes = b_slopes * (b_weight * scale)[:, :, None]
-            o_slope = (o_b[:, None, None] * LENGTH + o_token[None, :, None]) * VOCAB + o_v[None, None, :]
+            o_slope = o_b[:, None, None] * (TOKENS * SLOPES) + o_v[None, None, :]
+            o_slope += o_token[None, :, None] * (VOCAB if SHARED else SLOPES)
             tl.store(p_slopes + o_slope, b_slopes, mask=m_code[:, :, None] & m_v)
             b_radial += tl.sum(tl.sum(b_slopes * b_cosine, 2), 1)
             tl.store(p_row_inverse + o_b * TOKENS + i_row, b_row_inverse, mask=m_b)
@@ -299,6 +311,7 @@ def _forward_constants(
         "LENGTH": length,
         "VOCAB": vocab,
         "WIDTH": width,
+        "SLOPES": slopes_stride(length * vocab // tokens),
         "SHARED": tokens == 1,
         "BEND": bend,
         "STRAIGHT_THROUGH": straight_through,
@@ -315,7 +328,8 @@ def _forward_constants(
 def _forward_outputs(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> tuple[Tensor, ...]:
     batch, tokens, _ = rows.shape
     length, vocab, _ = centers.shape
-    sizes = [(batch,), (batch, length, vocab), (batch, tokens), (batch, tokens), (length, vocab)]
+    slopes = (batch, tokens, slopes_stride(length * vocab // tokens))
+    sizes = [(batch,), slopes, (batch, tokens), (batch, tokens), (length, vocab)]
     sizes.append((batch if pulled else 0,))
     return tuple(
         torch.empty(size if save or i == 0 else 0, dtype=torch.float32, device=rows.device)
@@ -341,8 +355,8 @@ def _forward(
     operand: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and share of a row (see `reduced`), and what `_backward` takes: slopes (B, l, v), row inverse norms and
-    radial parts (B, T), center inverse norms (l, v), pull (B,); empty unless ``save``."""
+    """Loss and share of a row (see `reduced`), and what `_backward` takes: slopes (B, T, stride), row inverse norms
+    and radial parts (B, T), center inverse norms (l, v), pull (B,); empty unless ``save``."""
     losses, *saved = _forward_outputs(rows, centers, targets is not None, save)
     batch, tokens, _ = rows.shape
     constants = _forward_constants(

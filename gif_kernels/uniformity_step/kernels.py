@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gif_kernels.gaussian_potential import one_sweep
-from gif_kernels.gaussian_potential.kernels import pair_sums, row_constants, tangent_gradient, unit_rows
+from gif_kernels.gaussian_potential.kernels import pair_sums, tangent_gradient
 from gif_kernels.primitives import SIGNATURE, inside, inverse_norm
 from gif_kernels.rounding import SIGNIFICAND_BITS, mixed_seed
+from gif_kernels.row_kernels import row_constants, unit_rows
 from gif_kernels.tuning import Configuration
 
 LOWEST_EXPONENT = {torch.bfloat16: 8, torch.float16: 113}

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gif_kernels import AngularMargin, code_contrast_loss, dispatch
-from gif_kernels.tuning import TILES, Tile
 
 kernels = pytest.importorskip("gif_kernels.code_contrast.kernels", reason="Triton is not installed")
 shared = pytest.importorskip("gif_kernels.cosine_kernels", reason="Triton is not installed")
@@ -103,10 +102,11 @@ def test_reductions(reduction, differentiate, agree):
 
 
 def test_a_softmax_in_several_steps(monkeypatch, differentiate, agree):
-    """As for more candidates than the columns (512), or more tiles (32), that it takes at once."""
-    small = Tile(rows=4, columns=16, width=2, warps=4, stages=2)
-    monkeypatch.setitem(TILES["code_contrast_rows"], ("sm_80", 4), small)
-    check_against_float64(Case(5, 200, 16), differentiate, agree)  # 4 tiles of 64
+    """As for more candidates than a program takes at once (4,096)."""
+    monkeypatch.setattr(kernels, "AT_ONCE", 16)
+    kernels._softmax_constants.cache_clear()
+    check_against_float64(Case(5, 200, 16), differentiate, agree)
+    kernels._softmax_constants.cache_clear()
 
 
 def test_every_margin(margin, differentiate, agree):
@@ -172,17 +172,6 @@ def test_dtypes_may_differ(differentiate, agree):
     assert z_gradient.dtype == torch.float16
     torch.testing.assert_close(z_gradient.double(), truth[1], rtol=2**-10, atol=1e-5)  # rounded once to 11 bits
     agree(loss, truth[0]), agree(h_gradient, truth[2])
-
-
-@pytest.mark.parametrize("parts", [1, 3])
-def test_parts_of_the_batch(parts, monkeypatch, differentiate, agree):
-    """Several blocks of rows a part, and parts that do not fill: the sums for the vectors' gradient."""
-    monkeypatch.setattr(shared, "PROGRAMS", parts)
-    case = Case(257, 11, 48)  # 9 blocks of 32 rows, the last of one row
-    tensors, labels = case.tensors(), torch.randint(11, (257,))
-    truth = differentiate(loss_of(labels, "reference"), *(x.double() for x in tensors))
-    for a, b in zip(differentiate(loss_of(labels), *tensors), truth, strict=True):
-        agree(a, b)
 
 
 def test_same_inputs_give_the_same_bits():
@@ -291,7 +280,7 @@ def test_custom_ops_keep_their_word(masked):
         check(torch.ops.gif_kernels.code_contrast_forward.default, inputs)
     _, *saved = kernels._forward(*inputs)
     for needs in ((True, True), (True, False), (False, True)):
-        backward = (z, h, *saved, torch.ones(()), torch.float32, *needs)
+        backward = (z, h, *saved, torch.ones(()), 64.0, torch.float32, *needs)
         check(torch.ops.gif_kernels.code_contrast_backward.default, backward)
 
 

@@ -100,14 +100,14 @@ def test_rows_out_of_range_make_the_loss_nan(monkeypatch):
     assert losses.isnan().tolist() == [False, True, True, False, False]
 
 
-def test_gradients_where_they_are_asked_for_alone():
+def test_gradients_where_they_are_asked_for_alone(agree):
     tensors = pair((5, 48))
     leaves = [x.requires_grad_() for x in tensors]
     complete = torch.autograd.grad(triton_loss(*leaves), leaves)
     for wanted in range(2):
         leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
         triton_loss(*leaves).backward()
-        assert torch.equal(leaves[wanted].grad, complete[wanted])
+        agree(leaves[wanted].grad, complete[wanted])  # another compilation, which may fuse other multiply-adds
         assert leaves[1 - wanted].grad is None
 
 

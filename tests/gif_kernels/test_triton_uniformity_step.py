@@ -67,7 +67,8 @@ def check_low_precision(dtype):
     # seldom tip it; other numbers would round a third of them elsewhere
     assert (given != expected).double().mean() <= 0.05
     assert (given != another).double().mean() >= 0.1  # of half of the rows
-    torch.testing.assert_close(given, expected, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
+    # products of unit rows of the dtype's digits move a step, some hundredths long, by so much of it
+    torch.testing.assert_close(given, expected, rtol=2 * torch.finfo(dtype).eps, atol=0.01 * torch.finfo(dtype).eps)
 
 
 @triton.jit
