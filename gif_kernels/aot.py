@@ -42,7 +42,6 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
 
-
 @dataclass(frozen=True)
 class Target:
     """What is compiled for, and what it offers."""
@@ -70,9 +69,8 @@ KNOWN_SPILLS = {
 }
 """Bytes of stack that are allowed after all, by Triton's version, target and kernel.
 
-The assembler that Triton 3.5 brings (CUDA 12.8) serialises the fused sweep's products and holds more at once; the tile is
-the one that was measured with a later Triton, and a few bytes of 255 registers' worth in a thread's stack cost less than
-a smaller tile. The numbers are right.
+The assembler that Triton 3.5 brings (CUDA 12.8) serialises the products of the fused sweep and holds more at once. Its
+tile is the one for later versions: a few bytes on the stack cost less than half of the tile. The results are right.
 """
 
 

@@ -212,7 +212,7 @@ def test_offsets_past_int32():
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_products_are_added_in_float32_by_each_pytorch(adds, monkeypatch):
-    """PyTorch 2.9 multiplies bfloat16 into float32, but refuses to add it there; a CPU does neither, so both are played."""
+    """PyTorch 2.9 multiplies bfloat16 into float32 but refuses to add it there; a CPU does neither: both are played."""
 
     def addmm(sums, left, right, *, out_dtype, out):
         assert adds, "self and mat2 must have the same dtype, but got Float and BFloat16"
