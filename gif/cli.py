@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -21,17 +26,18 @@ from gif.data.report import glyph_report
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.doctor import doctor
 from gif.encoders import Precision, make_encoder
-from gif.errors import InputError
+from gif.errors import InputError, Interrupted
 from gif.evaluation.command import evaluate
 from gif.experiments.accuracy import accuracy
 from gif.experiments.quickstart import quickstart
 from gif.experiments.sweep import sweep
 from gif.export import export_command
-from gif.files import save_tensors, write_text
+from gif.files import check_file, save_tensors, write_text
 from gif.losses import GIFLoss, HeadConfig
+from gif.ownership import check_output, existing, hold
 from gif.planning import plan
 from gif.progress import say
-from gif.resume import claim_folder
+from gif.resume import claim_folder, own_file
 from gif.training import (
     AUGMENTATIONS,
     AugmentationName,
@@ -43,7 +49,7 @@ from gif.training import (
     plot_validations,
     train,
 )
-from gif.vectors import CodeVectors, Start, initial_code_vectors, spread_code_vectors, spread_file
+from gif.vectors import CodeVectors, SpreadReport, Start, initial_code_vectors, spread_code_vectors, spread_file
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
 DESCRIPTION = "Train recognition models with millions of identities: identity codes instead of a softmax."
@@ -84,7 +90,9 @@ def vectors_command(
         precision: of a network; "bf16" is for GPUs.
         device: where to encode, "cpu" or "cuda".
     """
-    with process_group(device) as own:
+    partial = output.with_suffix(".partial")
+    check_output(output, [partial])
+    with process_group(device) as own, hold(output, existing(own_file(partial))):
         images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size)).train
         network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
         table = initial_code_vectors(
@@ -92,12 +100,15 @@ def vectors_command(
             network,
             batch_size=batch_size,
             num_workers=workers,
-            checkpoint=output.with_suffix(".partial"),
+            checkpoint=partial,
+            keep_checkpoint=True,
             device=own,
         )
         if rank() == 0:
             table.save(output)
             say(f"wrote {table} to {output}")
+        wait_for_all()
+        own_file(partial).unlink(missing_ok=True)
 
 
 def spread_command(
@@ -146,17 +157,26 @@ def spread_command(
         "minutes": minutes,
         "seed": seed,
     }
+    partial, picture = output.with_suffix(".partial"), output.with_suffix(".png")
+    report_file, gaps = output.with_suffix(".json"), output.with_name(f"{output.stem}-gap.png")
+    check_output(output, [partial, report_file, picture, gaps], [vectors])
+
+    def write_report(report: SpreadReport) -> None:
+        write_text(report_file, json.dumps(report.to_dict(), indent=2))
+        plot_nearest_cosines(report.before, report.after, picture)
+        plot_gaps(report, gaps)
+
     with process_group(device) as own:
         if in_file or world_size() > 1:
-            report = spread_file(vectors, output, device=own, **options)
+            report = spread_file(vectors, output, device=own, write_report=write_report, **options)
         else:
-            table = CodeVectors(CodeVectors.load(vectors).table.to(own), normalized=True)
-            report = spread_code_vectors(table, checkpoint=output.with_suffix(".partial"), **options)
-            table.save(output)
+            with hold(output, existing(partial)):
+                table = CodeVectors(CodeVectors.load(vectors).table.to(own), normalized=True)
+                report = spread_code_vectors(table, checkpoint=partial, keep_checkpoint=True, **options)
+                table.save(output)
+                write_report(report)
+                partial.unlink()
         if rank() == 0:
-            write_text(output.with_suffix(".json"), json.dumps(report.to_dict(), indent=2))
-            plot_nearest_cosines(report.before, report.after, output.with_suffix(".png"))
-            plot_gaps(report, output.with_name(f"{output.stem}-gap.png"))
             say(f"{report}\nwrote {output}")
 
 
@@ -186,21 +206,27 @@ def tokenize_command(
         alignment: "residual" numbers branches so that a token means the same direction everywhere; "none" at random.
         seed: of the clustering.
     """
-    table = CodeVectors.load(vectors, mmap=True)
-    codes = tokenize(
-        table,
-        vocab_size=vocab_size,
-        length=length,
-        slack=slack,
-        capacity_factor=capacity_factor,
-        alignment=alignment,
-        seed=seed,
-        checkpoint=output.with_suffix(".partial"),
-    )
-    codes.save(output)
-    if len(codes) > 1:
-        say(str(judge_codes(codes, table)))
-    say(f"wrote {codes} to {output}")
+    partial = output.with_suffix(".partial")
+    check_output(output, [partial], [vectors])
+    with hold(output, existing(partial)):
+        check_file(vectors)  # every row will be read many times
+        table = CodeVectors.load(vectors, mmap=True)
+        codes = tokenize(
+            table,
+            vocab_size=vocab_size,
+            length=length,
+            slack=slack,
+            capacity_factor=capacity_factor,
+            alignment=alignment,
+            seed=seed,
+            checkpoint=partial,
+            keep_checkpoint=True,
+        )
+        codes.save(output)
+        partial.unlink()
+        if len(codes) > 1:
+            say(str(judge_codes(codes, table)))
+        say(f"wrote {codes} to {output}")
 
 
 def train_command(
@@ -241,7 +267,8 @@ def train_command(
     """
     if resume == "never" and output.exists():
         raise InputError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
-    with process_group(training.device) as own:
+    kept = Checkpoints(output / "checkpoints").newest
+    with process_group(training.device) as own, hold(output, kept):
         code_table = None if codes is None else IdentityCodes.load(codes)
         decoder = ImageDecoder(backbone.image_size, backbone.channels)
         split = load_data(data, held_out=held_out, decoder=decoder)
@@ -329,15 +356,27 @@ COMMANDS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run the `gif` command. Errors a user can mend are one line, and exit with 1; an interrupt exits with 130."""
+    """Run the `gif` command. Errors a user can mend are one line, and exit with 1; interrupts with 130.
+
+    SIGTERM is an interrupt too, and exits with 143: what long work keeps is kept.
+    """
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a bus error, of a mapped file that was shortened, says where it was read
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         auto_cli(COMMANDS, as_positional=False, prog="gif", description=DESCRIPTION)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted; the same command continues where this one stopped")
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            say(str(stop) or "interrupted; this command keeps nothing, and begins anew")
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("", number)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from gif.errors import InputError
 
 T = TypeVar("T")
 
@@ -152,3 +154,21 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield own
     finally:
         dist.destroy_process_group()
+
+
+def first_decides(decide: Callable[[], T], *, local: bool = False) -> T | None:
+    """What ``decide()`` returns on the first process, on each; an InputError that it raises there is raised on each.
+
+    ``local``: the value stays on the first process, and the others get None.
+    """
+    value: T | None = None
+    problem: InputError | None = None
+    if rank() == 0:
+        try:
+            value = decide()
+        except InputError as error:
+            problem = error
+    shared, problem = gather_objects((None if local else value, problem))[0]
+    if problem is not None:
+        raise problem
+    return value if local else shared

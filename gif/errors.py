@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import signal
+
 from gif_kernels.errors import InputError
 
-__all__ = ["InputError", "MissingFileError"]
+__all__ = ["DamagedFileError", "InputError", "Interrupted", "MissingFileError", "OutputError"]
 
 
 class MissingFileError(InputError, FileNotFoundError):
     """A file or folder that a command needs is not there; the message says what to do."""
+
+
+class DamagedFileError(InputError):
+    """A file does not hold what was written to it; the message names it."""
+
+
+class OutputError(InputError, OSError):
+    """A place cannot be written: the disk is full, it is a folder, it is read-only; the message says which and why."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM (``number``). The message says what is kept; it is empty where that is not known yet."""
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number

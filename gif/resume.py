@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,18 @@ from typing import Any
 
 from torch import Tensor
 
-from gif.errors import InputError
-from gif.files import load_tensors, save_tensors, write_text
+from gif.distributed import rank, world_size
+from gif.errors import DamagedFileError, InputError
+from gif.files import is_temporary, load_tensors, read_json, remove_temporaries, save_tensors, write_text
 
 SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
+RECORD = "settings.json"  # of what a folder belongs to
+
+
+def own_file(path: str | Path) -> Path:
+    """Where this process keeps its state: ``path`` itself where it is the only one."""
+    return Path(path) if world_size() == 1 else Path(f"{path}-{rank() + 1}-of-{world_size()}")
 
 
 class UnfinishedWork:
@@ -39,10 +47,15 @@ class UnfinishedWork:
         """
         if self._path is None or not self._path.exists():
             return None
-        tensors, metadata = load_tensors(self._path, format=self._format)
-        if metadata["settings"] != self._settings:
+        if self._path.is_dir():
+            raise InputError(f"{self._path} is the folder of another run, with --in_file; finish that, or remove it")
+        try:
+            tensors, metadata = load_tensors(self._path, format=self._format)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}, or remove it, and the same command begins anew") from error
+        if metadata.get("settings") != self._settings:
             raise InputError(
-                f"{self._path} is the checkpoint of another run ({metadata['settings']}; this one is "
+                f"{self._path} is the checkpoint of another run ({metadata.get('settings')}; this one is "
                 f"{self._settings}); remove it, or name another file"
             )
         return tensors
@@ -70,14 +83,27 @@ class UnfinishedWork:
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make ``folder`` that of a run with these ``settings`` (fit for JSON), or continue the run that it holds.
 
+    What a killed run left of its very first write is no obstacle, and is removed.
+
     Raises ValueError, and changes nothing, if the folder holds anything else: a run with other settings, other files.
     """
-    record = folder / "settings.json"
-    text = json.dumps(settings, indent=2)
+    record = folder / RECORD
     if record.exists():
-        if record.read_text(encoding="utf-8") != text:
+        if read_json(record) != json.loads(json.dumps(settings)):
             raise InputError(f"{folder} holds a run with other settings (see {record}); give another --output")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or not all(_is_left_over(path) for path in folder.iterdir())):
         raise InputError(f"{folder} holds something that is no run of this command; give another --output")
     else:
-        write_text(record, text)
+        write_text(record, json.dumps(settings, indent=2))
+    remove_temporaries(folder)
+
+
+def unclaim(folder: Path) -> None:
+    """Remove a ``folder`` that holds a claim and nothing else: of a run that failed before it had done anything."""
+    if folder.is_dir() and all(path.name == RECORD or _is_left_over(path) for path in folder.iterdir()):
+        shutil.rmtree(folder)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether ``path`` is nothing but what a killed process left: an unfinished file, a lock."""
+    return path.is_file() and (is_temporary(path) or (path.name.startswith(".") and path.suffix == ".lock"))

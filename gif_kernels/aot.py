@@ -2,8 +2,8 @@
 
 `python -m gif_kernels.aot [--target sm_90] [--kernel potential] [--json out.json]` prints registers, spills, shared
 memory and matrix instructions of each configuration and exits 1 where a limit is broken: it compiles, no spill and no
-stack on NVIDIA, shared memory within the target's, and the target's matrix instructions where a configuration asks for
-them. `make aot-matrix` does so with each Triton that is supported.
+stack on NVIDIA, shared memory within the target's, the target's matrix instructions where a configuration asks for
+them, and no loop that overwrites what a product still reads (`gif_kernels.races`). `make aot-matrix` does so with each Triton that is supported.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 
 import gif_kernels  # noqa: F401 (registers the ops)
 from gif_kernels import dispatch
+from gif_kernels.races import overwritten_operands
 from gif_kernels.tuning import Configuration
 
 KIB = 1024
@@ -142,7 +143,8 @@ def compile_one(architecture: str, configuration: Configuration) -> Compiled:
         shared=built.metadata.shared,
         matrix=matrix,
     )
-    return replace(found, broken=tuple(_broken(found, configuration, target)))
+    races = [f"a product's operand {name} is overwritten" for name in overwritten_operands(built.asm["ttgir"])]
+    return replace(found, broken=(*_broken(found, configuration, target), *races))
 
 
 def _broken(found: Compiled, configuration: Configuration, target: Target) -> Iterator[str]:

@@ -1,18 +1,20 @@
 """Tile sizes of the Triton kernels by kernel, architecture and size of an operand.
 
-All are derived, none is measured yet: the largest blocks that compile without register spills on the architecture, and
-within its shared memory, as `python -m gif_kernels.aot` reports. The width d is walked in chunks, which it only bounds.
+Each says how it was chosen. Derived: the largest blocks that compile without register spills on the architecture, and
+within its shared memory, as `python -m gif_kernels.aot` reports. Measured: the fastest of some such blocks on a card
+(`make gpu`, stage tune). The width d is walked in chunks, which it only bounds.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
+H100 = "measured, NVIDIA H100 80GB HBM3, 2026-11-26"
 INTERPRETED = "sm_80"
 """The architecture whose tiles a CPU interprets."""
 SHARES_TILES_OF = {
@@ -50,6 +52,8 @@ class Tile:
     width: int
     warps: int
     stages: int
+    source: str = field(default="derived", compare=False)
+    """How it was chosen: "derived" from what compiles, or measured on a card, and when."""
 
     def rows_beside(self, columns: int) -> int:
         """Rows of a program that holds ``columns``: fewer where the columns are more than the tile's."""
@@ -66,7 +70,8 @@ TILES = {
     "token_margin_forward": {
         ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
         ("sm_86", 2): Tile(rows=32, columns=64, width=64, warps=8, stages=2),
-        ("sm_90", 2): Tile(rows=64, columns=256, width=64, warps=8, stages=3),
+        ("sm_90", 2): Tile(rows=64, columns=256, width=64, warps=8, stages=3, source=H100),
+        ("sm_90", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2, source=H100),
         ("sm_100", 2): Tile(rows=64, columns=128, width=32, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
@@ -81,26 +86,28 @@ TILES = {
         ("gfx942", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2),
     },
     "cosine_backward": {
-        ("sm_90", 2): Tile(rows=64, columns=128, width=128, warps=8, stages=2),
-        ("sm_90", 4): Tile(rows=64, columns=64, width=64, warps=8, stages=1),
+        ("sm_90", 2): Tile(rows=64, columns=128, width=128, warps=8, stages=2, source=H100),
         ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
         ("gfx942", 2): Tile(rows=32, columns=128, width=64, warps=4, stages=1),
         ("sm_80", 4): Tile(rows=32, columns=64, width=64, warps=8, stages=1),
         ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=4, stages=2),
     },
     "gaussian_potential_pairs": {
+        ("sm_90", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3, source=H100),
         ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
         ("gfx942", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
     },
     "max_cosine": {
+        ("sm_90", 2): Tile(rows=128, columns=128, width=64, warps=4, stages=3, source=H100),
         ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
         ("gfx942", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
     },
     "nearest_centroid": {
+        ("sm_90", 2): Tile(rows=128, columns=256, width=64, warps=8, stages=3, source=H100),
         ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
@@ -141,7 +148,7 @@ FUSED_POTENTIAL = {
     },
     "sm_90": {
         256: Tile(rows=128, columns=64, width=128, warps=8, stages=2),
-        512: Tile(rows=64, columns=64, width=256, warps=8, stages=2),
+        512: Tile(rows=64, columns=64, width=256, warps=8, stages=2, source=H100),
         640: Tile(rows=64, columns=32, width=128, warps=8, stages=2),
     },
     "sm_100": {384: Tile(rows=128, columns=32, width=128, warps=8, stages=2)},

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from gif.backbones.config import BackboneConfig
@@ -16,6 +14,7 @@ from gif.backbones.iresnet import BLOCKS, WIDTHS
 from gif.backbones.shapes import STRIDE
 from gif.errors import InputError
 from gif.files import existing_file, load_tensors, save_tensors
+from gif.weights import load_pytorch
 
 FORMAT = "gif.backbone/1"
 PYTORCH_SUFFIXES = (".pt", ".pth")
@@ -36,7 +35,7 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     tensors, metadata = load_tensors(path, format=FORMAT)
     try:
         config = BackboneConfig(**json.loads(metadata["config"]))
-    except TypeError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} names an unknown backbone ({error}); it is from a newer version") from error
     return _filled(path, config, tensors), config
 
@@ -50,10 +49,7 @@ def load_insightface(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
     Raises FileNotFoundError, or ValueError for a file that holds anything else.
     """
     path = existing_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} is damaged or more than tensors ({error}); save the state dict alone") from error
+    state = load_pytorch(path)
     if isinstance(state, dict):
         nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "module.")  # saved from inside DDP
     if not isinstance(state, dict) or not {"conv1.weight", "fc.weight"} <= state.keys():

@@ -12,6 +12,7 @@ from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
 from gif.errors import InputError
 from gif.files import atomic_path
+from gif.ownership import check_output
 from gif.progress import console, say
 from gif.vectors.store import CodeVectors
 
@@ -26,13 +27,14 @@ def inspect_codes(codes: Path, *, vectors: Path | None = None, picture: Path | N
         vectors: the code vectors they were cut from, to judge the codes by.
         picture: where to draw the tree's occupancy (.png); beside the codes where it is not given.
     """
+    picture = picture or codes.with_suffix(".png")
+    check_output(picture, inputs=[codes, vectors])
     table = IdentityCodes.load(codes)
     total = table.vocab_size**table.length
     say(f"{table}, {table.free:,} of {total:,} codes free ({table.free / len(table):.1%} of the identities there are)")
     console.print(_levels(table))
     if vectors is not None:
         say(str(judge_codes(table, CodeVectors.load(vectors, mmap=True))))
-    picture = picture or codes.with_suffix(".png")
     plot_occupancy(table, picture)
     say(f"drew {picture}")
 
@@ -46,6 +48,7 @@ def export_codes(codes: Path, output: Path) -> None:
     """
     if output.suffix not in EXPORT_FORMATS:
         raise InputError(f"--output must end in {' or '.join(EXPORT_FORMATS)}, got {output}")
+    check_output(output, inputs=[codes])
     table = IdentityCodes.load(codes)
     tokens = table.codes.cpu().numpy()
     with atomic_path(output) as temporary:
@@ -68,6 +71,7 @@ def extend_codes(codes: Path, vectors: Path, output: Path) -> None:
         vectors: code vectors of the newcomers alone.
         output: where to write all the codes (.safetensors).
     """
+    check_output(output, inputs=[vectors])
     before = IdentityCodes.load(codes)
     after = before.extend(CodeVectors.load(vectors).table)
     after.save(output)

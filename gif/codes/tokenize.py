@@ -33,6 +33,7 @@ def tokenize(
     centroid_levels: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
 ) -> IdentityCodes:
     """Give each identity a distinct code, its path in a tree of k-means clusters: similar identities share a prefix.
 
@@ -58,6 +59,7 @@ def tokenize(
         seed: the same seed gives the same codes.
         checkpoint: file that holds the finished levels; a later call with the same arguments continues from it to the
             same codes, and removes it when done.
+        keep_checkpoint: leave the checkpoint, of all levels: for whoever saves the codes before removing it.
 
     Raises TypeError for vectors that are not a floating-point tensor; ValueError if they are not (m, d), hold NaN,
     infinity or a row of zeros, if m identities do not fit in v^l codes, or for a checkpoint of another run.
@@ -106,7 +108,8 @@ def tokenize(
         centroids=level.centroids(centroid_levels) if centroid_levels else None,
         directions=torch.stack(codebooks).half() if alignment == "residual" else None,
     )
-    work.remove()
+    if not keep_checkpoint:
+        work.remove()
     return codes
 
 

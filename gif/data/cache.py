@@ -9,13 +9,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gif.progress import say
+
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
-    """``cache_dir``, made where it does not exist; by default ``$XDG_CACHE_HOME/gif`` or ``~/.cache/gif``."""
+    """``cache_dir``, by default ``$XDG_CACHE_HOME/gif`` or ``~/.cache/gif``, made where that is possible."""
     if cache_dir is None:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gif")
     folder = Path(cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after rendering
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"the cache folder {folder} cannot be made ({error.strerror}), so nothing is kept; set XDG_CACHE_HOME")
     return folder
 
 

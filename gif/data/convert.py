@@ -24,7 +24,8 @@ from gif.data.loading import NAMES, find_data
 from gif.data.pairs import read_pairs, write_bin
 from gif.data.records import LARGEST_LABEL, pack_record
 from gif.errors import InputError
-from gif.files import fsync, write_text
+from gif.files import fsync, remove_temporaries, write_text
+from gif.ownership import check_output, existing, hold
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork
 
@@ -58,6 +59,7 @@ def convert(
         on_broken: "skip" leaves out, and counts, what is no JPEG, PNG or WebP; "raise" stops there.
     """
     if pairs is not None:
+        check_output(output, inputs=[pairs])
         named = read_pairs(pairs, Path(input))
         write_bin(output, named, len(named))
         say(f"wrote {len(named):,} pairs to {output}")
@@ -70,9 +72,11 @@ def convert(
         raise InputError(f"{output} exists and is not empty; give another --output")
     found = PngImages.of(NAMES[input]()) if input in NAMES else find_data(input)
     staging = output.with_name(f".{output.name}.partial")
-    written, broken = _write(found, staging, to, shard_size, on_broken)
-    os.replace(staging, output)
-    fsync(output.parent)
+    with hold(output, existing(staging / "journal")):
+        written, broken = _write(found, staging, to, shard_size, on_broken)
+        remove_temporaries(staging, held=True)
+        os.replace(staging, output)
+        fsync(output.parent)
     say(f"wrote {written:,} images of {len(found.names):,} identities to {output}")
     if broken:
         say(f"{broken:,} of {len(found.labels):,} images were broken and left out; gif data inspect names them")

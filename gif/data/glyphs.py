@@ -23,7 +23,7 @@ from gif.data.cache import cache_folder, checksum
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, distinct
-from gif.errors import InputError
+from gif.errors import InputError, OutputError
 from gif.files import load_tensors, save_tensors
 from gif.progress import progress, say
 
@@ -84,7 +84,10 @@ def all_glyphs(*, size: int = 32, min_fonts: int = 4, cache_dir: str | Path | No
     data = _load(cache)
     if data is None:
         data = _render(fonts, size)
-        _save(cache, data)
+        try:
+            _save(cache, data)
+        except OutputError as error:
+            say(f"{error}; the glyphs are not kept")
     return data
 
 

@@ -31,7 +31,7 @@ from gif.data.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, Integers, distinct
-from gif.errors import InputError
+from gif.errors import InputError, OutputError
 from gif.files import allocate_tensors, atomic_path, fsync, locate_tensor, map_tensor
 from gif.progress import progress, say
 
@@ -107,7 +107,17 @@ def all_glyphs_80k(
     folder = cache_folder(cache_dir)
     digest = hashlib.sha256(repr(tuple(families)).encode()).hexdigest()[:8]
     path, judged = (folder / f"glyphs-80k-{pixels}-{min_families}-{digest}.safetensors" for pixels in (size, SIZES[0]))
-    with FileLock(f"{path}.lock"):
+    lock = FileLock(f"{path}.lock")
+    try:
+        held = lock.acquire()
+    except OSError as error:  # the folder is read-only; what another user has rendered there can be used
+        if (data := _load(path)) is not None:
+            return data
+        raise OutputError(
+            f"{folder} cannot be written ({error.strerror or error}), and the glyphs are kept there; set "
+            "XDG_CACHE_HOME to another folder"
+        ) from error
+    with held:
         data = _load(path)
         if data is not None:
             return data

@@ -12,6 +12,7 @@ from gif.data.images import IdentityDataset
 from gif.data.loading import open_data
 from gif.data.report import describe
 from gif.files import write_text
+from gif.ownership import check_folder
 from gif.plotting import COLORS, figure, save_figure
 from gif.progress import console, progress, say
 
@@ -34,6 +35,8 @@ def inspect(
         workers: processes that read images.
     """
     data = open_data(input)
+    if output is not None:
+        check_folder(output)
     console.print(describe(data))
     if isinstance(data, EncodedImages) and decode:
         _read_all(data, workers)

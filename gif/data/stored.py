@@ -15,8 +15,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from gif.data.cache import cache_folder
-from gif.errors import InputError
+from gif.errors import InputError, OutputError
 from gif.files import existing_file, load_tensors, save_tensors
+from gif.progress import say
 
 OPEN_FILES = 256  # of each process, so that thousands of shards do not use up its descriptors
 
@@ -46,7 +47,15 @@ class MappedFile:
             raise InputError(
                 f"{self.path} is truncated: {self.size:,} bytes, wanted {offset + length:,}; copy or make it again"
             )
-        return _map(self)[offset : offset + length] if length else b""
+        if not length:
+            return b""
+        pages = _map(self)
+        if (size := pages.size()) < self.size:  # to look behind its end would be a bus error
+            raise InputError(
+                f"{self.path} was shortened while it was in use: {size:,} bytes, {self.size:,} when it was opened; "
+                "copy or make it again, and leave it alone while a command reads it"
+            )
+        return pages[offset : offset + length]
 
 
 @lru_cache(maxsize=OPEN_FILES)
@@ -86,18 +95,35 @@ class PackedStrings(Sequence[str]):
 def cached_index(format: str, files: Sequence[MappedFile], build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What ``build`` finds by reading through ``files``, kept in the cache folder until one of them changes.
 
-    ``format`` is the kind of index, with a version. Processes that ask at once wait for the first.
+    ``format`` is the kind of index, with a version. Processes that ask at once wait for the first. Where the cache
+    folder cannot be written, what is in it is read, and what is not is built each time.
     """
     path = cache_folder(None) / f"index-{fingerprint(format, files)}.safetensors"
-    with FileLock(path.with_suffix(".lock")):
-        if path.exists():
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        held = lock.acquire()
+    except OSError as error:
+        say(f"{path.parent} cannot be written ({error.strerror or error}): the index of {files[0].path} is not kept")
+        return _kept_index(path, format) or build()
+    with held:
+        tensors = _kept_index(path, format)
+        if tensors is None:
+            tensors = build()
             try:
-                return load_tensors(path, format=format)[0]
-            except ValueError:  # damaged: made again
-                path.unlink()
-        tensors = build()
-        save_tensors(path, tensors, format=format)
+                save_tensors(path, tensors, format=format)
+            except OutputError as error:
+                say(f"{error}; the index of {files[0].path} is not kept")
     return tensors
+
+
+def _kept_index(path: Path, format: str) -> dict[str, Tensor] | None:
+    if not path.exists():
+        return None
+    try:
+        return load_tensors(path, format=format)[0]
+    except InputError as error:
+        say(f"{error}: it is made again")
+        return None
 
 
 def fingerprint(kind: str, files: Sequence[MappedFile]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
 from gif.errors import InputError, MissingFileError
+from gif.weights import check_pytorch
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_WEIGHTS = "openai"
@@ -49,12 +50,15 @@ class CLIPEncoder(NetworkEncoder):
                 f"the tags {', '.join(open_clip.list_pretrained_tags_by_model(model)) or '(it has none)'}"
             )
         with loading(f"CLIP {model}", file):
+            if file is not None:
+                check_pytorch(file)
             clip = open_clip.create_model_from_pretrained(
                 model,
                 str(pretrained),
                 # open_clip only warns where a tag was trained with another activation than the architecture's
                 force_quick_gelu=tag.get("quick_gelu", False),
                 return_transform=False,
+                weights_only=True,
             )
         clip = clip.eval().to(device)
         super().__init__(

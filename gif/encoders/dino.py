@@ -9,6 +9,7 @@ import torch
 
 from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
 from gif.errors import InputError, MissingFileError
+from gif.weights import check_pytorch
 
 DEFAULT_MODEL = "vit_base_patch16_224.dino"
 
@@ -62,7 +63,8 @@ def _without_classifier(model: str, file: Path) -> dict[str, torch.Tensor]:
 
     config = timm.get_pretrained_cfg(model)
     classifier = config.classifier if config else None
-    weights = timm.models.load_state_dict(str(file))
+    check_pytorch(file)
+    weights = timm.models.load_state_dict(str(file), weights_only=True)
     return {name: tensor for name, tensor in weights.items() if name.rpartition(".")[0] != classifier}
 
 

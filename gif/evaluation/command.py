@@ -15,6 +15,7 @@ from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, 
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
+from gif.ownership import check_folder
 from gif.progress import console, say
 
 
@@ -65,6 +66,7 @@ def evaluate(
             benchmarks.append(PairFiles(pairs, decoder))
         if ijb:
             benchmarks.append(IjbFolders(ijb, decoder))
+        check_folder(output or model.parent)
         outcomes = [benchmark.judge(network, embedder) for benchmark in benchmarks]
         if images is not None and (report := broken_report(images)):
             say(report)

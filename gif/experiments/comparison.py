@@ -16,9 +16,10 @@ from rich.table import Table
 from gif.errors import InputError
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
-from gif.files import load_tensors, save_tensors, write_text
+from gif.files import load_tensors, read_json, save_tensors, write_text
+from gif.ownership import existing, hold
 from gif.progress import console, say
-from gif.resume import claim_folder
+from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig
 
 ROC_FORMAT = "gif.roc/1"
@@ -69,7 +70,7 @@ class Comparison:
 
     def results(self, name: str) -> list[dict[str, Any]]:
         """What the runs of a contender scored, a dictionary a seed."""
-        return [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in self.folders[name]]
+        return [read_json(folder / "result.json") for folder in self.folders[name]]
 
     def values(self, name: str, measure: str) -> list[float]:
         """One of ``MEASURES`` of a contender, a value a seed; NaN where it could not be measured."""
@@ -91,6 +92,11 @@ def compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, s
 
     ``settings`` is what else the folder belongs to. An interrupted run continues.
     """
+    with hold(output, existing(output / RECORD)):
+        return _compare(output, contenders, budget, settings)
+
+
+def _compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, settings: dict[str, Any]) -> Comparison:
     claim_folder(output, settings)
     seeds = range(budget.seeds)
     folders = {name: [output / folder_name(name) / f"seed-{seed}" for seed in seeds] for name in contenders}

@@ -14,8 +14,9 @@ from gif.documents import markdown_table
 from gif.evaluation import plot_roc
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, GlyphBench, HeadResult, bench_settings, folder_name
 from gif.files import write_text
+from gif.ownership import existing, hold
 from gif.progress import console, say
-from gif.resume import claim_folder
+from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig, plot_losses
 from gif.vectors.plots import plot_nearest_cosines
 
@@ -34,6 +35,11 @@ def quickstart(output: Path = Path("runs/quickstart"), *, epochs: int = 4, seed:
         epochs: passes over the training images, for each head.
         seed: of everything random.
     """
+    with hold(output, existing(output / RECORD)):
+        _quickstart(output, epochs, seed)
+
+
+def _quickstart(output: Path, epochs: int, seed: int) -> None:
     begin = time.monotonic()
     training = TrainingConfig(epochs=epochs, batch_size=BATCH_SIZE, seed=seed)
     heads = {name: CONTENDERS[name] for name in SHOWN}

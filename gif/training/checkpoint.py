@@ -5,26 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from gif.distributed import gather_objects, rank, wait_for_all
-from gif.errors import InputError, MissingFileError
-from gif.files import fsync, load_tensors, save_tensors
+from gif.distributed import first_decides, gather_objects, rank, wait_for_all
+from gif.errors import DamagedFileError, InputError, MissingFileError
+from gif.files import check_file, fsync, load_tensors, read_metadata, remove_temporaries, save_tensors
+from gif.progress import say
 from gif.training.journal import TableJournal
 
-FORMAT = "gif.training_progress/1"
+FORMAT = "gif.training_state/2"
+STATE = "state.safetensors"
+_PICKLED = (".metadata", "progress.safetensors")  # of version 1, which torch.distributed.checkpoint wrote
+_REASON_CHARACTERS = 300  # of torch's message, which may list every weight
 
 
 @dataclass
@@ -48,16 +49,20 @@ class TrainingState:
 class Checkpoints:
     """Checkpoints step-000000100, ... in ``folder``: the newest ``keep``, and the best: of the highest mean score.
 
-    Each is written beside its place, synced and renamed into it, so a killed run leaves the one before. It holds the
-    model and the optimizer (`torch.distributed.checkpoint`), and in progress.safetensors the losses, every process's
-    random state and the names of the journal's files that restore the tables.
+    Each is written beside its place, synced and renamed into it, so a killed run leaves the one before. It is one file,
+    state.safetensors, with a checksum: the model, the optimizer, the losses, every process's random state, and the
+    names of the journal's files that restore the tables.
 
     With several processes the first writes, and all read: the folder must be one that all of them see.
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
-        self._folder = folder
+        self.folder = folder
         self._keep = keep
+
+    def newest(self) -> Path | None:
+        """Where the newest checkpoint is; None where there is none."""
+        return next(reversed(self._places()), None)
 
     def save(self, state: TrainingState) -> None:
         """Write the state after ``state.step`` steps."""
@@ -68,36 +73,32 @@ class Checkpoints:
         wait_for_all()
 
     def load(self, state: TrainingState) -> dict[str, Tensor]:
-        """Restore the newest state in place, if there is one, and return the random state of this process's rank.
+        """Restore the newest whole state in place, if there is one, and return the random state of this process's rank.
 
-        That is empty if there is no checkpoint, or if the run that wrote it had fewer processes.
+        That is empty if there is no checkpoint, or if the run that wrote it had fewer processes. Checkpoints that are
+        damaged are named and removed, as are those after the one that is restored.
 
-        Raises ValueError if it is of a run with another number of steps.
+        Raises DamagedFileError, and removes nothing, where there are checkpoints and none is whole; InputError if it is
+        of a run with another number of steps, of another network, or of a version that kept pickles.
         """
-        places = self._places()
-        if not places:
+        place = first_decides(lambda: self._newest_whole(state.tables))
+        if place is None:
             return {}
-        tensors, progress = _read_progress(places[-1])
+        tensors, progress = _read(place)
         if tensors["losses"].shape != state.losses.shape:
             raise InputError(
-                f"{places[-1]} is of a run of {len(tensors['losses'])} steps, this one has {len(state.losses)}; give "
+                f"{place} is of a run of {len(tensors['losses'])} steps, this one has {len(state.losses)}; give "
                 "the same data set, batch_size and epochs, or another folder"
             )
-        model, optimizer = get_state_dict(state.model, state.optimizer)
-        stored: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        with _single_process():
-            dcp.load(stored, checkpoint_id=places[-1], no_dist=True)
-        set_state_dict(
-            state.model, state.optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"]
-        )
+        _fill(state.model, _part(tensors, "model."), place)
+        _fill_optimizer(state, _part(tensors, "optimizer."), progress["optimizer"], place)
         state.scaler.load_state_dict(progress["scaler"])
         state.losses.copy_(tensors["losses"])
         state.step = progress["step"]
-        state.validations = _validations(progress)
+        state.validations = dict(progress["validations"])
         for name, journal in state.tables.items():
             journal.load(progress["tables"][name])
-        prefix = f"random.{rank()}."
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        return _part(tensors, f"random.{rank()}.")
 
     def load_best(self, backbone: nn.Module) -> int:
         """Give ``backbone`` its weights of the checkpoint that validated best; returns how many steps that had.
@@ -106,36 +107,81 @@ class Checkpoints:
         """
         best = self._best()
         if best is None:
-            raise MissingFileError(f"no checkpoint in {self._folder} was validated; train with `validate`")
-        stored = {"model": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}
-        with _single_process():
-            dcp.load(stored, checkpoint_id=best, no_dist=True)
-        backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in stored["model"].items()})
-        return int(_read_progress(best)[1]["step"])
+            raise MissingFileError(f"no checkpoint in {self.folder} was validated; train with `validate`")
+        try:
+            tensors, progress = _read(best)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}, or remove {best}, and the next best is taken") from error
+        _fill(backbone, _part(tensors, "model.backbone."), best)
+        return int(progress["step"])
+
+    def _newest_whole(self, tables: Mapping[str, TableJournal]) -> Path | None:
+        """The newest checkpoint that can be restored; removes what is damaged, and what was after it."""
+        remove_temporaries(self.folder, held=True)
+        for left in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        damaged: dict[Path, DamagedFileError | MissingFileError] = {}
+        whole = [place for place in reversed(self._places()) if self._is_whole(place, damaged)]
+        newest = next((place for place in whole if self._has_tables(place, tables, damaged)), None)
+        if newest is None and damaged:
+            first = next(iter(damaged.values()))
+            raise DamagedFileError(
+                f"{first}: no checkpoint in {self.folder} is whole; remove that folder to begin anew"
+            ) from first
+        for place, error in damaged.items():
+            if place not in whole or (newest is not None and place > newest):
+                say(f"{error}: {place.name} is removed, and the run continues from {newest and newest.name}")
+                _remove(place)
+        return newest
+
+    def _is_whole(self, place: Path, damaged: dict[Path, DamagedFileError | MissingFileError]) -> bool:
+        if not (place / STATE).exists() and any((place / name).exists() for name in _PICKLED):
+            raise InputError(
+                f"{place} is a checkpoint of an older version, which kept it as a pickle, and a pickle is not read; "
+                f"finish the run with the version that began it, or remove {self.folder} to begin anew"
+            )
+        try:
+            check_file(place / STATE)
+            _read_progress(place)
+        except (DamagedFileError, MissingFileError) as error:
+            damaged[place] = error
+        return place not in damaged
+
+    def _has_tables(
+        self,
+        place: Path,
+        tables: Mapping[str, TableJournal],
+        damaged: dict[Path, DamagedFileError | MissingFileError],
+    ) -> bool:
+        files = _read_progress(place)["tables"]
+        try:
+            for name, journal in tables.items():
+                journal.check(files[name])
+        except (DamagedFileError, MissingFileError) as error:
+            damaged[place] = error
+        return place not in damaged
 
     def _write(self, state: TrainingState, random: list[dict[str, Tensor]]) -> None:
-        place = self._folder / f"step-{state.step:09d}"
+        place = self.folder / f"step-{state.step:09d}"
         temporary = _beside(place)
         shutil.rmtree(temporary, ignore_errors=True)
-        model, optimizer = get_state_dict(state.model, state.optimizer)
-        with _single_process():
-            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=temporary, no_dist=True)
-        tensors = {f"random.{of}.{kind}": value for of, kinds in enumerate(random) for kind, value in kinds.items()}
+        temporary.mkdir(parents=True)
+        optimizer, scalars = _optimizer_state(state)
         progress = {
             "step": state.step,
             "scaler": state.scaler.state_dict(),
+            "optimizer": scalars,
             "tables": {name: journal.save(state.step) for name, journal in state.tables.items()},
             "validations": list(state.validations.items()),
         }
-        save_tensors(
-            temporary / "progress.safetensors",
-            {"losses": state.losses, **tensors},
-            format=FORMAT,
-            progress=json.dumps(progress),
-        )
+        tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+        tensors |= {f"random.{of}.{kind}": value for of, kinds in enumerate(random) for kind, value in kinds.items()}
+        tensors["losses"] = state.losses
+        save_tensors(temporary / STATE, tensors, format=FORMAT, progress=json.dumps(progress))
         fsync(temporary)
         temporary.rename(place)
-        fsync(self._folder)
+        fsync(self.folder)
 
     def _remove_old(self, tables: Mapping[str, TableJournal]) -> None:
         """Keep the newest checkpoints and the best; of the tables, what the newest need."""
@@ -144,16 +190,16 @@ class Checkpoints:
         for place in set(places) - {*newest, self._best()}:
             _remove(place)
         for name, journal in tables.items():
-            journal.remove_others({file for place in newest for file in _read_progress(place)[1]["tables"][name]})
+            journal.remove_others({file for place in newest for file in _read_progress(place)["tables"][name]})
 
     def _places(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name))
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name))
 
     def _best(self) -> Path | None:
         scores = {}
         for place in self._places():
-            progress = _read_progress(place)[1]
-            found = _validations(progress).get(progress["step"])
+            progress = _read_progress(place)
+            found = dict(progress["validations"]).get(progress["step"])
             if found is not None:
                 scores[place] = mean_score(found)
         return max(scores, key=lambda place: scores[place]) if scores else None
@@ -177,13 +223,75 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def _read_progress(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, metadata = load_tensors(place / "progress.safetensors", format=FORMAT)
-    return tensors, json.loads(metadata["progress"])
+def _optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """What the optimizer keeps of each parameter: tensors by parameter.key, and what is no tensor by parameter and key.
+
+    Its settings are the run's own, and not kept.
+    """
+    names = _parameter_names(state)
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{names[index]}.{key}"] = value
+            else:
+                scalars.setdefault(names[index], {})[key] = value
+    return tensors, scalars
 
 
-def _validations(progress: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    return dict(progress.get("validations", []))
+def _fill_optimizer(
+    state: TrainingState, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, Any]], place: Path
+) -> None:
+    """The inverse of `_optimizer_state`."""
+    parameters = dict(state.model.named_parameters())
+    index = {name: number for number, name in enumerate(_parameter_names(state))}
+    stored: dict[int, dict[str, Any]] = {}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition(".")
+        if name not in index or value.shape not in (parameters[name].shape, ()):
+            raise InputError(f"{place} keeps {full}, of another network; give the same arguments, or another folder")
+        stored.setdefault(index[name], {})[key] = value
+    for name, values in scalars.items():
+        stored.setdefault(index[name], {}).update(values)
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": stored, "param_groups": groups})
+
+
+def _parameter_names(state: TrainingState) -> list[str]:
+    """The optimizer's parameters in its order, by their names in the model."""
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
+    return [names[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = shorten(str(error), _REASON_CHARACTERS)
+        raise InputError(
+            f"{place} is of another backbone or head ({reason}); give the same arguments, or another folder"
+        ) from error
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, _ = load_tensors(place / STATE, format=FORMAT)
+    return tensors, _read_progress(place)
+
+
+def _read_progress(place: Path) -> dict[str, Any]:
+    """What a checkpoint keeps beside tensors, from its header alone."""
+    metadata = read_metadata(place / STATE, format=FORMAT)
+    try:
+        progress: dict[str, Any] = json.loads(metadata["progress"])
+        return progress | {"validations": {int(step): dict(scores) for step, scores in progress["validations"]}}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{place} is damaged: what it says of its progress cannot be read ({error})") from error
 
 
 def _remove(place: Path) -> None:
@@ -196,11 +304,3 @@ def _remove(place: Path) -> None:
 
 def _beside(place: Path) -> Path:
     return place.with_name(f".{place.name}.tmp")
-
-
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """Without the warning that there is no process group: the first process writes for all."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gif.files import allocate_tensors, fsync, map_tensor
+from gif.errors import DamagedFileError
+from gif.files import Blocks, check_file, locate_tensor, map_tensor, remove_temporaries, save_tensors
 
 FORMAT = "gif.table_journal/1"
 _ROWS_A_BLOCK = 1 << 18
@@ -49,6 +51,21 @@ class TableJournal:
         self.changed.zero_()
         return list(self._files)
 
+    def check(self, files: Sequence[str]) -> None:
+        """Raise FileNotFoundError or DamagedFileError unless ``files`` are whole and of this table; changes nothing."""
+        if not files:
+            raise DamagedFileError(f"a checkpoint names no files of the table in {self._folder}")
+        for number, name in enumerate(files):
+            path = self._folder / name
+            if not re.fullmatch(r"\d{9}-(all|rows)\.safetensors", name):
+                raise DamagedFileError(f"a checkpoint names {name!r} as a file of the table in {self._folder}")
+            check_file(path)
+            where = locate_tensor(path, "table", format=FORMAT)
+            rows = torch.arange(len(self._table)) if number == 0 else map_tensor(path, "rows", format=FORMAT)
+            fits = where.shape == (len(rows), *self._table.shape[1:]) and where.dtype == self._table.dtype
+            if not fits or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self._table)):
+                raise DamagedFileError(f"{path} is of another table than one of {tuple(self._table.shape)}")
+
     def load(self, files: Iterable[str]) -> None:
         """Make the table what it was when `save` returned ``files``."""
         self._files, self._rows = list(files), 0
@@ -63,25 +80,19 @@ class TableJournal:
         self.changed.zero_()
 
     def remove_others(self, files: Iterable[str]) -> None:
-        """Delete every file of the journal but these."""
+        """Delete every file of the journal but these, and what killed processes left of any."""
         for path in set(self._folder.glob("*.safetensors")) - {self._folder / name for name in files}:
             path.unlink()
+        remove_temporaries(self._folder, held=True)
 
     def _write(self, name: str, rows: Tensor | None) -> None:
         """Write some rows of the table, or all, block by block: no copy of it is made in memory."""
-        path = self._folder / name
         count = len(self._table) if rows is None else len(rows)
-        shapes = {"table": ((count, *self._table.shape[1:]), self._table.dtype)}
-        if rows is not None:
-            shapes["rows"] = (rows.shape, rows.dtype)
-        allocate_tensors(path, shapes, format=FORMAT)
-        if rows is not None:
-            map_tensor(path, "rows", format=FORMAT, writable=True).copy_(rows)
-        values = map_tensor(path, "table", format=FORMAT, writable=True)
-        for begin in range(0, count, _ROWS_A_BLOCK):
-            block = slice(begin, begin + _ROWS_A_BLOCK)
-            values[block] = self._table[self._place(rows, block)].cpu()
-        fsync(path)
+        blocks = (slice(begin, begin + _ROWS_A_BLOCK) for begin in range(0, count, _ROWS_A_BLOCK))
+        parts = (self._table[self._place(rows, block)] for block in blocks)
+        tensors: dict[str, Tensor | Blocks] = {} if rows is None else {"rows": rows}
+        tensors["table"] = Blocks((count, *self._table.shape[1:]), self._table.dtype, parts)
+        save_tensors(self._folder / name, tensors, format=FORMAT)
 
     def _place(self, rows: Tensor | None, block: slice) -> slice | Tensor:
         """Where in the table the rows of a block lie."""

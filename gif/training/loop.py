@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
 from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
-from gif.errors import InputError
+from gif.errors import InputError, Interrupted
 from gif.losses import GIFLoss
+from gif.ownership import hold
 from gif.resume import LARGEST_SHARE
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
 from gif.training.config import AUTOCAST, TrainingConfig
@@ -28,6 +29,7 @@ from gif.training.health import health
 from gif.training.journal import TableJournal
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, begin_epoch
+from gif.training.stop import StopRequest, leave_signals_to_the_trainer
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
@@ -77,12 +79,13 @@ def train(
         validate_every: steps between two validations; an epoch where not given. The last step is always judged.
         checkpoints: folder in which the state is kept: a run that was killed continues there, and the same arguments
             give the same result as a run that was not. The number of processes may change; then the losses do, by
-            rounding, and augmentation by other random numbers.
+            rounding, and augmentation by other random numbers. SIGINT and SIGTERM end the run after the step, with a
+            checkpoint, by Interrupted (a KeyboardInterrupt); of several processes, after the next tenth step.
         tensorboard: folder for TensorBoard's files.
         description: what the progress line says.
 
-    Raises ValueError where data, batch, processes and packages do not fit, FloatingPointError when the loss is no
-    longer finite.
+    Raises ValueError where data, batch, processes and packages do not fit, or another process writes to
+    ``checkpoints``; FloatingPointError when the loss is no longer finite.
     """
     device = torch.device(config.device)
     keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), config.keep)
@@ -101,42 +104,60 @@ def train(
         losses=torch.full((steps,), math.nan, device=device),
         tables={} if checkpoints is None else _journals(head, Path(checkpoints)),
     )
-    random = keeper.load(state) if keeper else {}
-    before = state.step
-    losses = _Losses(state.losses, state.step)
-    take_step = _Step(backbone, head, augment, state, config)
-    clock = _SaveClock(config)
+    with _kept(keeper) as stop:
+        random = keeper.load(state) if keeper else {}
+        before = state.step
+        losses = _Losses(state.losses, state.step)
+        take_step = _Step(backbone, head, augment, state, config)
+        clock = _SaveClock(config)
 
-    with monitor(description, steps, before, config.batch_size, device, tensorboard) as (advance, report, tell):
-        start = time.monotonic()
-        for epoch in range(before // steps_an_epoch, config.epochs):
-            loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
-            position = state.step % steps_an_epoch
-            if position:
-                restore_random(random, device)
-            for images, labels in _loader(dataset, config, position, loader_seed, order_seed):
-                lr = config.rate(state.step / steps)
-                images, labels = _full(images, labels, config.batch_size // world_size())
-                loss, embeddings, own_labels = take_step(images.to(device), labels.to(device), lr)
-                losses.add(loss)
-                state.step += 1
-                if state.step % REPORT_EVERY == 0:
-                    recent = losses.settle()[-REPORT_EVERY:].mean()
-                    measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
-                    report(state.step, {"learning rate": lr, **measures})
-                scores = None
-                if validate and (state.step % validate_steps == 0 or state.step == steps):
-                    state.validations[state.step] = scores = _scores(validate, model, device)
-                    tell(state.step, scores)
-                if scores or state.step % steps_an_epoch == 0 or (keeper and clock.due(state.step)):
-                    losses.settle()
-                    if keeper:
-                        with clock.saving():
-                            keeper.save(state)
-                advance()
-        seconds = time.monotonic() - start
+        with monitor(description, steps, before, config.batch_size, device, tensorboard) as (advance, report, tell):
+            start = time.monotonic()
+            for epoch in range(before // steps_an_epoch, config.epochs):
+                loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
+                position = state.step % steps_an_epoch
+                if position:
+                    restore_random(random, device)
+                for images, labels in _loader(dataset, config, position, loader_seed, order_seed):
+                    lr = config.rate(state.step / steps)
+                    images, labels = _full(images, labels, config.batch_size // world_size())
+                    loss, embeddings, own_labels = take_step(images.to(device), labels.to(device), lr)
+                    losses.add(loss)
+                    state.step += 1
+                    if state.step % REPORT_EVERY == 0:
+                        recent = losses.settle()[-REPORT_EVERY:].mean()
+                        measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
+                        report(state.step, {"learning rate": lr, **measures})
+                    scores = None
+                    if validate and (state.step % validate_steps == 0 or state.step == steps):
+                        state.validations[state.step] = scores = _scores(validate, model, device)
+                        tell(state.step, scores)
+                    epoch_ends = state.step % steps_an_epoch == 0
+                    stopped = stop.agreed(epoch_ends or state.step % REPORT_EVERY == 0) if keeper else None
+                    if scores or epoch_ends or stopped or (keeper and clock.due(state.step)):
+                        losses.settle()
+                        if keeper:
+                            with clock.saving():
+                                keeper.save(state)
+                    if stopped:
+                        raise Interrupted(
+                            f"interrupted; the same command continues after step {state.step:,} of {steps:,}", stopped
+                        )
+                    advance()
+            seconds = time.monotonic() - start
     trained = (steps - before) * config.batch_size
     return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan, state.validations)
+
+
+@contextmanager
+def _kept(keeper: Checkpoints | None) -> Iterator[StopRequest]:
+    """Hold the folder of the checkpoints, if there are any, and note interrupts so that another one can be written."""
+    stop = StopRequest()
+    if keeper is None:
+        yield stop
+        return
+    with hold(keeper.folder, keeper.newest), stop:
+        yield stop
 
 
 def _scores(validate: Validate, model: nn.ModuleDict, device: torch.device) -> dict[str, float]:
@@ -266,7 +287,11 @@ class _SaveClock:
 def check_training(
     head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, *, tensorboard: str | Path | None = None
 ) -> None:
-    """Raise ValueError where data, batch, processes and packages do not fit, as `train` does, before any work."""
+    """Raise ValueError where data, device, batch, processes and packages do not fit, as `train` does, before work."""
+    try:
+        torch.empty(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # no driver, or torch was built without
+        raise InputError(f"device {config.device} cannot be used: {error}; gif doctor says which there are") from error
     if len(dataset) < config.batch_size:
         raise InputError(f"the data set has {len(dataset)} images, fewer than a batch of {config.batch_size}")
     processes = world_size()
@@ -318,6 +343,7 @@ def _loader(
         num_workers=config.workers,
         collate_fn=dataset.collate,
         pin_memory=config.device == "cuda",
+        worker_init_fn=leave_signals_to_the_trainer,
         generator=torch.Generator().manual_seed(loader_seed),
     )
 

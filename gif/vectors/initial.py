@@ -17,7 +17,7 @@ from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
 from gif.errors import InputError
 from gif.progress import progress, say
-from gif.resume import UnfinishedWork
+from gif.resume import UnfinishedWork, own_file
 from gif.vectors.store import CodeVectors
 
 CHECKPOINT_FORMAT = "gif.initial_checkpoint/1"
@@ -33,6 +33,7 @@ def initial_code_vectors(
     num_workers: int = 0,
     num_identities: int | None = None,
     checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
     device: str | torch.device = "cpu",
 ) -> CodeVectors:
     """Code vectors h_y = normalise(finish(mean over y's images of E(image))), in one pass over ``dataset``.
@@ -52,7 +53,9 @@ def initial_code_vectors(
         num_workers: processes that read images, for each process that encodes.
         num_identities: m; None takes ``dataset.num_identities``.
         checkpoint: file kept once a minute and on interruption; a later call with the same arguments continues from it
-            to the same result, and removes it when done. Each of several processes keeps its own, named after it.
+            to the same result, and removes it when done. Each of several processes keeps its own, named after it
+            (`gif.resume.own_file`).
+        keep_checkpoint: leave the checkpoint, with all images done: for whoever saves the result before removing it.
         device: what the process group exchanges tensors on: CUDA for nccl.
 
     Raises ValueError for bad values, a label outside [0, m), an identity without a readable image, features that are
@@ -79,7 +82,7 @@ def initial_code_vectors(
         raise InputError(f"{world_size()} processes share the identities; give a dataset with `labels`")
     begin, end = bounds[rank()], bounds[rank() + 1]
 
-    work = UnfinishedWork(_own_file(checkpoint), CHECKPOINT_FORMAT, settings)
+    work = UnfinishedWork(None if checkpoint is None else own_file(checkpoint), CHECKPOINT_FORMAT, settings)
     sums = _FeatureSums(begin, end, work.load())
     batches = rows[sums.images :].split(batch_size) if sums.images < len(rows) else ()
     loader = DataLoader(
@@ -107,8 +110,11 @@ def initial_code_vectors(
             raise
     if isinstance(dataset, IdentityDataset) and (report := broken_report(dataset)):
         say(report)
+    if keep_checkpoint and len(batches):
+        work.save(sums.state())
     vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)))
-    work.remove()
+    if not keep_checkpoint:
+        work.remove()
     return vectors
 
 
@@ -123,13 +129,6 @@ def _shares(labels: Tensor, m: int) -> list[int]:
     for process in range(1, processes):
         bounds[process] = min(max(bounds[process], bounds[process - 1] + 1), m - (processes - process))
     return bounds
-
-
-def _own_file(path: str | Path | None) -> Path | None:
-    """Where this process keeps its state: ``path`` itself where it is the only one."""
-    if path is None or world_size() == 1:
-        return None if path is None else Path(path)
-    return Path(f"{path}-{rank() + 1}-of-{world_size()}")
 
 
 def _gather(means: Tensor, bounds: list[int], device: str | torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gif.distributed import least_of_processes, rank, wait_for_all, world_size
 from gif.errors import InputError
-from gif.files import fsync, load_tensors, save_tensors
+from gif.files import fsync, load_tensors, remove_temporaries, save_tensors
 from gif.resume import UnfinishedWork
 from gif.vectors.shards import Round, Shards
 
@@ -118,6 +118,9 @@ class Journal(Recovery):
         self._forgotten: list[Path] = []
 
     def load(self, losses: Tensor) -> int:
+        if rank() == 0:
+            remove_temporaries(self._folder, held=True)
+        wait_for_all()
         saved = self._work.load()
         finished = least_of_processes(-1 if saved is None else int(saved["finished"]))
         if saved is not None and finished >= 0:

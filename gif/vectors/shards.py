@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gif.distributed import exchange_rows, gather_rows, rank, sum_over_processes, world_size
+from gif.files import check_mapped
 from gif.vectors.mapped import read_at_random, read_in_order, read_soon
 
 
@@ -64,6 +65,7 @@ class Shards:
 
     def own_blocks(self, size: int) -> Iterator[Tensor]:
         """All own rows in order, (``size``, d) at a time, where they are worked on."""
+        check_mapped(self.table)
         if self.mapped:
             read_in_order(self.table)
         for block in self.table.split(size):
@@ -74,6 +76,7 @@ class Shards:
     def take(self, rows: Tensor) -> Tensor:
         """A copy of own ``rows`` (n,), read in the order of the table: on a disk, neighbours are near."""
         order = rows.argsort()
+        check_mapped(self.table)
         if self.mapped:
             read_soon(self.table, rows[order])
         taken = self.table.new_empty(len(rows), self.table.shape[1])
@@ -83,6 +86,7 @@ class Shards:
     def put(self, rows: Tensor, vectors: Tensor) -> None:
         """Overwrite own ``rows`` (n,)."""
         order = rows.argsort()
+        check_mapped(self.table)
         self.table[rows[order].to(self.table.device)] = vectors[order.to(vectors.device)].to(self.table.device)
 
     def rounds(self, subsets: Sequence[Tensor], first: int, skip: int) -> Iterator[Round]:

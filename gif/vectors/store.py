@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gif.errors import InputError
-from gif.files import load_tensors, map_tensor, save_tensors
+from gif.files import check_mapped, load_tensors, map_tensor, save_tensors
 from gif_kernels.rounding import stochastic_round
 
 FORMAT = "gif.code_vectors/1"
@@ -76,6 +76,7 @@ class CodeVectors:
         Raises ValueError for a label outside [0, m). Only the rows asked for are read or moved.
         """
         self._check(labels)
+        check_mapped(self.table)
         return self.table[labels.to(self.table.device)].to(labels.device)
 
     @torch.no_grad()
@@ -89,6 +90,7 @@ class CodeVectors:
         Raises ValueError for a label outside [0, m).
         """
         self._check(labels)
+        check_mapped(self.table)
         rows, place = labels.to(self.table.device).unique(return_inverse=True)
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         step = torch.zeros(len(rows), self.width, dtype=dtype, device=self.table.device)

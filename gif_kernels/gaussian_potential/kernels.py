@@ -20,7 +20,7 @@ from gif_kernels.gaussian_potential import one_sweep
 from gif_kernels.primitives import (
     SIGNATURE,
     block_size,
-    has_tf32,
+    float32_precision,
     inside,
     inverse_norm,
     load_block,
@@ -42,8 +42,9 @@ from gif_kernels.tuning import (
 BLOCK = 8192
 """Rows of a block in the second design: 128 MiB of bfloat16 pairs. Larger than a cache, but on an H100 the products of
 8,192 x 8,192 pairs run at 730 TFLOP/s where those of 4,096 x 4,096, which stay in cache, run at 570."""
-FUSED_UP_TO = 4096
-"""Columns up to which one launch is faster than pairs that are written and multiplied by a library (H100)."""
+FUSED_UP_TO = 2048
+"""Columns up to which the fused launch is used: blocks take the same time on an H100 there, but a dozen launches, for
+which an eager step waits."""
 GROUP = 8
 ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
 """Whether PyTorch adds a product of bfloat16 to float32 sums; before, a product has memory of its own first."""
@@ -116,18 +117,20 @@ def gaussian_potential_fused(
         tl.store(p_numerators + o_out, b_numerators[k], mask=m_m[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "offset"])
+@triton.jit(do_not_specialize=["rows", "offset"])
 def gaussian_potential_pairs(
     p_rows,  # (rows, WIDTH), unit
     p_columns,  # (columns, WIDTH), unit
     p_pairs,  # (rows, columns): P_ij
-    p_sums,  # (blocks of columns, rows): its sums over a block of columns
+    p_sums,  # (blocks of columns, rows): its sums over a block of columns, times weight, are added
     rows,
     columns,
     offset,
     sharpness,
+    weight,
     WIDTH: tl.constexpr,
     STORE: tl.constexpr,
+    EVEN: tl.constexpr,  # blocks divide rows and columns: nothing is masked
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,9 +148,9 @@ def gaussian_potential_pairs(
     p_rows += i_start.to(tl.int64) * WIDTH
     p_columns += j_start.to(tl.int64) * WIDTH
     o_m = tl.arange(0, BLOCK_M)
-    m_m = o_m < rows - i_start
     o_n = tl.arange(0, BLOCK_N)
-    m_n = o_n < columns - j_start
+    m_m = tl.full((BLOCK_M,), True, tl.int1) if EVEN else o_m < rows - i_start
+    m_n = tl.full((BLOCK_N,), True, tl.int1) if EVEN else o_n < columns - j_start
     b_cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i_d in range(0, WIDTH, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
@@ -159,7 +162,8 @@ def gaussian_potential_pairs(
     i_own = i_start + offset
     if (j_start + BLOCK_N > columns) | ((i_own < j_start + BLOCK_N) & (j_start < i_own + BLOCK_M)):  # rarely
         b_pairs = tl.where(m_n[None, :] & ((i_own + o_m)[:, None] != (j_start + o_n)[None, :]), b_pairs, 0.0)
-    tl.store(p_sums + i_column.to(tl.int64) * rows + i_start + o_m, tl.sum(b_pairs, 1), mask=m_m)
+    p_sums += i_column.to(tl.int64) * rows + i_start + o_m
+    tl.store(p_sums, tl.load(p_sums, mask=m_m, other=0.0) + weight * tl.sum(b_pairs, 1), mask=m_m)
     if STORE:
         p_pairs += i_start.to(tl.int64) * columns + j_start
         tl.store(p_pairs + o_m[:, None] * columns + o_n[None, :], b_pairs, mask=m_m[:, None] & m_n[None, :])
@@ -302,12 +306,13 @@ def _pair_sums_in_blocks(
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for i in range(0, n, BLOCK):
         left = rows[i : i + BLOCK]
+        column_blocks = triton.cdiv(min(len(columns), BLOCK), constants["BLOCK_N"])
+        sums = torch.zeros((column_blocks, len(left)), dtype=torch.float32, device=rows.device)
         for j in range(i if others is None else 0, len(columns), BLOCK):
             right = columns[j : j + BLOCK]
             mirrored = others is None and i != j
-            column_blocks = triton.cdiv(len(right), constants["BLOCK_N"])
-            sums = torch.empty((column_blocks, len(left)), dtype=torch.float32, device=rows.device)
-            gaussian_potential_pairs[(triton.cdiv(len(left), constants["BLOCK_M"]) * column_blocks,)](
+            blocks = triton.cdiv(len(left), constants["BLOCK_M"]), triton.cdiv(len(right), constants["BLOCK_N"])
+            gaussian_potential_pairs[(blocks[0] * blocks[1],)](
                 p_rows=left,
                 p_columns=right,
                 p_pairs=workspace,
@@ -316,14 +321,16 @@ def _pair_sums_in_blocks(
                 columns=len(right),
                 offset=i + offset - j,
                 sharpness=_sharpness(t),
+                weight=2.0 if mirrored else 1.0,
+                EVEN=len(left) % constants["BLOCK_M"] == 0 and len(right) % constants["BLOCK_N"] == 0,
                 **constants,
             )
-            total += sums.sum(dtype=torch.float64) * (2 if mirrored else 1)
             if want_numerators:
                 pairs = workspace[: len(left) * len(right)].view(len(left), len(right))
                 _add_product(numerators[0, i : i + BLOCK], pairs, right)
                 if mirrored:
                     _add_product(numerators[0, j : j + BLOCK], pairs.T, left)
+        total += sums.sum(dtype=torch.float64)
     return total, numerators
 
 
@@ -343,7 +350,7 @@ def _sharpness(t: float) -> float:
 
 
 def _precision(rows: Tensor) -> str:
-    return "tf32" if tf32_allowed() and has_tf32(architecture(rows.device)) else "ieee"
+    return float32_precision(tf32_allowed(), architecture(rows.device))
 
 
 def _product_constants(limits: Tile, width: int, chunk: int, precision: str) -> dict[str, Any]:
@@ -380,18 +387,26 @@ def _(vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradie
 def shipped(architecture: str) -> Iterator[Configuration]:
     """What `gif_kernels.aot` compiles for ``architecture``: every fused tile at the largest width, and the products."""
     sizes = dict.fromkeys(["rows", "columns", "offset", "split_columns", "splits", "vectors_stride"], "i32")
-    common = {**sizes, "sharpness": "fp32", "slope": "fp32", "p_sums": "*fp32", "p_numerators": "*fp32"}
+    common = {
+        **sizes,
+        **dict.fromkeys(["sharpness", "weight", "slope"], "fp32"),
+        "p_sums": "*fp32",
+        "p_numerators": "*fp32",
+    }
     bf16 = {**common, **dict.fromkeys(["p_rows", "p_columns", "p_vectors"], SIGNATURE[torch.bfloat16])}
     for width, limits in FUSED_POTENTIAL.get(architecture, {}).items():
-        constants = _product_constants(limits, width, limits.width, "ieee")
+        constants = _product_constants(limits, width, limits.width, float32_precision(False, architecture))
         units: MatrixUnits = "widest" if limits.rows >= WIDEST_ROWS else "any"
         yield Configuration(f"{width} bfloat16", gaussian_potential_fused, bf16, constants, units)
     for dtype, width in ((torch.bfloat16, 768), (torch.float32, 400)):
         pointers = dict.fromkeys(["p_rows", "p_columns", "p_pairs"], SIGNATURE[dtype])
-        constants = _pairs_constants(dtype, width, True, "ieee", architecture)
+        constants = _pairs_constants(dtype, width, True, float32_precision(False, architecture), architecture)
         units = "widest" if dtype == torch.bfloat16 else "none"
         label = f"{width} {str(dtype).removeprefix('torch.')}"
-        yield Configuration(label, gaussian_potential_pairs, {**common, **pointers}, constants, units)
+        for even in (True, False):
+            name = label if even else f"{label}, masked"
+            switches = {**constants, "EVEN": even}
+            yield Configuration(name, gaussian_potential_pairs, {**common, **pointers}, switches, units)
     rows = row_constants(768, 1)
     signature = {**bf16, "p_total": "*fp64", "p_gradient": "*fp32"}
     yield Configuration("768 bfloat16", gaussian_potential_gradient, signature, rows)

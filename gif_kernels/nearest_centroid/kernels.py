@@ -15,7 +15,7 @@ from gif_kernels.primitives import (
     SIGNATURE,
     TRITON_DTYPE,
     block_size,
-    has_tf32,
+    float32_precision,
     inside,
     load_block,
     shared_dtype,
@@ -85,6 +85,7 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
     cosine = torch.empty(n, dtype=torch.float32, device=vectors.device)
     if n == 0:
         return index, cosine
+    vectors, centroids = vectors.contiguous(), centroids.contiguous()
     operand = shared_dtype(vectors.dtype, centroids.dtype)
     constants = _constants(operand, count, width, tf32_allowed(), architecture(vectors.device))
     rows = constants["BLOCK_M"]
@@ -94,10 +95,10 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
     ends = blocks.cumsum(0)
     with torch.cuda.device_of(vectors):
         nearest_centroid_search[(len(programs),)](
-            p_vectors=vectors.contiguous(),
-            p_centroids=centroids.contiguous(),
+            p_vectors=vectors,
+            p_centroids=centroids,
             p_row_inverse=inverse_norms(vectors, operand),
-            p_centroid_inverse=inverse_norms(centroids.reshape(-1, width), operand),
+            p_centroid_inverse=inverse_norms(centroids.view(-1, width), operand),
             p_offsets=offsets.contiguous(),
             p_segment=torch.searchsorted(ends, programs, right=True),
             p_first=ends - blocks,
@@ -117,7 +118,7 @@ def _constants(operand: torch.dtype, count: int, width: int, tf32: bool, archite
         "COUNT": count,
         "WIDTH": width,
         "OPERAND": TRITON_DTYPE[operand],
-        "PRECISION": "tf32" if tf32 and has_tf32(architecture) else "ieee",
+        "PRECISION": float32_precision(tf32, architecture),
         "BLOCK_M": limits.rows,
         "BLOCK_N": columns,
         "BLOCK_D": block_size(width, limits.width),

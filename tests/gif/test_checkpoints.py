@@ -2,21 +2,31 @@
 
 import math
 import os
+import pickle
+import random
+import re
+import shutil
 import signal
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch.multiprocessing import get_context
 
-from gif import CodeVectors, GIFLoss, IdentityCodes
-from gif.backbones import BackboneConfig
+from gif import CodeVectors, GIFLoss, IdentityCodes, files
+from gif.backbones import BackboneConfig, load_backbone
 from gif.data import IdentityImages
 from gif.data.augment import RandomAffine
+from gif.encoders import CLIPEncoder, DINOEncoder
+from gif.errors import DamagedFileError, InputError
 from gif.losses import MarginSoftmax
+from gif.progress import console
 from gif.training import Checkpoints, TrainingConfig, train
 from gif.training import checkpoint as checkpoint_module
 from gif.training import journal as journal_module
 from gif.training.journal import TableJournal
+from gif.weights import load_pytorch
 
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
 CONFIG = TrainingConfig(epochs=3, batch_size=8, save_steps=3)  # 5 steps an epoch: checkpoints at 3, 5, 6, 9, 10, ...
@@ -228,9 +238,9 @@ class TestTableJournal:
             states.append((journal.save(step), table.clone()))
         assert len({files[0] for files, _ in states}) > 1, "the table was never copied again"
         assert all(len(files) <= 8 for files, _ in states)
-        for files, wanted in states:
+        for names, wanted in states:
             other = torch.zeros_like(table)
-            TableJournal(tmp_path, other).load(files)
+            TableJournal(tmp_path, other).load(names)
             assert torch.equal(other, wanted)
 
     def test_a_restored_journal_goes_on(self, table, tmp_path):
@@ -264,3 +274,167 @@ class TestTableJournal:
         journal.save(1)
         journal.remove_others(first)
         assert [path.name for path in tmp_path.iterdir()] == first
+
+
+class Hostile:
+    """A pickle of this touches a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+class TestNothingIsExecuted:
+    @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "progress.safetensors", "state.safetensors"])
+    def test_a_pickle_beside_or_over_a_checkpoints_file(self, whole, tmp_path, name):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", stop_at=8)
+        (place,) = (tmp_path / "run").glob("step-*")
+        (place / name).write_bytes(pickle.dumps(Hostile(tmp_path / "executed")))
+        if name == "state.safetensors":
+            with pytest.raises(DamagedFileError, match=r"state\.safetensors is damaged.*remove that folder"):
+                run(tmp_path / "run", seed=1)
+        else:
+            assert_same(run(tmp_path / "run", seed=1), whole)
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_checkpoint_of_a_version_that_kept_pickles_is_refused_unread(self, tmp_path):
+        place = tmp_path / "run" / "step-000000003"
+        place.mkdir(parents=True)
+        for name in (".metadata", "progress.safetensors"):
+            (place / name).write_bytes(pickle.dumps(Hostile(tmp_path / "executed")))
+        with pytest.raises(InputError, match=r"step-000000003 is a checkpoint of an older version, .* a pickle is not"):
+            run(tmp_path / "run")
+        assert place.exists() and not (tmp_path / "executed").exists()
+
+    def test_no_module_of_ours_reads_pickles(self):
+        """Unpicklers of the standard library, torch, NumPy and joblib, by the names they are called by."""
+        asked = re.compile(r"pickle\.load|Unpickler\(|torch\.load\(|dcp\.|joblib\.load|np\.load\(|allow_pickle")
+        root = Path(files.__file__).parent
+        found = {
+            str(path.relative_to(root)): line.strip()
+            for path in root.rglob("*.py")
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if asked.search(line)
+        }
+        found.pop("data/pairs.py", None)  # judged by its own tests
+        assert found == {"weights.py": 'return torch.load(path, map_location="cpu", weights_only=True)'}
+
+    def test_weights_of_every_kind(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        files_of = {name: tmp_path / name for name in ("plain.pt", "zip.pt", "nested.pth")}
+        files_of["plain.pt"].write_bytes(pickle.dumps(Hostile(tmp_path / "executed")))
+        torch.save({"conv1.weight": Hostile(tmp_path / "executed")}, files_of["zip.pt"])
+        torch.save({"state_dict": {"a": torch.zeros(1)}, "b": Hostile(tmp_path / "executed")}, files_of["nested.pth"])
+        for path in files_of.values():
+            for read in (
+                load_backbone,
+                lambda path: DINOEncoder("vit_tiny_patch16_224", path),
+                lambda path: CLIPEncoder("ViT-B-32", path),
+            ):
+                with pytest.raises(InputError, match=path.name):
+                    read(path)
+        assert not (tmp_path / "executed").exists()
+
+    def test_packed_archives_are_refused(self, tmp_path):
+        torch.save({"conv1.weight": torch.zeros(1000)}, tmp_path / "a.pt")
+        with zipfile.ZipFile(tmp_path / "a.pt") as archive, zipfile.ZipFile(tmp_path / "b.pt", "w") as packed:
+            for member in archive.infolist():
+                packed.writestr(member.filename, archive.read(member), zipfile.ZIP_DEFLATED)
+        assert load_pytorch(tmp_path / "a.pt")["conv1.weight"].shape == (1000,)
+        with pytest.raises(InputError, match=r"b\.pt is an archive that PyTorch did not write"):
+            load_pytorch(tmp_path / "b.pt")
+
+    def test_a_config_calls_nothing(self, gif, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text(f"data: !!python/object/apply:os.system ['touch {tmp_path / 'executed'}']\noutput: x\n")
+        code, _ = gif("vectors", "--config", config)
+        assert code != 0 and not (tmp_path / "executed").exists()
+
+
+def damage(path, place=0.7):
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x40
+    path.write_bytes(data)
+
+
+class TestDamage:
+    @pytest.fixture
+    def stopped(self, tmp_path):
+        """A run with two checkpoints, after 5 and 6 steps."""
+        self.config = TrainingConfig(epochs=3, batch_size=8, save_steps=3, keep=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, stop_at=8, config=self.config)
+        assert names(tmp_path) == ["step-000000005", "step-000000006"]
+        return tmp_path
+
+    @pytest.mark.parametrize("what", ["state", "header", "short", "missing", "empty", "table", "table missing"])
+    def test_it_falls_back_to_the_one_before(self, stopped, whole, what):
+        newest = stopped / "step-000000006" / "state.safetensors"
+        journal = sorted((stopped / "vectors").glob("*"))[-1]
+        assert journal.name.startswith("000000006")
+        {
+            "state": lambda: damage(newest),
+            "header": lambda: damage(newest, 0.001),
+            "short": lambda: os.truncate(newest, newest.stat().st_size // 2),
+            "missing": newest.unlink,
+            "empty": lambda: os.truncate(newest, 0),
+            "table": lambda: damage(journal),
+            "table missing": journal.unlink,
+        }[what]()
+        with console.capture() as capture:
+            result = run(stopped, seed=1, config=self.config)
+        assert_same(result, whole)
+        assert "continues from step-000000005" in capture.get()
+        assert (journal if "table" in what else newest).name in capture.get()
+
+    def test_where_none_is_whole_it_is_an_error_and_all_stays(self, stopped):
+        for place in stopped.glob("step-*"):
+            damage(place / "state.safetensors")
+        before = sorted(stopped.rglob("*"))
+        with pytest.raises(DamagedFileError, match=r"step-000000006.*no checkpoint in .* is whole; remove that folder"):
+            run(stopped, config=self.config)
+        assert sorted(stopped.rglob("*")) == before
+
+    def test_no_changed_byte_is_silent(self, tmp_path, whole):
+        """Each result is the whole run's, or an error of one line that names a file."""
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", stop_at=4)
+        chance = random.Random(3)
+        paths = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+        for number in range(12):
+            copy = tmp_path / str(number)
+            shutil.copytree(tmp_path / "run", copy)
+            path = copy / chance.choice(paths).relative_to(tmp_path / "run")
+            damage(path, chance.random())
+            with pytest.raises(DamagedFileError, match=path.name) as error:
+                run(copy, seed=1)
+            assert "\n" not in str(error.value)
+
+    def test_a_damaged_best_is_named_and_the_next_best_taken(self, tmp_path):
+        values = iter([0.2, 0.9, 0.1])
+        run(tmp_path, validate=lambda backbone: {"a": next(values)})
+        damage(tmp_path / "step-000000010" / "state.safetensors")
+        with pytest.raises(DamagedFileError, match=r"step-000000010.*next best"):
+            Checkpoints(tmp_path).load_best(fresh()[0])
+        run(tmp_path)
+        assert names(tmp_path) == ["step-000000015"]
+        assert Checkpoints(tmp_path).load_best(fresh()[0]) == 15
+
+    def test_another_network_is_named(self, tmp_path):
+        run(tmp_path)
+        torch.manual_seed(0)
+        wider = BackboneConfig(embedding_size=16, image_size=16, width=8).build()
+        with pytest.raises(InputError, match="of another backbone or head"):
+            train(wider, fresh()[1], dataset(), CONFIG, checkpoints=tmp_path)
+
+    def test_unfinished_checkpoints_of_killed_runs_are_removed(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, stop_at=8)
+        (tmp_path / ".step-000000099.tmp").mkdir()
+        (tmp_path / ".step-000000099.tmp" / "state.safetensors").write_bytes(b"half")
+        (tmp_path / "vectors" / ".000000099-all.safetensors.4194305.tmp").write_bytes(b"half")
+        run(tmp_path)
+        assert {path.name for path in tmp_path.rglob("*") if path.name.startswith(".")} == set()

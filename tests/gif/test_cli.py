@@ -250,5 +250,5 @@ class TestErrorsAreOneLine:
 
         monkeypatch.setattr(cli, "initial_code_vectors", interrupted)
         code, printed = gif("vectors", "--output", tmp_path / "v.safetensors")
-        assert code == 130 and "continues where this one stopped" in printed
+        assert code == 130 and "nothing was kept" in printed
         assert not list(tmp_path.iterdir())
