@@ -3,7 +3,8 @@
 `python -m gif_kernels.aot [--target sm_90] [--kernel potential] [--json out.json]` prints registers, spills, shared
 memory and matrix instructions of each configuration and exits 1 where a limit is broken: it compiles, no spill and no
 stack on NVIDIA, shared memory within the target's, the target's matrix instructions where a configuration asks for
-them, and no loop that overwrites what a product still reads (`gif_kernels.races`). `make aot-matrix` does so with each Triton that is supported.
+them, and no loop that overwrites what a product still reads (`gif_kernels.races`). `make aot-matrix` does so with each
+Triton that is supported.
 """
 
 from __future__ import annotations

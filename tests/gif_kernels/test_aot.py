@@ -102,6 +102,12 @@ def test_a_compiler_that_fails_is_reported(monkeypatch):
     assert found.broken == ("does not compile: RuntimeError: PassManager::run failed",)
 
 
+def test_a_race_is_reported(monkeypatch):
+    monkeypatch.setattr(aot, "overwritten_operands", lambda ttgir: ["%rows"] if "ttg" in ttgir else [])
+    found = aot.compile_one("sm_90", aot.configurations("sm_90", ["reduce_losses"])[0])
+    assert found.broken == ("a product's operand %rows is overwritten",)
+
+
 def test_kernels_are_chosen_by_a_part_of_their_name(capsys):
     chosen = {c.kernel.__name__ for c in aot.configurations("sm_80", ["potential_gradient", "uniformity"])}
     assert chosen == {"gaussian_potential_gradient", "uniformity_step"}
