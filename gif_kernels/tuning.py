@@ -68,8 +68,7 @@ class Tile:
 
 TILES = {
     "token_margin_forward": {
-        ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
-        ("sm_86", 2): Tile(rows=32, columns=64, width=64, warps=8, stages=2),
+        ("sm_80", 2): Tile(rows=64, columns=64, width=64, warps=8, stages=2),
         ("sm_90", 2): Tile(rows=64, columns=256, width=64, warps=8, stages=3, source=H100),
         ("sm_90", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2, source=H100),
         ("sm_100", 2): Tile(rows=64, columns=128, width=32, warps=8, stages=3),
