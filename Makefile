@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
 BENCH_DIR ?= runs/bench
 SAVED ?= runs/bench/saved.json
+AOT_DIR ?= runs/aot
+TRITONS ?= 3.5.0 3.6.0 newest
 
-.PHONY: quickstart test lint bench bench-full bench-compare clean
+.PHONY: quickstart test lint bench bench-full bench-compare aot-matrix clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -35,6 +37,17 @@ bench bench-full: $(VENV)/.installed
 
 bench-compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compare $(SAVED) $(BENCH_DIR)/bench.json
+
+# Every kernel for every target, with each Triton that is supported: a Triton in a folder before the environment's own, since
+# the kernels need PyTorch only for its dtypes. All are tried, whatever fails. To choose: AOT_FLAGS="--target sm_90".
+aot-matrix: $(TRITONS:%=$(AOT_DIR)/triton-%/triton)
+	status=0; for version in $(TRITONS); do \
+		PYTHONPATH=$(CURDIR)/$(AOT_DIR)/triton-$$version:$(CURDIR) $(BIN)/python -m gif_kernels.aot \
+			--json $(AOT_DIR)/$$version.json $(AOT_FLAGS) || status=1; \
+	done; exit $$status
+
+$(AOT_DIR)/triton-%/triton: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton$(if $(filter-out newest,$*),==$*)
 
 clean:
 	rm -rf $(VENV) runs

@@ -8,18 +8,34 @@ within its shared memory, as `python -m gif_kernels.aot` reports. Measured: the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 H100 = "measured, NVIDIA H100 80GB HBM3, 2026-11-26"
-DEFAULT_NVIDIA = "sm_80"
-DEFAULT_AMD = "gfx942"
+INTERPRETED = "sm_80"
+"""The architecture whose tiles a CPU interprets."""
+SHARES_TILES_OF = {
+    "sm_86": "sm_80",  # 99 KiB of shared memory, where sm_80 has 163
+    "sm_89": "sm_86",
+    "sm_90": "sm_80",
+    "sm_100": "sm_80",
+    "sm_103": "sm_100",
+    "sm_120": "sm_86",
+}
+"""Whose row of `TILES` an architecture takes that has none of its own, and so on from there."""
+LAST = ("sm_80", "gfx942")
+"""Those that have a row for every kernel and size."""
+SMALLEST_NVIDIA, SMALLEST_AMD = "sm_86", "gfx942"
+"""Whose row an architecture takes that is not named above: the one with the least shared memory of its vendor."""
 FEWEST_ROWS = 16
 FEWEST_WARPS = 4
 MAX_VOCAB = 256
 """Centres a token that the token-margin kernels hold at once."""
+WIDE_VOCAB = 128
+"""Centres a token beyond which those kernels have a tile of their own: fewer rows, or the epilogue spills."""
 WIDEST_ROWS = 64
 """Rows that a warp group multiplies at once on sm_90 (and sm_100)."""
 
@@ -52,13 +68,21 @@ class Tile:
 
 TILES = {
     "token_margin_forward": {
-        ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=3),
+        ("sm_80", 2): Tile(rows=64, columns=64, width=64, warps=8, stages=2),
         ("sm_90", 2): Tile(rows=64, columns=256, width=64, warps=8, stages=3, source=H100),
         ("sm_90", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2, source=H100),
         ("sm_100", 2): Tile(rows=64, columns=128, width=32, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
         ("gfx942", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
+    },
+    "token_margin_forward_wide": {
+        ("sm_80", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=3),
+        ("sm_86", 2): Tile(rows=16, columns=256, width=64, warps=8, stages=2),
+        ("sm_100", 2): Tile(rows=32, columns=256, width=32, warps=8, stages=3),
+        ("gfx942", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=2),
+        ("sm_80", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2),
+        ("gfx942", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2),
     },
     "cosine_backward": {
         ("sm_90", 2): Tile(rows=64, columns=128, width=128, warps=8, stages=2, source=H100),
@@ -93,17 +117,26 @@ TILES = {
         ("gfx942", 4): Tile(rows=8, columns=1, width=256, warps=4, stages=2),
     },
 }
-"""By kernel, then by architecture and bytes of an operand of its products."""
+"""By kernel, then by architecture and bytes of an operand of its products. The wide token-margin tile is for more than
+`WIDE_VOCAB` centres a token."""
 
 
 def tile(kernel: str, operand: torch.dtype, architecture: str) -> Tile:
     """The tile of ``kernel`` for products of ``operand`` on ``architecture`` ("sm_90", "gfx942").
 
-    An architecture without a row of its own takes the smallest tile of its vendor, that of sm_80 or gfx942.
+    An architecture without a row of its own takes that of one whose tiles it shares: see `SHARES_TILES_OF`.
     """
     table, size = TILES[kernel], operand.itemsize
-    fallback = DEFAULT_AMD if architecture.startswith("gfx") else DEFAULT_NVIDIA
-    return table.get((architecture, size), table[fallback, size])
+    return next(table[name, size] for name in _lenders(architecture) if (name, size) in table)
+
+
+def _lenders(architecture: str) -> Iterator[str]:
+    """``architecture``, and those whose tiles it takes where it has none, the nearest first."""
+    yield architecture
+    smallest = SMALLEST_AMD if architecture.startswith("gfx") else SMALLEST_NVIDIA
+    while architecture not in LAST:
+        architecture = SHARES_TILES_OF.get(architecture, smallest)
+        yield architecture
 
 
 FUSED_POTENTIAL = {
@@ -145,7 +178,7 @@ def multiprocessors(device: torch.device) -> int:
 def architecture(device: torch.device) -> str:
     """The name of a CUDA or ROCm device's architecture; for a CPU, where kernels are interpreted, the default."""
     if device.type == "cpu":
-        return DEFAULT_NVIDIA
+        return INTERPRETED
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)

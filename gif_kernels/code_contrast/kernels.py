@@ -18,11 +18,13 @@ from gif_kernels.margins import AngularMargin
 from gif_kernels.precision import gradient_dtype, product
 from gif_kernels.primitives import SIGNATURE, block_size, empty_like_if
 from gif_kernels.reduction import Reduction
-from gif_kernels.row_kernels import MOST_WARPS, ONE_WARP, inverse_norms, row_gradients, shipped_row_kernels
+from gif_kernels.row_kernels import ONE_WARP, inverse_norms, row_gradients, shipped_row_kernels
 from gif_kernels.tuning import Configuration
 
 AT_ONCE = 4096
-"""Candidates that a program holds at once: 16 a thread."""
+"""Candidates that a program holds at once."""
+MOST_WARPS = 16
+"""That hold them, 8 a thread: with 16 a thread sm_86 spills."""
 
 
 @triton.jit

@@ -46,6 +46,8 @@ FUSED_UP_TO = 2048
 """Columns up to which the fused launch is used: blocks take the same time on an H100 there, but a dozen launches, for
 which an eager step waits."""
 GROUP = 8
+ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
+"""Whether PyTorch adds a product of bfloat16 to float32 sums; before, a product has memory of its own first."""
 
 
 @triton.jit
@@ -336,8 +338,10 @@ def _add_product(numerators: Tensor, pairs: Tensor, rows: Tensor) -> None:
     """numerators += pairs @ rows, summed in float32 whatever the pairs' dtype."""
     if pairs.dtype == torch.float32:
         numerators.addmm_(pairs, rows.float())
-    else:
+    elif ADDS_TO_FLOAT32:
         torch.addmm(numerators, pairs, rows, out_dtype=torch.float32, out=numerators)
+    else:
+        numerators += torch.mm(pairs, rows, out_dtype=torch.float32)
 
 
 def _sharpness(t: float) -> float:

@@ -45,7 +45,7 @@ from gif_kernels.primitives import (
     tf32_allowed,
 )
 from gif_kernels.reduction import Reduction
-from gif_kernels.tuning import MAX_VOCAB, Configuration, architecture, tile
+from gif_kernels.tuning import MAX_VOCAB, WIDE_VOCAB, Configuration, architecture, tile
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def _forward_constants(
     architecture: str,
 ) -> dict[str, Any]:
     """What the kernel compiles with, but for WEIGHED, PULLED, HAS_TARGET_ROWS and SAVE."""
-    limits = tile("token_margin_forward", operand, architecture)
+    limits = tile("token_margin_forward_wide" if vocab > WIDE_VOCAB else "token_margin_forward", operand, architecture)
     block_v = block_size(vocab, MAX_VOCAB)
     group = block_size(length, max(1, limits.columns // block_v), least=1) if tokens == 1 else 1
     columns = group * block_v

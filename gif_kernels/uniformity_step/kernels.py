@@ -99,7 +99,8 @@ def _signed(bits: int) -> int:
 
 def _constants(dtype: torch.dtype, width: int, column_stride: int) -> dict[str, Any]:
     rounding = {"DIGITS": SIGNIFICAND_BITS.get(dtype, 0), "LOWEST": LOWEST_EXPONENT.get(dtype, 0)}
-    return {**row_constants(width, column_stride), **rounding}
+    rows = row_constants(width, column_stride)
+    return {**rows, **rounding, "num_warps": 2 * rows["num_warps"]}  # rounding needs registers of its own
 
 
 def shipped(architecture: str) -> Iterator[Configuration]:

@@ -208,3 +208,21 @@ def test_offsets_past_int32():
     ]
     expected = (sum(parts) - 100).log() - math.log(rows * (rows - 1))
     assert share.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_products_are_added_in_float32_by_each_pytorch(adds, monkeypatch):
+    """PyTorch 2.9 multiplies bfloat16 into float32 but refuses to add it there; a CPU does neither: both are played."""
+
+    def addmm(sums, left, right, *, out_dtype, out):
+        assert adds, "self and mat2 must have the same dtype, but got Float and BFloat16"
+        return out.copy_(sums + left.to(out_dtype) @ right.to(out_dtype))
+
+    monkeypatch.setattr(kernels, "ADDS_TO_FLOAT32", adds)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch, "mm", lambda left, right, *, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
+    sums = torch.randn(5, 3)
+    pairs, rows = torch.rand(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    wanted = sums + pairs.float() @ rows.float()
+    kernels._add_product(sums, pairs, rows)
+    assert torch.equal(sums, wanted)
