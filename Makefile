@@ -4,9 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
 BENCH_DIR ?= runs/bench
+GPU_DIR ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
+GPU_SECONDS ?= 420
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SAVED ?= runs/bench/saved.json
 
-.PHONY: quickstart test lint bench bench-full bench-compare clean
+.PHONY: quickstart test lint bench bench-full bench-compare gpu clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -35,6 +38,10 @@ bench bench-full: $(VENV)/.installed
 
 bench-compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compare $(SAVED) $(BENCH_DIR)/bench.json
+
+# Everything that a GPU can say, in minutes, without installing anything: see docs/gpu.md.
+gpu:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --output $(GPU_DIR)
 
 clean:
 	rm -rf $(VENV) runs
