@@ -10,7 +10,7 @@ from gif.errors import UnavailableError
 
 @contextmanager
 def needs(package: str, purpose: str) -> Iterator[None]:
-    """Around the imports of ``package``, as pip calls it: without it, UnavailableError with the command that installs it.
+    """Around the imports of ``package``, as pip calls it; UnavailableError, with how to install it, without it.
 
     ``purpose`` is what cannot be done then: "pictures", "reading images".
     """
