@@ -21,8 +21,8 @@ TINY_CLIP = {
 }
 TINY_TIMM = "test_vit.r160_in1k"  # 64 wide
 
-# PIL and torch round between and after the two passes of a resize: as a rule by a grey level differently, seldom by two,
-# of 1/255 each, over a std of 0.22.
+# PIL and torch round between and after the two passes of a resize: mostly by a grey level differently, seldom by two.
+# A level is 1/255, over a std of 0.22.
 PREPROCESSING_TOLERANCE = 2 / 255 / 0.22
 
 
