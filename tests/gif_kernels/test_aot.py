@@ -122,12 +122,12 @@ def test_the_table_fits_80_columns():
     """Nothing is cut off: every number, and the reason why a limit is broken, are there."""
     console = Console(width=80, record=True, file=io.StringIO())
     label = "5 x 20 x 512 bfloat16 and float32, pulled, shift"
-    found = aot.Compiled("sm_100", "kernel", label, 8, 3, 255, 1234, 227 * 1024, {"UTCHMMA": 768}, ("1234 spilled",))
+    found = aot.Compiled("sm_100", "kernel", label, 8, 3, 255, 1234, 227 * 1024, {"UTCHMMA": 768}, ("[1234] spilled",))
     console.print(aot.table("sm_100", [found]))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
-    for shown in ("8 x 3", "255", "1234", "227.0", "768 UTCHMMA", "1234 spilled"):
+    for shown in ("8 x 3", "255", "1234", "227.0", "768 UTCHMMA", "[1234] spilled"):
         assert shown in text
     assert all(word in text for word in label.split())
 
