@@ -73,9 +73,9 @@ KNOWN_SPILLS = {
 }
 """Bytes of stack that are allowed after all, by Triton's version, target and kernel.
 
-The assembler that Triton 3.5 brings (CUDA 12.8) holds more at once than those after it. The tiles are the ones that were
-measured on an H100 with a later Triton: a few bytes on the stack cost less than the next smaller tile. The results are
-right.
+The assembler that Triton 3.5 brings (CUDA 12.8) holds more at once than those after it. The tiles are the ones that
+were measured on an H100 with a later Triton: a few bytes on the stack cost less than the next smaller tile, and the
+results are right.
 """
 
 
