@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
 BENCH_DIR ?= runs/bench
+GPU_DIR ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
+GPU_SECONDS ?= 420
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SAVED ?= runs/bench/saved.json
 AOT_DIR ?= runs/aot
 TRITONS ?= 3.5.0 3.6.0 newest
 
-.PHONY: quickstart test lint bench bench-full bench-compare aot-matrix clean
+.PHONY: quickstart test lint bench bench-full bench-compare gpu aot-matrix clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -48,6 +51,10 @@ aot-matrix: $(TRITONS:%=$(AOT_DIR)/triton-%/triton)
 
 $(AOT_DIR)/triton-%/triton: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton$(if $(filter-out newest,$*),==$*)
+
+# Everything that a GPU can say, in minutes, without installing anything: see docs/gpu.md.
+gpu:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --output $(GPU_DIR)
 
 clean:
 	rm -rf $(VENV) runs

@@ -36,25 +36,39 @@ Builder = Callable[[int, list[Tensor], Path], Step]
 
 
 def gif_step(recipe: str) -> Builder:
-    """GIFLoss and its optimizer; codes are the numbers of the identities in base v."""
+    """GIFLoss and its optimizer, its code vectors in a sparse memory-mapped file."""
 
     def build(m: int, labels: list[Tensor], folder: Path) -> Step:
-        length = code_length(m, VOCAB)
-        codes = torch.empty(m, length, dtype=torch.uint8)
-        rest = torch.arange(m)
-        for place in reversed(range(length)):
-            codes[:, place] = rest % VOCAB
-            rest //= VOCAB
         raw = np.memmap(folder / f"{recipe}-{m}", np.float32, "w+", shape=(m, WIDTH))
-        head = GIFLoss(
-            IdentityCodes(codes, VOCAB), CodeVectors(torch.from_numpy(raw), normalized=True), WIDTH, recipe=recipe
-        )
-        for batch in labels:  # only the rows that the pool of batches reads are written: the file stays sparse
-            rows = torch.cat([batch.cpu(), head.codes.siblings(batch.cpu(), head.recipe.siblings).flatten()]).unique()
-            raw[rows.numpy()] = F.normalize(torch.randn(len(rows), WIDTH), dim=1).numpy()
-        return _trained(head.to(DEVICE))
+        return _gif(m, labels, recipe, torch.from_numpy(raw))
 
     return build
+
+
+def gif_on_device(m: int, labels: list[Tensor], folder: Path) -> Step:
+    """GIFLoss with the code table and bfloat16 code vectors on the device."""
+    return _gif(m, labels, "live", torch.empty(m, WIDTH, dtype=torch.bfloat16, device=DEVICE))
+
+
+def _gif(m: int, labels: list[Tensor], recipe: str, table: Tensor) -> Step:
+    codes = IdentityCodes(identity_codes(m, table.device), VOCAB)
+    head = GIFLoss(codes, CodeVectors(table, normalized=True), WIDTH, recipe=recipe)
+    for batch in labels:  # only the rows that the pool of batches reads are written: a file stays sparse
+        own = batch.to(table.device)
+        rows = torch.cat([own, codes.siblings(own, head.recipe.siblings).flatten()]).unique()
+        table[rows] = F.normalize(torch.randn(len(rows), WIDTH, device=table.device), dim=1).to(table.dtype)
+    return _trained(head.to(DEVICE))
+
+
+def identity_codes(m: int, device: str | torch.device) -> Tensor:
+    """The numbers of m identities in base v: (m, l) uint8."""
+    length = code_length(m, VOCAB)
+    codes = torch.empty(m, length, dtype=torch.uint8, device=device)
+    rest = torch.arange(m, device=device)
+    for place in reversed(range(length)):
+        codes[:, place] = rest % VOCAB
+        rest //= VOCAB
+    return codes
 
 
 def _trained(head: nn.Module) -> Step:

@@ -1,6 +1,7 @@
 """`python -m benchmarks.report runs/bench/results.json`: tables, plots and a CSV of what was measured.
 
-With `--docs docs/benchmarks.md` the tables go into the document's blocks, one a kernel, and the plots beside it.
+With `--docs docs/benchmarks.md` the tables go into the document's blocks, one a kernel, and the plots beside it. Of
+`benchmarks.gpu` give gpu.jsonl, and `--docs docs/gpu.md`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from benchmarks.gpu.report import report_gpu
 from benchmarks.heads import BACKBONE_ALONE, PROVIDERS, needed_bytes
 from benchmarks.pictures import pictures
 from benchmarks.results import FACTS, Measurement, read_results
@@ -38,11 +40,14 @@ def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: 
     """Write results.csv, a table a kernel and plots.
 
     Args:
-        results: files of `--benchmark-json`; of a point measured twice the later counts.
+        results: files of `--benchmark-json`; of a point measured twice the later counts. Or one of `benchmarks.gpu`.
         output: folder for them.
         docs: a document whose blocks "bench KERNEL" get the tables; the plots, of the machine measured last, go into
-            its folder pictures.
+            its folder pictures. Of `benchmarks.gpu` the blocks are "gpu goals" and "gpu STAGE".
     """
+    if len(results) == 1 and results[0].suffix == ".jsonl":
+        report_gpu(results[0], output=output, docs=docs)
+        return
     latest = {(m.kernel, m.provider, m.point, m.machine): m for m in read_results(results)}
     found = list(latest.values())
     kernels = list(dict.fromkeys(m.kernel for m in found))
@@ -158,7 +163,7 @@ def _bytes(count: float) -> str:
 def main() -> None:
     """The command line."""
     parser = ArgumentParser(description="Write results.csv, a table a kernel and plots.")
-    parser.add_argument("results", nargs="+", type=Path, help="files of --benchmark-json")
+    parser.add_argument("results", nargs="+", type=Path, help="files of --benchmark-json, or one gpu.jsonl")
     parser.add_function_arguments(report, skip={"results"})
     arguments = parser.parse_args()
     try:

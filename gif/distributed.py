@@ -137,12 +137,27 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is a name of PyTorch's, and a GPU that it names is there."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f'unknown device "{device}"; give "cpu" or "cuda"') from error
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f'device "{device}" was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs; look at the driver '
+            'and at CUDA_VISIBLE_DEVICES, or give "cpu"'
+        )
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """Join the processes that torchrun announces, if it does, and leave them in the end; yields this one's device.
 
-    ``device``: "cpu" joins by gloo; "cuda" by nccl, and the device is the process's own.
+    ``device``: "cpu" joins by gloo; "cuda" by nccl, and the device is the process's own. Raises ValueError where it is
+    not there.
     """
+    check_device(device)
     if not dist.is_torchelastic_launched():
         yield torch.device(device)
         return

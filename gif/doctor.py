@@ -7,10 +7,9 @@ import os
 import platform
 
 import torch
-from rich.table import Table
 
 import gif_kernels  # noqa: F401 (registers the ops)
-from gif.progress import console
+from gif.progress import new_table, print_table
 from gif_kernels import dispatch
 
 PACKAGES = (
@@ -28,7 +27,7 @@ PACKAGES = (
 
 def doctor() -> None:
     """Show the machine, the versions, and which implementation each kernel will use, and why."""
-    facts = Table(title="machine", show_header=False)
+    facts = new_table(title="machine", show_header=False)
     facts.add_row("python", platform.python_version())
     facts.add_row("platform", platform.platform())
     facts.add_row(
@@ -38,21 +37,21 @@ def doctor() -> None:
     )
     for name in devices():
         facts.add_row("device", name)
-    console.print(facts)
+    print_table(facts)
 
-    versions = Table("package", "version", title="packages")
+    versions = new_table("package", "version", title="packages")
     for package in PACKAGES:
         try:
             versions.add_row(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             versions.add_row(package, "[yellow]not installed[/]")
-    console.print(versions)
+    print_table(versions)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = Table("op", f"impl on {device}", "why", title="kernels")
+    chosen = new_table("op", f"impl on {device}", "why", title="kernels")
     for op in dispatch.ops():
         chosen.add_row(op, *dispatch.choose(op, device))
-    console.print(chosen)
+    print_table(chosen)
 
 
 def devices() -> list[str]:

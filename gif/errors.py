@@ -6,7 +6,15 @@ import signal
 
 from gif_kernels.errors import InputError
 
-__all__ = ["DamagedFileError", "InputError", "Interrupted", "MissingFileError", "OutputError"]
+__all__ = [
+    "DamagedFileError",
+    "DivergedError",
+    "InputError",
+    "Interrupted",
+    "MissingFileError",
+    "OutputError",
+    "UnavailableError",
+]
 
 
 class MissingFileError(InputError, FileNotFoundError):
@@ -27,3 +35,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str = "", number: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.number = number
+
+
+class UnavailableError(InputError, RuntimeError):
+    """A package, hub or device that a command needs is not there; the message says how to do with or without it."""
+
+
+class DivergedError(InputError, FloatingPointError):
+    """Training came to numbers that are not finite; the message says which settings to look at."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,11 +19,13 @@ from torch.nn.functional import normalize
 from gif.backbones import BackboneConfig, load_backbone
 from gif.errors import InputError
 from gif.files import atomic_path
+from gif.packages import needs
 from gif.progress import say
 
 INPUT, OUTPUT = "images", "embeddings"
 CONFIG_KEY = "gif.backbone"
 OPSET = 18
+REASON_CHARACTERS = 300  # of the exporter's message, which may hold a whole graph
 BATCHES = (1, 2, 5)  # that are compared
 TOLERANCE = 1e-4
 """Largest difference of an entry of a unit embedding: float32 sums in another order, through a hundred layers."""
@@ -49,30 +55,34 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
     on the CPU.
 
     Returns the largest difference to PyTorch of an entry of a unit embedding. Raises ValueError, and leaves no file, if
-    it is above `TOLERANCE`; RuntimeError where the libraries are missing.
+    it is above `TOLERANCE` or the network cannot be translated; and where the libraries are missing.
     """
-    try:
+    with needs("gif-recognition[export]", "export to ONNX"):
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401 (the exporter needs it)
-    except ImportError as error:
-        raise RuntimeError(f"export needs ONNX ({error}); run pip install 'gif-recognition[export]'") from error
     backbone = backbone.cpu().eval()
     shape = (config.channels, config.image_size, config.image_size)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(size, *shape, generator=generator) * 2 - 1 for size in BATCHES]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own insides
-        program = torch.onnx.export(
-            backbone,
-            (batches[-1],),
-            dynamo=True,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=OPSET,
-            verbose=False,
-        )
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                backbone,
+                (batches[-1],),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = shorten(str(error.__cause__ or error), REASON_CHARACTERS)
+        raise InputError(
+            f"PyTorch's exporter does not translate this {config.name} ({reason}); export another network, or this one "
+            "with another version of PyTorch"
+        ) from error
     assert program is not None  # it is for dynamo=False
     proto = program.model_proto
     onnx.helper.set_model_props(proto, {CONFIG_KEY: json.dumps(asdict(config))})
@@ -83,6 +93,19 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
         if not difference <= TOLERANCE:
             raise InputError(f"the ONNX model differs from PyTorch by {difference:.1e}, wanted at most {TOLERANCE:.0e}")
     return difference
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter tells of its own insides, by warnings and by log: 48 lines of some networks."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from gif.errors import DamagedFileError, InputError, MissingFileError, OutputError
+from gif.packages import needs
 
 CHECKED_WHEN_MAPPED = 1 << 28
 """Bytes up to which a file is read whole, and its checksum compared, when it is mapped: a fraction of a second."""
@@ -109,6 +109,8 @@ def _forgotten(path: Path, found: re.Match[str]) -> bool:
 
 def _ran(pid: int, moment: float) -> bool:
     """Whether the process that runs as ``pid`` now, if one does, is one that ran at that ``moment`` (s) already."""
+    with needs("psutil", "telling what a killed run left from what one is writing"):
+        import psutil
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment + 1
@@ -323,7 +325,9 @@ def _header(
     layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], format: str, metadata: Mapping[str, str]
 ) -> tuple[bytes, int]:
     """The header of a file of such tensors, without a checksum yet, and the size of the whole file."""
-    header: dict[str, object] = {"__metadata__": {"format": format, **metadata, _CHECKSUM: _UNSEALED}}
+    header: dict[str, object] = {
+        "__metadata__": dict(sorted({"format": format, **metadata, _CHECKSUM: _UNSEALED}.items()))
+    }
     end = 0
     for name in _in_order(layout):
         shape, dtype = layout[name]
@@ -453,7 +457,7 @@ def map_tensor(path: str | Path, name: str, *, format: str, writable: bool = Fal
         _write_checksum(path, _read_header(path), _UNSEALED)
     elif path.stat().st_size <= CHECKED_WHEN_MAPPED:
         check_file(path)
-    if not math.prod(where.shape):
+    if math.prod(where.shape) == 0:  # nothing to map
         return torch.empty(where.shape, dtype=where.dtype)
     with path.open("r+b" if writable else "rb") as file:
         if writable:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from gif.files import atomic_path
+from gif.packages import needs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 """Okabe and Ito's palette: told apart by people who see colours differently."""
@@ -15,9 +17,16 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#55
 DPI = 130
 
 
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of width x height inches. Raises ValueError where matplotlib is not installed."""
+    with needs("matplotlib", "pictures"):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1) -> tuple[Figure, Any]:
     """A figure of width x height inches with one axes, or an array of several side by side."""
-    drawing = Figure(figsize=(width, height), layout="constrained")
+    drawing = canvas(width, height)
     panels = drawing.subplots(1, columns, squeeze=False)[0]
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

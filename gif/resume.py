@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gif.files import is_temporary, load_tensors, read_json, remove_temporaries,
 SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
 RECORD = "settings.json"  # of what a folder belongs to
+_SHOWN = 80  # characters of settings that cannot be read
 
 
 def own_file(path: str | Path) -> Path:
@@ -31,13 +32,13 @@ class UnfinishedWork:
     Args:
         path: file of the state.
         format: the kind of work, with a version.
-        settings: everything that decides the result; the state of a run with other settings is refused.
+        settings: everything that decides the result, fit for JSON; the state of a run with other settings is refused.
     """
 
-    def __init__(self, path: str | Path | None, format: str, settings: str) -> None:
+    def __init__(self, path: str | Path | None, format: str, settings: Mapping[str, Any]) -> None:
         self._path = None if path is None else Path(path)
         self._format = format
-        self._settings = settings
+        self._settings = json.dumps(settings)
         self._due = time.monotonic() + SECONDS
 
     def load(self) -> dict[str, Tensor] | None:
@@ -53,10 +54,10 @@ class UnfinishedWork:
             tensors, metadata = load_tensors(self._path, format=self._format)
         except DamagedFileError as error:
             raise DamagedFileError(f"{error}, or remove it, and the same command begins anew") from error
-        if metadata.get("settings") != self._settings:
+        if other := differences(metadata.get("settings", ""), self._settings):
             raise InputError(
-                f"{self._path} is the checkpoint of another run ({metadata.get('settings')}; this one is "
-                f"{self._settings}); remove it, or name another file"
+                f"{self._path} is the checkpoint of another run ({other}); give the settings and the input it had to "
+                "continue it, or remove it, or name another file"
             )
         return tensors
 
@@ -89,8 +90,12 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     record = folder / RECORD
     if record.exists():
-        if read_json(record) != json.loads(json.dumps(settings)):
-            raise InputError(f"{folder} holds a run with other settings (see {record}); give another --output")
+        read_json(record)
+        if other := differences(record.read_text(encoding="utf-8"), json.dumps(settings, indent=2)):
+            raise InputError(
+                f"{folder} holds a run with other settings ({other}; all of them are in {record}); give the settings "
+                "and the input it had to continue it, or another --output"
+            )
     elif folder.exists() and (not folder.is_dir() or not all(_is_left_over(path) for path in folder.iterdir())):
         raise InputError(f"{folder} holds something that is no run of this command; give another --output")
     else:
@@ -107,3 +112,31 @@ def unclaim(folder: Path) -> None:
 def _is_left_over(path: Path) -> bool:
     """Whether ``path`` is nothing but what a killed process left: an unfinished file, a lock."""
     return path.is_file() and (is_temporary(path) or (path.name.startswith(".") and path.suffix == ".lock"))
+
+
+def differences(there: str, here: str) -> str:
+    """What differs between the settings of the run that is there and of this one, both as JSON; "" if nothing does."""
+    if there == here:
+        return ""
+    try:
+        old, new = (dict(_flat(json.loads(text))) for text in (there, here))
+    except ValueError:
+        return f"its settings cannot be read: {there[:_SHOWN]!r}"
+    return ", ".join(
+        f"{name or 'everything'} is {_told(old, name)} there and {_told(new, name)} here"
+        for name in (*old, *(name for name in new if name not in old))
+        if _told(old, name) != _told(new, name)
+    )
+
+
+def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single setting, by its name: nested ones as a.b."""
+    if not isinstance(settings, dict) or not settings:
+        yield prefix.removesuffix("."), settings
+        return
+    for name, value in settings.items():
+        yield from _flat(value, f"{prefix}{name}.")
+
+
+def _told(settings: Mapping[str, Any], name: str) -> str:
+    return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not set"

@@ -238,9 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         compiled = bar.track(compile_all(architectures, kernels), total, description=f"Triton {triton.__version__}")
         for architecture, of_target in groupby(compiled, lambda found: found.architecture):
-            found_of_target = list(of_target)
-            console.print(table(architecture, found_of_target))
-            results += found_of_target
+            rows = list(of_target)
+            console.print(table(architecture, rows))
+            results += rows
     broken = [found for found in results if found.broken]
     for found in broken:
         line = f"{found.architecture} {found.kernel} ({found.label}): {'; '.join(found.broken)}"

@@ -28,26 +28,38 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def with_row_gradients(losses: Tensor, rows: Tensor, gradients: Tensor) -> Tensor:
+def with_row_gradients(
+    losses: Tensor, rows: Tensor, gradients: Tensor, then: Callable[[], None] | None = None
+) -> Tensor:
     """``losses`` (B,), constants, as functions of ``rows`` (B, d) whose gradients (B, d) are already known.
 
     For a graph that was differentiated where it was made: nothing of it is kept, nor done again. Once differentiable.
+    ``then`` is called the first time that the backward pass comes by, and never again: a forward pass that activation
+    checkpointing repeats makes a second graph, and no backward pass comes by that one.
     """
-    found: Tensor = _RowGradients.apply(losses, rows, gradients)
+    found: Tensor = _RowGradients.apply(losses, rows, gradients, then)
     return found
 
 
 class _RowGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, rows: Tensor, gradients: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, losses: Tensor, rows: Tensor, gradients: Tensor, then: Callable[[], None] | None = None
+    ) -> Tensor:
         ctx.save_for_backward(gradients)
+        ctx.then = then
         return losses.view_as(losses)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        (gradients,) = ctx.saved_tensors
-        return None, (gradients * incoming.unsqueeze(1)).to(gradients.dtype), None
+        (gradients,) = (
+            ctx.saved_tensors
+        )  # first: a checkpointed forward pass is repeated here, and must find all as it was
+        if ctx.then is not None:
+            ctx.then()
+            ctx.then = None
+        return None, (gradients * incoming.unsqueeze(1)).to(gradients.dtype), None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):

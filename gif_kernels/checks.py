@@ -17,6 +17,10 @@ from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 BATCH = ("B", "n")
 """Names of dimensions that count samples and may be 0; every other dimension is at least 1."""
 
@@ -72,16 +76,18 @@ def integer(
     asserted: bool = True,
     whole_rows: bool = False,
 ) -> Tensor:
-    """``tensor`` as an integer tensor of ``shape`` with every value in [low, high); returned as int64.
+    """``tensor`` as an integer tensor of ``shape`` with every value in [low, high); returned as int64, whatever it was.
 
     ``whole_rows`` wants a row (the last dimension) to be -1 in every entry or in none. Raises TypeError for another
     type or dtype, ValueError for another shape or a value out of range. Where values cannot be read, a device-side
     assertion takes that place, unless the kernel itself answers (``asserted`` is false).
     """
     given = _tensor(name, tensor)
-    if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
+    if given.dtype not in INTEGER:
         raise TypeError(f"{name} must be an integer tensor, got {given.dtype}; convert it")
     _shape(name, given, shape)
+    if given.dtype == torch.uint64:
+        low = max(low, 0)  # what int64 cannot hold becomes negative, and must not pass for a row to ignore
     given = given.long()
     smallest = -1
     if looks_at_values(given):

@@ -35,6 +35,9 @@ MKL keeps to AVX2 on AMD's processors, oneDNN uses their AVX-512. Both come with
 _ONEDNN_MULTIPLICATIONS = 1 << 21
 """Below that what oneDNN does around a product outweighs what it saves."""
 
+_LARGEST_EXPONENT = 126
+"""Of a power of two that is a float32, as is its inverse."""
+
 _ONEDNN_WIDTH = 256
 """A transposed left operand is copied first: worth it before a right one this wide."""
 
@@ -58,18 +61,34 @@ def gradient_dtype(operand: torch.dtype) -> torch.dtype:
     return torch.float32 if operand == torch.float16 else operand
 
 
+def in_range(rows: Tensor, operand: torch.dtype) -> Tensor:
+    """``rows`` (..., d) times a power of two each, so that their largest coordinate is in [1/2, 1), for float16.
+
+    For results that do not depend on the length of a row, in which float16 would lose rows beyond 65,504 and digits of
+    those below 6e-5. Differentiable: the gradient is that of ``rows``. Rows that are float16 already, or for other
+    operands, are returned as they are.
+    """
+    if operand != torch.float16 or rows.dtype == torch.float16:
+        return rows
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(largest.float()).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return rows * torch.exp2(-exponent.to(rows.dtype))
+
+
 def rounded(rows: Tensor, operand: torch.dtype) -> Tensor:
     """``rows`` as a product takes them, in their own dtype; so are their gradients."""
     return rows.to(operand).to(rows.dtype)
 
 
-def product(left: Tensor, right: Tensor, operand: torch.dtype) -> Tensor:
+def product(left: Tensor, right: Tensor, operand: torch.dtype, *, wide: bool = False) -> Tensor:
     """left (n, k) @ right (k, m), or a batch of both, with operands rounded to ``operand``.
 
-    Sums and result are float32, float64 if the operands are. A CPU that lacks the dtype multiplies the rounded operands
-    in float32, which gives the same. Large float32 products go to oneDNN where `PREFERS_ONEDNN`, outside torch.compile.
+    Sums and result are float32, float64 if the operands are. A CPU that multiplies the dtype itself rounds its result,
+    unless it is to be ``wide``, as logits are: a scale of 64 makes such a rounding 0.1. Then, and where a CPU lacks the
+    dtype, the rounded operands are multiplied in float32, as a GPU does. Large float32 products go to oneDNN where
+    `PREFERS_ONEDNN`, outside torch.compile.
     """
-    left, right = _operands(left, right, operand)
+    left, right = _operands(left, right, operand, wide)
     if _suits_onednn(left, right):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
         return found
@@ -86,15 +105,15 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, operand: torch.dtyp
     """
     if torch.compiler.is_compiling():
         return total + product(left, right, operand)
-    left, right = _operands(left, right, operand)
+    left, right = _operands(left, right, operand, False)
     return total.baddbmm_(left, right) if left.dtype == total.dtype else total.add_(product(left, right, left.dtype))
 
 
-def _operands(left: Tensor, right: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+def _operands(left: Tensor, right: Tensor, operand: torch.dtype, wide: bool) -> tuple[Tensor, Tensor]:
     """Rounded to ``operand``, in the dtype that they are multiplied in."""
     left, right = left.to(operand), right.to(operand)
-    wide = operand.itemsize >= torch.float32.itemsize
-    if wide or left.is_cuda or (left.device.type == "cpu" and operand in _NATIVE_ON_CPU):
+    native = left.device.type == "cpu" and operand in _NATIVE_ON_CPU and not wide
+    if native or left.is_cuda or operand.itemsize >= torch.float32.itemsize:
         return left, right
     return left.float(), right.float()
 

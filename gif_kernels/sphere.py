@@ -18,9 +18,9 @@ def inverse_norm(rows: Tensor) -> Tensor:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows over their norm, differentiable; a row of zeros stays zero and gets no gradient."""
+    """Rows over their norm, differentiable; a row of zeros stays zero and gets no gradient; NaN stays NaN."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    nonzero = norm > 0
+    nonzero = norm != 0
     return torch.where(nonzero, rows / torch.where(nonzero, norm, 1), 0)
 
 

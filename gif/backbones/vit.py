@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gif.errors import InputError
+from gif.packages import needs
 
 
 def vision_transformer(model: str, embedding_size: int, channels: int, image_size: int) -> nn.Module:
@@ -14,7 +15,8 @@ def vision_transformer(model: str, embedding_size: int, channels: int, image_siz
 
     Raises ValueError if timm has no such model, or it cannot be built for this image size.
     """
-    import timm  # here, since it takes seconds that most commands need not wait
+    with needs("timm", "vision transformers"):
+        import timm  # here, since it takes seconds that most commands need not wait
 
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"{model.split('_patch')[0]}*")[:5]) or "timm.list_models('vit*')"

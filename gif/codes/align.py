@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from gif.codes.balanced import Nodes, node_seeds, seed_centroids, uniforms
+from gif.packages import needs
 from gif_kernels.sphere import unit
 
 CODEBOOK_ROUNDS = 10
@@ -43,6 +43,8 @@ def match(residuals: Tensor, codebook: Tensor) -> Tensor:
 
     A child that is not there, a residual of zero, weighs nothing under any name and takes one that is left.
     """
+    with needs("scipy", 'codes with alignment "residual"'):
+        from scipy.optimize import linear_sum_assignment
     weights = residuals @ codebook.mT
     if weights.shape[1] == 1:
         return weights.argmax(-1)

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.segments import BLOCK_FLOATS
+from gif.codes.segments import BLOCK_FLOATS, blocks_at_once
 from gif_kernels.sphere import unit
 
 SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
 CANDIDATES = 2  # rows it draws for each centroid
 LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last assignment sees every row
-CACHE_FLOATS = 1 << 18  # similarities that demand is counted on at a time: 1 MiB, that stays in a core's caches
+CACHE_FLOATS = 1 << 18  # similarities that demand is counted on at a time by a CPU: 1 MiB, that stays in its caches
+DISTANCE_UNIT = 2.0**-24  # 1 - cosine in float32 is a whole multiple of it
 ANY_CHILD = 1e30  # a similarity beside which no price shows
 STARTS = 8  # of k-means in a node that has as many samples' rows, for the seeding decides most; else as many as it has
 BALANCING_ROUNDS = 3  # assignment within the capacities, and new centroids
@@ -37,11 +38,13 @@ class Nodes:
     """The rows of g nodes, padded to M rows each.
 
     table: (m, d) vectors of any length and float dtype; index: (g, M) rows of it; mask: (g, M), False on padding.
+    full: there is known to be no padding.
     """
 
     table: Tensor
     index: Tensor
     mask: Tensor
+    full: bool = False
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -54,14 +57,13 @@ class Nodes:
         return self._gather(slice(None))
 
     def sample(self, rows: int, seeds: np.ndarray) -> Nodes:
-        """At most ``rows`` rows of each node, one at random from each of as many equal strata."""
+        """``rows`` rows of each node, one at random from each of as many equal strata; all rows where it has fewer."""
         if self.index.shape[1] <= rows:
             return self
         random = uniforms(seeds, rows, stream=1).to(self.index.device)
-        strata = torch.arange(rows, device=self.index.device)
-        position = ((strata + random) * (self.sizes[:, None] / rows)).long()
-        index = self.index.gather(1, position.minimum(self.sizes[:, None] - 1))
-        return Nodes(self.table, index, torch.ones_like(index, dtype=torch.bool))
+        strata, sizes = torch.arange(rows, device=self.index.device), self.sizes[:, None]
+        position = torch.where(sizes > rows, ((strata + random) * (sizes / rows)).long(), strata)
+        return Nodes(self.table, self.index.gather(1, position.minimum(sizes - 1)), strata < sizes, full=self.full)
 
     def similarity(self, centroids: Tensor) -> Tensor:
         """Cosine of each row to its node's ``centroids`` (g, k, d): (g, M, k)."""
@@ -92,7 +94,7 @@ class Nodes:
     def _blocks(self, k: int) -> Iterator[tuple[slice, Tensor]]:
         """Columns of the index, and their unit rows (g, columns, d) in float32, zero on padding, to go with (., k)."""
         g, width = self.index.shape
-        step = max(1, BLOCK_FLOATS // (g * max(k, self.table.shape[1])))
+        step = max(1, block_floats(self.table.device) // (g * max(k, self.table.shape[1])))
         if step >= width:
             yield slice(0, width), self.rows
             return
@@ -103,11 +105,7 @@ class Nodes:
     def _gather(self, columns: slice) -> Tensor:
         rows = self.table[self.index[:, columns]].float()
         rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-        return rows if self._full else rows.mul_(self.mask[:, columns, None])
-
-    @cached_property
-    def _full(self) -> bool:
-        return bool(self.mask.all())
+        return rows if self.full else rows.mul_(self.mask[:, columns, None])
 
 
 def split(
@@ -180,15 +178,14 @@ class Scores:
 
     def __init__(self, nodes: Nodes, centroids: Tensor) -> None:
         self._nodes, self._centroids = nodes, centroids
-        fit = nodes.index.numel() * centroids.shape[1] <= BLOCK_FLOATS
+        fit = nodes.index.numel() * centroids.shape[1] <= block_floats(centroids.device)
         self._held = nodes.similarity(centroids) if fit else None
 
     def sample(self, seeds: np.ndarray) -> tuple[Nodes, Tensor]:
-        """Nodes of as many rows as fit a block, and their similarity: all rows where they are held."""
-        if self._held is not None:
-            return self._nodes, self._held
-        g, k = self._centroids.shape[:2]
-        sample = self._nodes.sample(max(1, BLOCK_FLOATS // (g * k)), seeds)
+        """Nodes of as many rows as fit a CPU's block, whatever the device, and their similarity."""
+        sample = self._nodes.sample(max(1, BLOCK_FLOATS // self._centroids.shape[1]), seeds)
+        if sample is self._nodes and self._held is not None:
+            return sample, self._held
         return sample, sample.similarity(self._centroids)
 
     def dearest(self, prices: Tensor) -> Tensor:
@@ -235,7 +232,8 @@ def seed_centroids(nodes: Nodes, k: int, seeds: np.ndarray) -> Tensor:
     distance = 2 * present  # the largest 1 - cosine
     centroids = rows.new_empty(len(rows), k, rows.shape[2])
     for i in range(k):
-        weight = torch.where(distance.any(1, keepdim=True), distance, present).double().cumsum(1)
+        weight = torch.where(distance.any(1, keepdim=True), distance, present)
+        weight = (weight / DISTANCE_UNIT).long().cumsum(1).double()  # exact: the same in any order, on any device
         pick = torch.searchsorted(weight, random[:, i] * weight[:, -1:], right=True).clamp_max(rows.shape[1] - 1)
         candidates = rows[node[:, None], pick]
         away = (1 - torch.bmm(candidates, rows.mT)).clamp_min(0).minimum(distance[:, None])
@@ -278,10 +276,12 @@ class Market:
         return dual, wanted
 
     def _tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of the nodes and of their rows whose similarities fit a cache."""
+        """Slices of the nodes and of their rows whose similarities fit a CPU's cache, or a block of another device."""
         g, k, width = self._similarity.shape
-        nodes = min(g, max(1, CACHE_FLOATS // (k * width)))
-        columns = max(1, CACHE_FLOATS // (k * nodes))
+        device = self._similarity.device
+        floats = CACHE_FLOATS if device.type == "cpu" else block_floats(device)
+        nodes = min(g, max(1, floats // (k * width)))
+        columns = max(1, floats // (k * nodes))
         for first in range(0, g, nodes):
             for start in range(0, width, columns):
                 yield slice(first, first + nodes), slice(start, start + columns)
@@ -334,7 +334,7 @@ def refined_prices(market: Market, start: Tensor) -> Tensor:
 def dearest(similarity: Tensor, prices: Tensor) -> Tensor:
     """The child (g, M) with the largest similarity - price for each row; the lowest number on ties."""
     child = torch.empty(similarity.shape[:2], dtype=torch.int64, device=similarity.device)
-    step = max(1, BLOCK_FLOATS // similarity[:, 0].numel())
+    step = max(1, block_floats(similarity.device) // similarity[:, 0].numel())
     for rows, which in zip(similarity.split(step, 1), child.split(step, 1), strict=True):
         torch.argmax(rows - prices[:, None], dim=-1, out=which)
     return child
@@ -363,9 +363,9 @@ def repair(scores: Scores, child: Tensor, mask: Tensor, room: Tensor) -> Tensor:
             crowded[:, columns] = (excess > 0).gather(1, child[:, columns].long()) & mask[:, columns]
         node, row, target, loss = scores.moves(child, crowded, excess < 0)
         source = child[node, row].long()
-        leaves = rank_in_group(node * k + source, loss) < excess[node, source]
+        leaves = (rank_in_group(node * k + source, loss) < excess[node, source]).nonzero()[:, 0]
         node, row, target, loss = node[leaves], row[leaves], target[leaves], loss[leaves]
-        enters = rank_in_group(node * k + target, loss) < -excess[node, target]
+        enters = (rank_in_group(node * k + target, loss) < -excess[node, target]).nonzero()[:, 0]
         child[node[enters], row[enters]] = target[enters].to(child.dtype)
     return child
 
@@ -388,9 +388,14 @@ def count(child: Tensor, mask: Tensor, k: int) -> Tensor:
     return counts
 
 
+def block_floats(device: torch.device) -> int:
+    """Floats that are worked on at a time."""
+    return BLOCK_FLOATS * blocks_at_once(device)
+
+
 def column_blocks(mask: Tensor) -> Iterator[slice]:
-    """Slices of the columns of ``mask`` (g, M) that hold about BLOCK_FLOATS entries."""
-    step = max(1, BLOCK_FLOATS // max(1, len(mask)))
+    """Slices of the columns of ``mask`` (g, M) that hold about a block of entries."""
+    step = max(1, block_floats(mask.device) // max(1, len(mask)))
     return (slice(start, start + step) for start in range(0, mask.shape[1], step))
 
 

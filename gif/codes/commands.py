@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.table import Table
 
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
+from gif.data.identities import require_same
 from gif.errors import InputError
 from gif.files import atomic_path
 from gif.ownership import check_output
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 from gif.vectors.store import CodeVectors
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXPORT_FORMATS = (".npy", ".csv")
 
@@ -32,9 +36,11 @@ def inspect_codes(codes: Path, *, vectors: Path | None = None, picture: Path | N
     table = IdentityCodes.load(codes)
     total = table.vocab_size**table.length
     say(f"{table}, {table.free:,} of {total:,} codes free ({table.free / len(table):.1%} of the identities there are)")
-    console.print(_levels(table))
+    print_table(_levels(table))
     if vectors is not None:
-        say(str(judge_codes(table, CodeVectors.load(vectors, mmap=True))))
+        cut_from = CodeVectors.load(vectors, mmap=True)
+        require_same("the codes", table.identities, "the code vectors", cut_from.identities)
+        say(str(judge_codes(table, cut_from)))
     plot_occupancy(table, picture)
     say(f"drew {picture}")
 
@@ -73,14 +79,17 @@ def extend_codes(codes: Path, vectors: Path, output: Path) -> None:
     """
     check_output(output, inputs=[vectors])
     before = IdentityCodes.load(codes)
-    after = before.extend(CodeVectors.load(vectors).table)
+    newcomers = CodeVectors.load(vectors)
+    after = before.extend(newcomers)
     after.save(output)
     say(f"wrote {after} to {output}: {len(after) - len(before):,} came, {after.free:,} codes are free")
+    if after.identities is None and before.identities is not None:
+        say(f"{vectors} does not say whose vectors they are, so the extended codes do not either")
 
 
 def _levels(codes: IdentityCodes) -> Table:
     """Nodes of each depth: how many, how large, how full; and how evenly its token is used."""
-    drawn = Table("tokens", "nodes", "identities a node", "largest", "fullest", "token entropy")
+    drawn = new_table("tokens", "nodes", "identities a node", "largest", "fullest", "token entropy")
     for depth, entropy in enumerate(token_entropy(codes), start=1):
         sizes = codes.nodes(depth)[1].diff()
         largest, room = int(sizes.max()), codes.vocab_size ** (codes.length - depth)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gif.codes.extend import place_newcomers
 from gif.codes.segments import offsets_of
+from gif.data.identities import Identities, check_count
 from gif.errors import InputError
 from gif.files import load_tensors, save_tensors
+from gif.vectors.store import CodeVectors
 from gif_kernels import checks
 
 FORMAT = "gif.identity_codes/1"
@@ -33,11 +35,12 @@ class IdentityCodes:
             each prefix of j + 1 tokens in use, in increasing order of the prefixes. May stop at any level.
         directions: (l, v, d) what each token means under every prefix, where `tokenize` aligned them: the direction of
             a child from its parent.
+        identities: whose they are, where that is known; kept in files.
 
     Besides the codes it holds 4 bytes an identity: their order; and 4 more from the first call of `siblings` on.
 
     Raises TypeError if the codes are not an integer tensor, ValueError if a token is out of range, two identities share
-    a code, or the centroids or directions do not belong to the codes.
+    a code, or the centroids, directions or identities do not belong to the codes.
     """
 
     def __init__(
@@ -47,21 +50,24 @@ class IdentityCodes:
         *,
         centroids: Sequence[Tensor] | None = None,
         directions: Tensor | None = None,
+        identities: Identities | None = None,
     ) -> None:
         _check_vocab_size(vocab_size)
         for rows in codes.split(_ROWS_A_BLOCK) if isinstance(codes, Tensor) and codes.ndim else (codes,):
             hint = "give the vocab_size the codes were made with"
             checks.integer("codes", rows, ("m", "l"), low=0, high=vocab_size, hint=hint)
         check_code_space(vocab_size, codes.shape[1])
+        check_count("codes", identities, len(codes))
         self.codes = codes.to(torch.uint8)
         self.vocab_size = vocab_size
         self.centroids = tuple(centroids or ())
         self.directions = directions
-        keys, identities = self._keys(self.codes).sort(stable=True)
-        self._check_distinct(keys, identities)
+        self.identities = identities
+        keys, order = self._keys(self.codes).sort(stable=True)
+        self._check_distinct(keys, order)
         self._check_centroids(keys)
         self._check_directions()
-        self._order = identities.to(_index_dtype(len(self)))
+        self._order = order.to(_index_dtype(len(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> IdentityCodes:
@@ -78,32 +84,38 @@ class IdentityCodes:
             int(metadata["vocab_size"]),
             centroids=centroids,
             directions=tensors.get("directions"),
+            identities=Identities.read(path, tensors, metadata),
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the codes, and the centroids and directions if there are any, as safetensors, atomically."""
+        """Write codes, centroids and directions where there are any, and whose they are, as safetensors, atomically."""
         tensors = {"codes": self.codes} | {_centroids(level): rows for level, rows in enumerate(self.centroids)}
         if self.directions is not None:
             tensors["directions"] = self.directions
-        save_tensors(path, tensors, format=FORMAT, vocab_size=str(self.vocab_size))
+        metadata = {"vocab_size": str(self.vocab_size)}
+        if self.identities is not None:
+            tensors |= self.identities.tensors()
+            metadata |= self.identities.metadata()
+        save_tensors(path, tensors, format=FORMAT, **metadata)
 
     def lookup(self, labels: Tensor) -> Tensor:
         """Codes of identities ``labels`` (B,) as (B, l) int64, on the labels' device; label -1 gives a row of -1.
 
-        Raises ValueError for a label outside [-1, m).
+        Raises TypeError for labels that are not integers, ValueError for another shape or a label outside [-1, m).
         """
-        index = labels.to(self.codes.device)
-        if index.numel():
-            hint = "these codes were made for other identities (-1 marks a row to ignore)"
-            index = checks.integer("labels", index, ("B",), low=-1, high=len(self), hint=hint)
-        rows = self.codes[index.long().clamp_min(0)].long()
+        index = self._index(labels, low=-1, hint=" (-1 marks a row to ignore)")
+        rows = self.codes[index.clamp_min(0)].long()
         return rows.masked_fill((index < 0)[:, None], -1).to(labels.device)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Identities (n,) int64 that own ``codes`` (n, l), on the codes' device; -1 where no identity does."""
-        if codes.ndim != 2 or codes.shape[1] != self.length:
-            raise InputError(f"codes must have shape (n, {self.length}), got {tuple(codes.shape)}")
-        tokens = codes.to(self.codes.device).long()
+        """Identities (n,) int64 that own ``codes`` (n, l), on the codes' device; -1 where no identity does.
+
+        Raises TypeError for codes that are not integers, ValueError for another shape.
+        """
+        every = torch.iinfo(torch.int64)
+        hint = "give rows of tokens"
+        tokens = checks.integer("codes", codes, ("n", self.length), low=every.min, high=every.max, hint=hint)
+        tokens = tokens.to(self.codes.device)
         wanted = self._keys(tokens)
         place = torch.zeros_like(wanted)  # of codes that are smaller: a binary search, so that no keys need be kept
         for step in (1 << bit for bit in reversed(range(len(self).bit_length()))):
@@ -124,7 +136,7 @@ class IdentityCodes:
 
         The next, the one before, the second next and so on, around the ends; with few identities some may repeat.
         """
-        index = labels.to(self.codes.device)
+        index = self._index(labels, low=0)
         steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], dtype=torch.int64, device=index.device)
         place = (self._rank[index].long()[:, None] + steps) % len(self)
         return self._order[place].long().to(labels.device)
@@ -142,16 +154,22 @@ class IdentityCodes:
         """Codes that no identity has, v^l - m."""
         return int(self.vocab_size**self.length - len(self))
 
-    def extend(self, vectors: Tensor, *, seed: int = 0) -> IdentityCodes:
+    def extend(self, vectors: CodeVectors | Tensor, *, seed: int = 0) -> IdentityCodes:
         """These codes, unchanged, and after them one for each of ``vectors`` (n, d) of identities that came later.
 
         Each goes down the tree to the child of nearest centroid that has a free leaf, and where no such child exists
         starts the one whose direction its residual is nearest to, or a random one where the codes have no directions.
         Where more come than a child has room for, the nearest take it. Centroids of nodes there were stay.
 
+        Where these codes and CodeVectors both say whose they are, the extended codes do too.
+
         Raises ValueError if the codes have no centroids (of depth 1 at least), the vectors are not (n, d) or without a
-        direction, or fewer than n codes are free.
+        direction, fewer than n codes are free, or a newcomer has a code already.
         """
+        table, newcomers = (vectors.table, vectors.identities) if isinstance(vectors, CodeVectors) else (vectors, None)
+        everybody = None
+        if self.identities is not None and newcomers is not None:
+            everybody = self.identities.followed_by(newcomers)
         if not self.centroids and self.length > 1:
             raise InputError(
                 "these codes have no centroids to find the newcomers' place by; make them with gif.tokenize and its "
@@ -163,11 +181,13 @@ class IdentityCodes:
                 "the tree is full; make new codes with a larger length or vocab_size (gif.tokenize with slack)"
             )
         tokens, centroids = place_newcomers(
-            self._keys(self.codes[self._order]), vectors, self.vocab_size, self.length, self.centroids,
+            self._keys(self.codes[self._order]), table, self.vocab_size, self.length, self.centroids,
             self.directions, seed,
         )  # fmt: skip
         codes = torch.cat([self.codes, tokens.to(self.codes.device)])
-        return IdentityCodes(codes, self.vocab_size, centroids=centroids, directions=self.directions)
+        return IdentityCodes(
+            codes, self.vocab_size, centroids=centroids, directions=self.directions, identities=everybody
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -186,6 +206,12 @@ class IdentityCodes:
 
     def __repr__(self) -> str:
         return f"IdentityCodes({len(self)} identities, {self.length} tokens of {self.vocab_size})"
+
+    def _index(self, labels: Tensor, *, low: int, hint: str = "") -> Tensor:
+        """The labels (B,) as int64 on the codes' device, each in [low, m)."""
+        hint = f"these codes were made for other identities{hint}"
+        index = labels.to(self.codes.device) if isinstance(labels, Tensor) else labels
+        return checks.integer("labels", index, ("B",), low=low, high=len(self), hint=hint)
 
     @cached_property
     def _rank(self) -> Tensor:

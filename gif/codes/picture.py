@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from gif.codes.identity_codes import IdentityCodes
 from gif.data.images import IdentityDataset
-from gif.plotting import save_figure
+from gif.plotting import canvas, save_figure
 
 ROOTS, CHILDREN, MEMBERS = 4, 3, 14
 GAP = 6  # pixels between images
@@ -24,7 +23,7 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | P
     first_image = _first_images(dataset)
     rows = _fullest_prefixes(codes.codes, min(2, codes.length))
     size = dataset[0][0].shape[-1]
-    drawing = Figure(figsize=(9.5, 0.52 * len(rows) + 0.9), layout="constrained")
+    drawing = canvas(9.5, 0.52 * len(rows) + 0.9)
     drawing.suptitle("Identities that share a code prefix look alike", fontsize=12)
     grid = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (prefix, members) in zip(grid, rows, strict=True):
@@ -50,7 +49,7 @@ def plot_occupancy(codes: IdentityCodes, path: str | Path) -> None:
     fill = np.zeros(v**depth)
     fill[paths.cpu().numpy()] = offsets.diff().cpu().numpy() / v ** (codes.length - depth)
     use = np.stack([column.long().bincount(minlength=v).cpu().numpy() for column in codes.codes.unbind(1)])
-    drawing = Figure(figsize=(10.5, 4.2), layout="constrained")
+    drawing = canvas(10.5, 4.2)
     tree, tokens = drawing.subplots(1, 2)
     drawing.suptitle(f"{len(codes):,} identities in {v}^{codes.length} codes", fontsize=12)
     shown = tree.imshow(fill.reshape(-1, v), vmin=0, vmax=max(fill.max(), 1e-9), aspect="auto", cmap="viridis")

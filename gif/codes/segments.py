@@ -10,7 +10,13 @@ from torch import Tensor
 
 from gif_kernels.sphere import unit
 
-BLOCK_FLOATS = 1 << 24  # rows gathered at a time, in floats: 64 MiB
+BLOCK_FLOATS = 1 << 24  # rows gathered at a time on a CPU, in floats: 64 MiB
+DEVICE_BLOCKS = 8  # gathered at once on an accelerator, where an operation takes longer to start than to do a block
+
+
+def blocks_at_once(device: torch.device) -> int:
+    """How many blocks make one on ``device``. What is computed does not depend on it, but for the order of sums."""
+    return 1 if device.type == "cpu" else DEVICE_BLOCKS
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -18,14 +24,15 @@ def offsets_of(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
-def whole_segments(offsets: Tensor, rows: int) -> Iterator[slice]:
-    """Slices of the segments [offsets[i], offsets[i + 1]): together of at most ``rows`` rows, or one that has more."""
+def whole_segments(offsets: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the segments [offsets[i], offsets[i + 1]) and of their rows: ``rows`` at most, or one that has more."""
     bounds = offsets.cpu().numpy()
     start = 0
     while start < len(bounds) - 1:
         end = int(np.searchsorted(bounds, bounds[start] + rows, side="right")) - 1
-        yield slice(start, max(start + 1, end))
-        start = max(start + 1, end)
+        end = max(start + 1, end)
+        yield slice(start, end), slice(int(bounds[start]), int(bounds[end]))
+        start = end
 
 
 def ancestors(paths: Tensor, vocab_size: int, depth: int) -> list[Tensor]:
@@ -62,15 +69,14 @@ def tree_sums(
 
 
 def _segment_sums(table: Tensor, order: Tensor, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    block = max(1, BLOCK_FLOATS // table.shape[1])
-    for nodes in whole_segments(offsets, block):
-        start, end = int(offsets[nodes.start]), int(offsets[nodes.stop])
+    block = max(1, BLOCK_FLOATS * blocks_at_once(table.device) // table.shape[1])
+    for nodes, members in whole_segments(offsets, block):
         sizes = offsets[nodes.start : nodes.stop + 1].diff()
         sums = torch.zeros(len(sizes), table.shape[1], device=table.device)
         if len(sizes) > 1:
-            rows = unit(table[order[start:end]].float())
+            rows = unit(table[order[members]].float())
             sums += torch.segment_reduce(rows, "sum", lengths=sizes, axis=0)
         else:
-            for part in order[start:end].split(block):
+            for part in order[members].split(block):
                 sums[0] += unit(table[part].float()).sum(0)
         yield nodes, sums

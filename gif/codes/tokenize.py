@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gif.codes.balanced import block_floats
 from gif.codes.identity_codes import LARGEST_VOCAB, IdentityCodes, check_code_space, code_length
 from gif.codes.tree import ALIGNMENTS, Alignment, Cutting, root
 from gif.errors import InputError
 from gif.progress import progress
 from gif.resume import UnfinishedWork
-from gif.vectors.store import CodeVectors
+from gif.vectors.store import CodeVectors, digest_rows
 from gif_kernels import checks
 
 CHECKPOINT_FORMAT = "gif.tokenize_checkpoint/1"
-_DIGEST_ROWS = 4096
 _ROWS_A_BLOCK = 1 << 18
+BYTES_A_ROW = 60  # held beside the vectors: order, codes, paths and candidates for a move
+BLOCKS_HELD = 10  # of float32: gathered rows, similarities, membership, and temporaries of them
 
 
 def tokenize(
@@ -34,6 +35,7 @@ def tokenize(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
+    device: str | torch.device | None = None,
 ) -> IdentityCodes:
     """Give each identity a distinct code, its path in a tree of k-means clusters: similar identities share a prefix.
 
@@ -45,7 +47,8 @@ def tokenize(
     most, and the centroids that are kept: 2 d bytes a node.
 
     Args:
-        vectors: CodeVectors, or a (m, d) tensor; only directions matter. Any float dtype; products are in float32.
+        vectors: CodeVectors, or a (m, d) tensor; only directions matter. Any float dtype; products are in float32. The
+            codes belong to the identities that CodeVectors do.
         vocab_size: v, in [2, 256].
         length: l; by default the smallest with v^l >= m (1 + slack).
         slack: share of codes to leave free for identities that come later.
@@ -60,9 +63,13 @@ def tokenize(
         checkpoint: file that holds the finished levels; a later call with the same arguments continues from it to the
             same codes, and removes it when done.
         keep_checkpoint: leave the checkpoint, of all levels: for whoever saves the codes before removing it.
+        device: where to compute: "cpu", "cuda", or "auto" for a GPU that has room for the vectors and else the CPU. By
+            default where the vectors are. The tree is the same on every device, but for identities to which two
+            children are alike within rounding, and the codes but for names that hang on those. They are on the CPU.
 
     Raises TypeError for vectors that are not a floating-point tensor; ValueError if they are not (m, d), hold NaN,
-    infinity or a row of zeros, if m identities do not fit in v^l codes, or for a checkpoint of another run.
+    infinity or a row of zeros, if m identities do not fit in v^l codes, for a checkpoint of another run, or a device
+    that is not there or too small.
     """
     table = vectors.table if isinstance(vectors, CodeVectors) else vectors
     checks.floating("vectors", table, ("m", "d"), finite=False)
@@ -73,14 +80,23 @@ def tokenize(
     centroid_levels = length - 1 if centroid_levels is None else centroid_levels
     if not 0 <= centroid_levels < length:
         raise InputError(f"centroid_levels must lie in [0, {length}), the tokens of a code, got {centroid_levels}")
-    table = table.detach()
+    place = working_device(table, device)
+    m, content = len(table), None if checkpoint is None else digest_rows(table)
+    table = table.detach().to(place)
     _check_directions(table)
 
-    m = len(table)
-    settings = (
-        f"{m} x {table.shape[1]} {table.dtype} start={_digest(table)} v={vocab_size} l={length} "
-        f"iterations={iterations} capacity_factor={capacity_factor} alignment={alignment} seed={seed}"
-    )
+    settings = {
+        "m": m,
+        "d": table.shape[1],
+        "dtype": str(table.dtype),
+        "vectors": content,
+        "vocab_size": vocab_size,
+        "length": length,
+        "iterations": iterations,
+        "capacity_factor": capacity_factor,
+        "alignment": alignment,
+        "seed": seed,
+    }
     work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
     columns: list[Tensor] = []
     codebooks: list[Tensor] = []
@@ -106,17 +122,39 @@ def tokenize(
         torch.stack(columns, 1).cpu(),
         vocab_size,
         centroids=level.centroids(centroid_levels) if centroid_levels else None,
-        directions=torch.stack(codebooks).half() if alignment == "residual" else None,
+        directions=torch.stack(codebooks).half().cpu() if alignment == "residual" else None,
+        identities=vectors.identities if isinstance(vectors, CodeVectors) else None,
     )
     if not keep_checkpoint:
         work.remove()
     return codes
 
 
-def _digest(table: Tensor) -> str:
-    """Tells tables apart by rows at equal distances."""
-    rows = table[:: max(1, len(table) // _DIGEST_ROWS)].cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(rows.numpy().data).hexdigest()[:12]
+def working_device(table: Tensor, device: str | torch.device | None) -> torch.device:
+    """Where `tokenize` computes with ``table`` (m, d), given its argument ``device``; raises as it does."""
+    if device is None:
+        return table.device
+    if device == "auto":
+        fits = torch.cuda.is_available() and not _lacking(table, torch.device("cuda"))
+        return torch.device("cuda" if fits else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}, wanted cpu, cuda or auto") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {chosen} and no GPU is there, or its driver is missing; take cpu or auto")
+    if chosen.type == "cuda" and (lacking := _lacking(table, chosen)):
+        raise InputError(f"{tuple(table.shape)} vectors of {table.dtype} {lacking} on {chosen}; take cpu, or float16")
+    return chosen
+
+
+def _lacking(table: Tensor, device: torch.device) -> str:
+    """What the work of `tokenize` would need of a GPU's memory and how much is free, where that is less; else empty."""
+    needed = len(table) * BYTES_A_ROW + BLOCKS_HELD * block_floats(device) * torch.float32.itemsize
+    if table.device.type != device.type:
+        needed += table.nbytes
+    free = torch.cuda.mem_get_info(device)[0]
+    return f"need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free" if needed > free else ""
 
 
 def _checked_length(m: int, vocab_size: int, length: int | None, slack: float) -> int:
@@ -134,9 +172,6 @@ def _checked_length(m: int, vocab_size: int, length: int | None, slack: float) -
 
 
 def _check_directions(table: Tensor) -> None:
-    for rows in table.split(_ROWS_A_BLOCK):
-        norm = torch.linalg.vector_norm(rows.float(), dim=1)
-        if not bool((norm.isfinite() & (norm > 0)).all()):
-            raise InputError(
-                "vectors hold NaN, infinity or a row of zeros; check the encoder and the images it was given"
-            )
+    norms = (torch.linalg.vector_norm(rows.float(), dim=1) for rows in table.split(_ROWS_A_BLOCK))
+    if not bool(torch.stack([(norm.isfinite() & (norm > 0)).all() for norm in norms]).all()):  # one look at a device
+        raise InputError("vectors hold NaN, infinity or a row of zeros; check the encoder and the images it was given")

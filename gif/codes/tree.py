@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gif.codes.align import fit_codebook, match, random_names
 from gif.codes.balanced import Nodes, column_blocks, node_seeds, split
-from gif.codes.segments import BLOCK_FLOATS, ancestors, offsets_of, tree_sums, whole_segments
+from gif.codes.segments import BLOCK_FLOATS, ancestors, blocks_at_once, offsets_of, tree_sums, whole_segments
 from gif_kernels.sphere import unit
 
 Alignment = Literal["none", "residual"]
@@ -73,7 +73,8 @@ class Level:
     @property
     def block_rows(self) -> int:
         """Rows that are gathered at a time."""
-        return max(1, BLOCK_FLOATS // max(self.table.shape[1], self.vocab_size))
+        floats = BLOCK_FLOATS * blocks_at_once(self.table.device)
+        return max(1, floats // max(self.table.shape[1], self.vocab_size))
 
     def tokens(self, cutting: Cutting, alignment: Alignment, advance: Callable[..., None]) -> tuple[Tensor, Tensor]:
         """Cut and name all nodes: the next token (m,) uint8 of each identity, and the codebook (v, d) of names.
@@ -159,9 +160,9 @@ class Level:
         """The next level, given the next token (m,) of each identity."""
         order = torch.empty_like(self.order)
         paths, sizes, parents = [], [], []
-        for nodes in whole_segments(self.offsets, SORTED_ROWS):
-            rows = slice(int(self.offsets[nodes.start]), int(self.offsets[nodes.stop]))
-            node = torch.repeat_interleave(self.sizes[nodes]).int()
+        at_once = SORTED_ROWS * blocks_at_once(self.order.device)
+        for nodes, rows in whole_segments(self.offsets, at_once):
+            node = torch.repeat_interleave(self.sizes[nodes], output_size=rows.stop - rows.start).int()
             key, rank = node.mul_(self.vocab_size).add_(tokens[self.order[rows]]).sort(stable=True)
             order[rows] = self.order[rows][rank]
             key, size = key.unique_consecutive(return_counts=True)
@@ -182,16 +183,16 @@ class Level:
         )
 
     def centroids(self, levels: int) -> list[Tensor]:
-        """Unit centroids (nodes, d) float16 of the nodes of depths 1 to ``levels``, at most this level's."""
+        """Unit centroids (nodes, d) float16 of depths 1 to ``levels``, at most this level's; on the CPU."""
         paths, offsets = self.paths, self.offsets
         for _ in range(self.depth - levels):
             paths, children = (paths // self.vocab_size).unique_consecutive(return_counts=True)
             offsets = offsets[offsets_of(children)]
         above = ancestors(paths, self.vocab_size, levels)
         width = self.table.shape[1]
-        centroids = [torch.empty(len(nodes), width, dtype=torch.float16, device=paths.device) for nodes in above]
+        centroids = [torch.empty(len(nodes), width, dtype=torch.float16) for nodes in above]
         for depth, nodes, sums in tree_sums(self.table, self.order, offsets, above, self.vocab_size):
-            centroids[depth - 1][nodes] = direction(sums).half()
+            centroids[depth - 1][nodes] = direction(sums).half().cpu()
         return centroids
 
     def rows(self, node: Tensor) -> Nodes:
@@ -199,13 +200,13 @@ class Level:
         return self._gather(self.offsets[node], self.sizes[node])
 
     def _gather(self, start: Tensor, size: Tensor) -> Nodes:
-        width = int(size.max())
+        least, width = torch.stack(size.aminmax()).tolist()
         if len(start) == 1:  # perhaps of all rows there are: no positions
             index = self.order[int(start) : int(start) + width][None]
-            return Nodes(self.table, index, torch.ones_like(index, dtype=torch.bool))
+            return Nodes(self.table, index, torch.ones_like(index, dtype=torch.bool), full=True)
         place = torch.arange(width, device=start.device)
         index = self.order[(start[:, None] + place).clamp_max(len(self.order) - 1)]
-        return Nodes(self.table, index, place < size[:, None])
+        return Nodes(self.table, index, place < size[:, None], full=least == width)
 
     def seeds(self, node: Tensor) -> np.ndarray:
         return node_seeds(self.seed, self.depth, self.paths[node].cpu().numpy())

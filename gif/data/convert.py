@@ -7,25 +7,27 @@ import os
 import shutil
 import tarfile
 from abc import ABC, abstractmethod
+from collections import Counter
+from functools import partial
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, suffix
-from gif.data.encoded import BrokenPolicy, Labelled
-from gif.data.images import IdentityImages
-from gif.data.listing import IDENTITIES, PROPERTY, Property
+from gif.data.encoded import BrokenPolicy, Labelled, stored
+from gif.data.images import IdentityImages, digest_images
+from gif.data.listing import IDENTITIES, PROPERTY, Property, Tally, is_foreign, printable
 from gif.data.loading import NAMES, find_data
 from gif.data.pairs import read_pairs, write_bin
 from gif.data.records import LARGEST_LABEL, pack_record
 from gif.errors import InputError
 from gif.files import fsync, remove_temporaries, write_text
 from gif.ownership import check_output, existing, hold
+from gif.packages import needs
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork
 
@@ -73,13 +75,17 @@ def convert(
     found = PngImages.of(NAMES[input]()) if input in NAMES else find_data(input)
     staging = output.with_name(f".{output.name}.partial")
     with hold(output, existing(staging / "journal")):
-        written, broken = _write(found, staging, to, shard_size, on_broken)
+        written, broken, nobody = _write(found, staging, to, shard_size, on_broken)
         remove_temporaries(staging, held=True)
         os.replace(staging, output)
         fsync(output.parent)
-    say(f"wrote {written:,} images of {len(found.names):,} identities to {output}")
+    say(f"wrote {written:,} images of {len(found.names) - nobody.number:,} identities to {output}")
     if broken:
         say(f"{broken:,} of {len(found.labels):,} images were broken and left out; gif data inspect names them")
+    if nobody.number:
+        say(f"{nobody.number:,} identities have no image that could be read and were left out: {nobody.names}")
+    for line in found.passed_over:
+        say(line)
 
 
 class PngImages:
@@ -97,6 +103,8 @@ class PngImages:
 
     def read(self, row: int) -> bytes:
         pixels = self._images[row][0].permute(1, 2, 0).numpy()
+        with needs("pillow", "writing images"):
+            from PIL import Image
         file = BytesIO()
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
         return file.getvalue()
@@ -105,13 +113,25 @@ class PngImages:
         return f"image {row}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(self._images.names).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr(list(self._images.names)).encode()).hexdigest()[:32]
 
 
-def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broken: BrokenPolicy) -> tuple[int, int]:
-    """Write everything into a folder, or continue there; returns how many images were written, and were broken."""
+def _write(
+    found: Labelled, staging: Path, to: Format, shard_size: int, on_broken: BrokenPolicy
+) -> tuple[int, int, Tally]:
+    """Write everything into a folder, or continue there.
+
+    Returns how many images were written, how many were broken, and the identities that nothing was written of.
+    """
     identities = hashlib.sha256(repr(list(found.names)).encode() + found.labels.numpy().tobytes()).hexdigest()[:16]
-    settings = f"{found.source.fingerprint()} {identities} to {to}, {shard_size} a shard, {on_broken} broken"
+    settings = {
+        "input": found.source.fingerprint(),
+        "sample of the images": digest_images(len(found.source), partial(stored, found.source)),
+        "identities": identities,
+        "to": to,
+        "shard_size": shard_size,
+        "on_broken": on_broken,
+    }
     work = UnfinishedWork(staging / "journal", JOURNAL_FORMAT, settings)
     state = work.load()
     if state is None:
@@ -155,7 +175,7 @@ def _write(found: Labelled, staging: Path, to: Format, shard_size: int, on_broke
         raise InputError(f"not one of {done:,} images is a JPEG, PNG or WebP; check the input")
     writer.finish(counts)
     work.remove()
-    return written, done - written
+    return written, done - written, Tally.of(found.names[label] for label in (counts == 0).nonzero().flatten().tolist())
 
 
 class _Writer(ABC):
@@ -183,6 +203,15 @@ class _Writer(ABC):
     def finish(self, counts: Tensor) -> None:
         """Write what belongs to the whole, of so many images an identity (m,), and wait until it is on disk."""
 
+    def _check_lines(self) -> None:
+        """Raise ValueError unless each name is a line of its own in identities.txt."""
+        for name in self._names:
+            if printable(name) != name:
+                raise InputError(
+                    f"identity {name!r} is no line of {IDENTITIES}: it holds a line break, or is no UTF-8; rename "
+                    "it, or convert to folder"
+                )
+
     def _name_identities(self) -> None:
         write_text(self._folder / IDENTITIES, "".join(f"{name}\n" for name in self._names))
 
@@ -202,8 +231,15 @@ class _FolderWriter(_Writer):
 
     def resume(self, written: int, *sizes: int) -> None:
         for name in self._names:
-            if "\0" in name or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
-                raise InputError(f"identity {name!r} cannot name a folder; convert to rec or tar")
+            if "\0" in name or any(part == "" or is_foreign(part) for part in name.split("/")):
+                raise InputError(
+                    f"identity {name!r} cannot name a folder, or one that is read again; convert to rec or tar"
+                )
+        if len(set(self._names)) < len(self._names):
+            (name, number) = Counter(self._names).most_common(1)[0]
+            raise InputError(
+                f"{number:,} identities are called {name!r} and would share a folder; convert to rec or tar"
+            )
         self._written = written
 
     def add(self, image: bytes, ending: str, label: int) -> None:
@@ -226,6 +262,7 @@ class _RecordWriter(_Writer):
     def resume(self, written: int, *sizes: int) -> None:
         if len(self._names) > LARGEST_LABEL:
             raise InputError(f"labels are float32, exact to 2^24, and {len(self._names):,} identities; convert to tar")
+        self._check_lines()
         self._records = _grow(self._folder / "train.rec", sizes[0])
         self._index = _grow(self._folder / "train.idx", sizes[1])
         self._key = written + 1
@@ -264,6 +301,7 @@ class _ShardWriter(_Writer):
         self._shard_size = shard_size
 
     def resume(self, written: int, *sizes: int) -> None:
+        self._check_lines()
         self._written = written
         self._open(max(written - 1, 0) // self._shard_size, sizes[0])
 

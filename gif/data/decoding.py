@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gif.errors import InputError
+from gif.packages import needs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Fit = Literal["squash", "crop", "exact"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 50_000_000  # a photograph of today's telephones; 150 MB in RGB
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 _SIGNATURES = {".jpg": (0, b"\xff\xd8\xff"), ".png": (0, b"\x89PNG\r\n\x1a\n"), ".webp": (8, b"WEBP")}
+_PNG_BEGIN = 8  # bytes of its signature
+_PNG_CHUNK = 12  # bytes of a chunk beside its data: length, kind, checksum
+_PNG_KEPT = (b"tRNS", b"eXIf", b"iTXt")  # transparency, and the two that may say which side is up
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF's tag, and its value for an image that needs no turn
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""How an image is turned upright, by EXIF's orientation: names of Pillow's."""
 
 
-class BrokenImageError(ValueError):
+class BrokenImageError(InputError):
     """An image that cannot be read or decoded; the message says which and why."""
 
 
@@ -33,6 +53,8 @@ class ImageDecoder:
         fit: an image of another size is resized to exactly ``size``, whatever its aspect ratio ("squash": nothing is
             lost), resized to cover it and its centre kept ("crop"), or counts as broken ("exact"). Resizing is bilinear
             and antialiased, by torchvision.
+        max_pixels: an image whose file declares more counts as broken, before anything is decoded: a file of a hundred
+            kilobytes can declare gigabytes. At most what Pillow opens, twice its ``Image.MAX_IMAGE_PIXELS``.
 
     Raises ValueError for other values.
     """
@@ -40,25 +62,18 @@ class ImageDecoder:
     size: int = 112
     channels: int = 3
     fit: Fit = "squash"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3):
             raise InputError(f"wanted size >= 1 and 1 or 3 channels, got {self.size} and {self.channels}")
         if self.fit not in ("squash", "crop", "exact"):
             raise InputError(f"fit must be 'squash', 'crop' or 'exact', got {self.fit!r}")
+        check_max_pixels(self.max_pixels)
 
     def __call__(self, encoded: bytes) -> Tensor:
         """Pixels (channels, size, size) uint8. Raises BrokenImageError."""
-        suffix(encoded)
-        try:
-            with Image.open(BytesIO(encoded)) as stored:
-                if stored.mode not in _EIGHT_BITS:
-                    raise BrokenImageError(f"its pixels are of mode {stored.mode}, wanted 8 bits a channel")
-                ImageOps.exif_transpose(stored, in_place=True)
-                mode = "RGB" if self.channels == 3 else "L"
-                image = np.array(stored if stored.mode == mode else stored.convert(mode))
-        except Exception as error:  # of damaged bytes Pillow's decoders raise almost anything
-            raise BrokenImageError(str(error)) from error
+        image = decode(encoded, "RGB" if self.channels == 3 else "L", max_pixels=self.max_pixels)
         return self._resize(torch.from_numpy(image).view(*image.shape[:2], self.channels).permute(2, 0, 1))
 
     def _resize(self, image: Tensor) -> Tensor:
@@ -66,11 +81,101 @@ class ImageDecoder:
             return image
         if self.fit == "exact":
             raise BrokenImageError(f"it is {image.shape[1]} x {image.shape[2]}, wanted {self.size} x {self.size}")
-        from torchvision.transforms.v2 import functional as F  # here: as slow to import as torch itself
+        with needs("torchvision", "resizing images"):
+            from torchvision.transforms.v2 import functional as F  # here: as slow to import as torch itself
 
         if self.fit == "squash":
             return F.resize(image, [self.size, self.size], antialias=True)
         return F.center_crop(F.resize(image, [self.size], antialias=True), [self.size, self.size])
+
+
+def decode(
+    encoded: bytes, mode: Literal["RGB", "L"], *, turn: bool = True, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """The pixels of an encoded JPEG, PNG or WebP, (height, width, 3) or (height, width) uint8, in its own size.
+
+    Args:
+        encoded: the file.
+        mode: colours or grey levels.
+        turn: as EXIF says.
+        max_pixels: of more, nothing is decoded.
+
+    Raises BrokenImageError.
+    """
+    if suffix(encoded) == ".png":
+        encoded = _without_texts(encoded)
+    _check_pixels(_declared(encoded), max_pixels)
+    with needs("pillow", "reading images"):
+        from PIL import Image
+    try:
+        with Image.open(BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as stored:
+            _check_pixels(stored.size, max_pixels)
+            if stored.mode not in _EIGHT_BITS:
+                raise BrokenImageError(f"its pixels are of mode {stored.mode}, wanted 8 bits a channel")
+            turned = _TURNS.get(_orientation(stored)) if turn else None
+            image = stored if stored.mode == mode else stored.convert(mode)
+            return np.array(image if turned is None else image.transpose(Image.Transpose[turned]))
+    except MemoryError:
+        raise  # nothing is wrong with the image
+    except Exception as error:  # of damaged bytes Pillow's decoders raise almost anything
+        raise BrokenImageError(str(error)) from error
+
+
+def check_max_pixels(max_pixels: int) -> None:
+    """Raise ValueError unless an image may have so many pixels: at least 1, at most what Pillow opens."""
+    with needs("pillow", "reading images"):
+        from PIL import Image
+    most = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+    if max_pixels < 1 or (most is not None and max_pixels > most):
+        raise InputError(
+            f"max_pixels must be from 1 to {most:,}, got {max_pixels:,}; Pillow opens no more unless "
+            "PIL.Image.MAX_IMAGE_PIXELS is raised"
+        )
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise BrokenImageError(
+            f"it declares {width:,} x {height:,} = {width * height:,} pixels, more than {max_pixels:,}; raise "
+            "max_pixels if it is meant to be so large"
+        )
+
+
+def _orientation(image: Image) -> int:
+    """How to turn an image upright, by its EXIF alone; not at all where that cannot be read, for the pixels can."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, _UPRIGHT))
+    except Exception:  # of damaged metadata Pillow raises almost anything
+        return _UPRIGHT
+
+
+def _declared(encoded: bytes) -> tuple[int, int]:
+    """Width and height of a PNG or a WebP, of which Pillow makes room for the latter as it opens it; else (0, 0)."""
+    kind, body = encoded[12:16], encoded[20:30]
+    if kind == b"IHDR":
+        return int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
+    if suffix(encoded) != ".webp" or len(body) < 10:
+        return 0, 0
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+
+
+def _without_texts(encoded: bytes) -> bytes:
+    """A PNG without what says nothing of its pixels and without damaged metadata, either of which Pillow may refuse."""
+    at, kept = _PNG_BEGIN, [encoded[:_PNG_BEGIN]]
+    while at + _PNG_CHUNK <= len(encoded):
+        length = int.from_bytes(encoded[at : at + 4], "big")
+        chunk = encoded[at : at + _PNG_CHUNK + length]
+        needed = chunk[4:5].isupper()  # by the decoder, and the others are not
+        if needed or (chunk[4:8] in _PNG_KEPT and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")):
+            kept.append(chunk)
+        at += len(chunk)
+    return b"".join(kept) + encoded[at:]
 
 
 def suffix(encoded: bytes) -> str:

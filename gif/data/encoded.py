@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
+from gif.data.identities import Names
 from gif.data.images import IdentityDataset
+from gif.data.listing import Tally
+from gif.data.shared_memory import check_workers, shared_flags
 from gif.errors import InputError
+from gif.progress import progress
 
 BrokenPolicy = Literal["skip", "raise"]
 ALL_BROKEN = 8  # images, none of which can be read: then it is not the images
-_NAMED = 3  # broken images in a message
+_BATCH = ALL_BROKEN - 1  # of more, being all broken is an error
 
 
 class EncodedSource(Protocol):
@@ -38,11 +43,15 @@ class EncodedSource(Protocol):
 
 @dataclass(frozen=True)
 class Labelled:
-    """A source with the identity of each of its images: labels (N,) int64 into names."""
+    """A source with the identity of each of its images: labels (N,) int64 into names.
+
+    ``passed_over`` has a line for each kind of thing that its reader left out, with their number and the first names.
+    """
 
     source: EncodedSource
     labels: Tensor
     names: Sequence[str]
+    passed_over: tuple[str, ...] = ()
 
 
 class EncodedImages(IdentityDataset):
@@ -55,6 +64,7 @@ class EncodedImages(IdentityDataset):
         on_broken: "skip" leaves an image that cannot be decoded out of its batch, and notes it (see `broken`); "raise"
             raises BrokenImageError, as "skip" does where all of a batch (of at least 8) are broken.
         notes: (N,) bool in shared memory, the broken images found so far, by whichever process; fresh if not given.
+        passed_over: what the reader left out, a line for each kind.
 
     A single index raises BrokenImageError for a broken image under either policy. Raises ValueError as
     `IdentityDataset` does, and for an unknown policy.
@@ -70,13 +80,15 @@ class EncodedImages(IdentityDataset):
         decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (frozen)
         on_broken: BrokenPolicy = "skip",
         notes: Tensor | None = None,
+        passed_over: Sequence[str] = (),
     ) -> None:
         super().__init__(labels, names, rows, len(source))
         if on_broken not in ("skip", "raise"):
             raise InputError(f"on_broken must be 'skip' or 'raise', got {on_broken!r}")
         self.source, self.decoder, self.on_broken = source, decoder, on_broken
+        self.passed_over = tuple(passed_over)
         # A flag an image needs no lock: whoever finds it broken writes the same byte.
-        self._notes = torch.zeros(len(source), dtype=torch.bool).share_memory_() if notes is None else notes
+        self._notes = shared_flags(len(source)) if notes is None else notes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -94,7 +106,7 @@ class EncodedImages(IdentityDataset):
         self._notes[row] = False
         return image, self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         images, kept, failed = [], [], 0
         for index in indices:
             try:
@@ -114,7 +126,14 @@ class EncodedImages(IdentityDataset):
         """Where image ``index`` lies."""
         return self.source.place(int(self._rows[index]))
 
-    def _part(self, labels: Tensor, names: list[str], rows: Tensor) -> Self:
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        return {"channels": self.decoder.channels, "size": self.decoder.size, "fit": self.decoder.fit}
+
+    def _stored(self, index: int) -> bytes:
+        return stored(self.source, int(self._rows[index]))
+
+    def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
         return type(self)(
             self.source,
             labels,
@@ -123,6 +142,7 @@ class EncodedImages(IdentityDataset):
             decoder=self.decoder,
             on_broken=self.on_broken,
             notes=self._notes,
+            passed_over=self.passed_over,
         )
 
     def check_readable(self) -> None:
@@ -138,11 +158,79 @@ class EncodedImages(IdentityDataset):
             raise InputError(f"none of {min(ALL_BROKEN, len(self))} images that were tried can be decoded; {reason}")
 
 
+def stored(source: EncodedSource, row: int) -> bytes:
+    """An image as it is stored; nothing where it cannot be read: whoever needs it says so."""
+    try:
+        return source.read(row)
+    except (ValueError, OSError):
+        return b""
+
+
+def check_identities(data: EncodedImages, indices: Tensor, workers: int = 0) -> None:
+    """Raise ValueError, with their names, if of identities that some images (k,) show there are any without a readable
+    one: work that needs each would fail at its end. Of most identities one image is read."""
+    nobody = Tally()
+    left = indices
+    while len(left):
+        labels, of_label = data.labels[left].unique(return_inverse=True)
+        first = left[len(left) - 1 - _last_places(of_label.flip(0), len(labels))]
+        read_all(data, first, workers, "looking at an image of each identity")
+        unread = data.broken(first)
+        left = left[torch.isin(data.labels[left], labels[unread]) & ~torch.isin(left, first)]
+        for label in labels[unread & ~torch.isin(labels, data.labels[left])].tolist():
+            nobody.add(data.names[label])
+    if nobody.number:
+        raise InputError(
+            f"identities without an image that can be read: {nobody}; replace their images, or remove the identities"
+        )
+
+
+def _last_places(numbers: Tensor, count: int) -> Tensor:
+    """Where each of the numbers in [0, count), which are all there, comes last."""
+    return torch.zeros(count, dtype=torch.int64).scatter_reduce_(0, numbers, torch.arange(len(numbers)), "amax")
+
+
+def read_all(data: EncodedImages, indices: Tensor, workers: int, description: str) -> None:
+    """Decode some images (k,), so that `EncodedImages.broken` knows of each."""
+    check_workers(workers, _BATCH, data.image_shape)
+    batches = indices.split(_BATCH)
+    loader = DataLoader(
+        data,
+        batch_sampler=(batch.tolist() for batch in batches),
+        num_workers=workers,
+        collate_fn=data.collate,
+        generator=torch.Generator(),
+    )
+    with progress(description, len(indices), "images") as advance:
+        for batch, _ in zip(batches, loader, strict=True):
+            advance(len(batch))
+
+
 def broken_report(data: IdentityDataset) -> str | None:
-    """One line on the images of a data set that were found broken so far; None where there are none."""
-    found = data.broken(torch.arange(len(data))).nonzero().flatten().tolist()
-    if not found:
+    """The images of a data set that were found broken so far, in a line; in another the identities of which all are.
+
+    None where there are none.
+    """
+    found = data.broken(torch.arange(len(data)))
+    if not found.any():
         return None
-    places = [data.place(index) if isinstance(data, EncodedImages) else str(index) for index in found[:_NAMED]]
-    more = ", ..." if len(found) > _NAMED else ""
-    return f"{len(found):,} of {len(data):,} images are broken and were left out: {', '.join(places)}{more}"
+    places = Tally.of(
+        data.place(index) if isinstance(data, EncodedImages) else str(index)
+        for index in found.nonzero().flatten().tolist()
+    )
+    report = f"{places.number:,} of {len(data):,} images are broken and were left out: {places.names}"
+    counts = data.labels.bincount(minlength=data.num_identities)
+    gone = (counts > 0) & (data.labels[found].bincount(minlength=data.num_identities) == counts)
+    if gone.any():
+        nobody = Tally.of(data.names[label] for label in gone.nonzero().flatten().tolist())
+        report += f"\n{nobody.number:,} identities have no image that can be read: {nobody.names}"
+    return report
+
+
+def left_out(data: IdentityDataset) -> str | None:
+    """All that is not in a data set and might be meant to: `broken_report`, and what its reader passed over.
+
+    None where there is nothing.
+    """
+    passed_over = data.passed_over if isinstance(data, EncodedImages) else ()
+    return "\n".join(line for line in (broken_report(data), *passed_over) if line) or None

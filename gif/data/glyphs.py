@@ -14,7 +14,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split
 from gif.data.look_alikes import SUPERSAMPLING, distinct
 from gif.errors import InputError, OutputError
 from gif.files import load_tensors, save_tensors
+from gif.packages import needs
 from gif.progress import progress, say
 
 FORMAT = "gif.glyphs/1"  # also the renderer's version: raise it when the images change
@@ -92,6 +92,8 @@ def all_glyphs(*, size: int = 32, min_fonts: int = 4, cache_dir: str | Path | No
 
 
 def _font_files() -> list[Path]:
+    with needs("matplotlib", "its fonts, of which glyphs are drawn"):
+        import matplotlib
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     return sorted(path for path in folder.glob("*.ttf") if path.stem not in _UNUSABLE_FONTS)
 
@@ -129,7 +131,7 @@ def _cache_path(cache_dir: str | Path | None, fonts: list[Path], size: int, min_
 
 
 def _save(path: Path, data: IdentityImages) -> None:
-    tensors, names = {"images": data.images, "labels": data.labels}, json.dumps(data.names)
+    tensors, names = {"images": data.images, "labels": data.labels}, json.dumps(list(data.names))
     save_tensors(path, tensors, format=FORMAT, names=names, sha256=checksum(tensors, names))
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from joblib import Parallel, cpu_count, delayed
 from torch import Tensor
 
 from gif.data.cache import cache_folder, checksum
@@ -31,8 +30,9 @@ from gif.data.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
 from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.look_alikes import SUPERSAMPLING, Integers, distinct
-from gif.errors import InputError, OutputError
+from gif.errors import InputError, OutputError, UnavailableError
 from gif.files import allocate_tensors, atomic_path, fsync, locate_tensor, map_tensor
+from gif.packages import needs
 from gif.progress import progress, say
 
 FORMAT = "gif.glyphs_80k/1"  # also the renderer's version: raise it when the images change
@@ -135,7 +135,7 @@ def all_glyphs_80k(
             _render_again(path, judged, drawings, size, workers)
         data = _load(path)
     if data is None:
-        raise RuntimeError(f"{path} does not hold what was just written to it; check the disk")
+        raise UnavailableError(f"{path} does not hold what was just written to it; check the disk")
     return data
 
 
@@ -256,6 +256,8 @@ def _draw(partial: Path, drawings: _Drawings, size: int, workers: int | None) ->
 
     A chunk is marked done once its images are on the disk, so a run that was killed goes on from there.
     """
+    with needs("joblib", "drawing glyphs in several processes"):
+        from joblib import Parallel, cpu_count, delayed
     chunks = drawings.chunks()
     settings = repr((FORMAT, renderer_versions(), EM, size, _CHUNK, drawings.fonts, len(drawings)))
     if not _continues(partial, settings):

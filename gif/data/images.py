@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gif.data.identities import DIGEST_BYTES, Identities, Names
 from gif.errors import InputError
+
+SPLIT_BY = "BLAKE2b of each name"  # raise it to refuse runs whose identities were split in another way
+_SAMPLE = 8192  # images that tell one data set from another
 
 
 class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     """Images with the identity each shows, wherever they are: what training, encoding and evaluation read.
 
     Which identity each image shows is known without reading an image. Indexing gives ``(image uint8 (channels, height,
-    width), label int64 ())``. A whole batch is read at once with ``__getitems__``, which a DataLoader uses when it is
-    given ``collate_fn=dataset.collate``; images that cannot be read may be missing there, see `broken`.
+    width), label int64 ())``. A whole batch is read at once by `batch`, or by a DataLoader; images that cannot be read
+    may be missing there, see `broken`. Give a DataLoader ``collate_fn=dataset.collate``: then a batch may be empty.
 
     Args:
         labels: (n,) integer, the identity of each image, in [0, len(names)).
-        names: what each identity is called, for people and pictures.
+        names: what each identity is called: what it is known by wherever a table has a row an identity.
         rows: (n,) integer, which of ``stored`` images the data set consists of, in its order. Parts of one data set
             share its images through their rows.
         stored: N, how many images there are.
 
+    Attributes:
+        origin: the data set's name or path, where it was opened by one.
+        splits: how many splits this part is the outcome of.
+
     Raises ValueError where shapes disagree, a label is outside [0, len(names)) or a row outside [0, N).
     """
+
+    origin = ""
+    splits = 0
 
     def __init__(self, labels: Tensor, names: Sequence[str], rows: Tensor | None, stored: int) -> None:
         rows = torch.arange(stored) if rows is None else rows.long()
@@ -39,7 +52,7 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         _check_range("rows", rows, stored, "name images that there are")
         self._rows = rows
         self.labels = labels.long()
-        self.names = list(names)
+        self.names = Names.of(names)
 
     @property
     def num_identities(self) -> int:
@@ -57,20 +70,53 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """The readable images (k, c, h, w) of some, in their order, and their labels (k,)."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """What a DataLoader asks for: the readable images (c, h, w) of some, each with its label ()."""
+        return _Pairs(zip(*self.batch(indices), strict=True))
 
     @abstractmethod
     def broken(self, indices: Tensor) -> Tensor:
         """Which of the images at ``indices`` (k,) were found to be unreadable so far, (k,) bool; looks at no image."""
 
     @abstractmethod
-    def _part(self, labels: Tensor, names: list[str], rows: Tensor) -> Self:
+    def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
         """A data set of these images of this one."""
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """What the pixels of an image follow from, beside its file."""
+        channels, height, width = self.image_shape
+        return {"channels": channels, "height": height, "width": width}
+
+    @property
+    def identities(self) -> Identities:
+        """Who is in the data set, for what is made of it."""
+        return Identities(self.names, self.image_settings, self.origin)
+
+    def summary(self) -> dict[str, Any]:
+        """What tells this data set from another at the same place: settings of a run, fit for JSON.
+
+        Digests of all names, of all labels, and of a sample of the images (`digest_images`).
+        """
+        return {
+            "identities": self.num_identities,
+            "images": len(self),
+            "names": self.names.fingerprint[:16],
+            "labels": hashlib.sha256(self.labels.numpy().data).hexdigest()[:16],
+            "sample of the images": digest_images(len(self), self._stored),
+            "read as": self.image_settings,
+        }
+
+    def _stored(self, index: int) -> bytes:
+        """An image as it is stored; nothing where it cannot be read."""
+        return self[index][0].contiguous().numpy().tobytes()
 
     def image_batches(self, size: int) -> Iterator[Tensor]:
         """All readable images in their order, of ``size`` at a time, no batch empty."""
-        batches = (self.__getitems__(indices.tolist())[0] for indices in torch.arange(len(self)).split(size))
+        batches = (self.batch(indices.tolist())[0] for indices in torch.arange(len(self)).split(size))
         return (images for images in batches if len(images))
 
     def of_identities(self, identities: Tensor) -> Self:
@@ -80,13 +126,28 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         numbers[identities] = torch.arange(len(identities))
         labels = numbers[self.labels]
         keep = labels >= 0
-        return self._part(labels[keep], [self.names[i] for i in identities.tolist()], self._rows[keep])
+        part = self._part(labels[keep], self.names.where(numbers >= 0), self._rows[keep])
+        part.origin, part.splits = self.origin, self.splits
+        return part
 
-    @staticmethod
-    def collate(batch: Any) -> tuple[Tensor, Tensor]:
-        """Pass a batch of ``__getitems__`` on as it is: (images, labels)."""
-        images, labels = batch
-        return images, labels
+    def collate(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A DataLoader's batch, as `batch` gives it: images (k, c, h, w) and labels (k,); k may be 0."""
+        if not len(pairs):
+            return torch.empty(0, *self.image_shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        images, labels = zip(*pairs, strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+
+class _Pairs(list[tuple[Tensor, Tensor]]):
+    """Images with their labels; where there are none, whoever wants the first is told why."""
+
+    def __getitem__(self, place: Any) -> Any:
+        if not len(self):
+            raise InputError(
+                "none of the images of a batch can be read; give the DataLoader collate_fn=dataset.collate to get an "
+                "empty batch, and look at the data set with gif data inspect"
+            )
+        return super().__getitem__(place)
 
 
 class IdentityImages(IdentityDataset):
@@ -120,14 +181,14 @@ class IdentityImages(IdentityDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._images[self._rows[index]], self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         return self._images[self._rows[indices]], self.labels[indices]
 
     def broken(self, indices: Tensor) -> Tensor:
         """None: (k,) of False."""
         return torch.zeros(len(indices), dtype=torch.bool)
 
-    def _part(self, labels: Tensor, names: list[str], rows: Tensor) -> Self:
+    def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
         return type(self)(self._images, labels, names, rows)
 
 
@@ -145,24 +206,61 @@ Data = TypeVar("Data", bound=IdentityDataset)
 def split_identities(data: Data, held_out: float, seed: int) -> tuple[Data, Data]:
     """Split a data set by identity, at random: (the rest, the held-out part), sharing its images.
 
-    Either part can be split again: the training identities into those to train on and those to validate with, or, with
-    a whole number, to take so many identities of a large set.
+    An identity's name decides, and the seed: each has a place in [0, 1), the 8-byte BLAKE2b of the name keyed with the
+    seed, and those below a fraction are held out, about so many. Whoever else is in the data set moves nobody. Of a
+    whole number, those of the lowest places are held out: one identity more can move one. In either case no identity
+    that comes makes one that was trained on a held-out one.
+
+    Either part can be split again, by fresh places: the training identities into those to train on and those to
+    validate with, or, with a whole number, to take so many identities of a large set.
 
     Args:
         data: what to split.
         held_out: fraction of the identities in (0, 1), or how many, a whole number from 2.
         seed: decides which.
 
-    Raises ValueError unless both parts get at least 2 identities.
+    Each part gets 2 identities at least, whatever their places. Raises ValueError where the fraction or the number
+    leaves fewer than 2 to a part.
     """
     check_held_out(held_out)
-    number = held_out if isinstance(held_out, int) else round(held_out * data.num_identities)
-    if not 2 <= number <= data.num_identities - 2:
-        raise InputError(
-            f"held_out is {held_out}, {number} of {data.num_identities} identities; both parts need at least 2"
-        )
-    order = torch.randperm(data.num_identities, generator=torch.Generator().manual_seed(seed))
-    return data.of_identities(order[number:]), data.of_identities(order[:number])
+    m = data.num_identities
+    number = held_out if isinstance(held_out, int) else round(held_out * m)
+    if not 2 <= number <= m - 2:
+        raise InputError(f"held_out is {held_out}, {number} of {m} identities; both parts need at least 2")
+    places = _places(data, seed)
+    order = torch.from_numpy(places.argsort(kind="stable"))
+    if not isinstance(held_out, int):
+        number = min(max(int((places < held_out * 2.0 ** (8 * DIGEST_BYTES)).sum()), 2), m - 2)
+    rest, held = data.of_identities(order[number:]), data.of_identities(order[:number])
+    rest.splits = held.splits = data.splits + 1
+    return rest, held
+
+
+def some_identities(data: Data, number: int, seed: int = 0) -> Data:
+    """So many of a data set's identities, those of the lowest places as in `split_identities`."""
+    order = torch.from_numpy(_places(data, seed).argsort(kind="stable"))
+    return data.of_identities(order[:number])
+
+
+def _places(data: IdentityDataset, seed: int) -> np.ndarray:
+    """Where each identity lies in [0, 2^64), (m,) uint64: uniform, and a function of its name and the seed.
+
+    After each split the places are fresh ones, or those of a part would all lie on one side.
+    """
+    return data.names.digests(f"{seed} {data.splits}").numpy().view(np.uint64)
+
+
+def digest_images(count: int, read: Callable[[int], bytes]) -> str:
+    """16 hexadecimal digits that follow from images as they are stored, ``read(index)`` for an index in [0, count).
+
+    They follow from all of 8,192 at most, and of more from so many at equal distances: a data set that was replaced is
+    noticed, one image of a million need not be.
+    """
+    digest = hashlib.sha256()
+    for index in torch.linspace(0, count - 1, min(count, _SAMPLE), dtype=torch.float64).long().tolist():
+        stored = read(index)
+        digest.update(len(stored).to_bytes(8, "little") + stored)
+    return digest.hexdigest()[:16]
 
 
 def check_held_out(held_out: float) -> None:

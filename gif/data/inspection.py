@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
-from gif.data.encoded import ALL_BROKEN, EncodedImages, broken_report
+from gif.data.decoding import MAX_PIXELS, ImageDecoder
+from gif.data.encoded import EncodedImages, left_out, read_all
 from gif.data.images import IdentityDataset
 from gif.data.loading import open_data
 from gif.data.report import describe
 from gif.files import write_text
 from gif.ownership import check_folder
 from gif.plotting import COLORS, figure, save_figure
-from gif.progress import console, progress, say
-
-_BATCH = ALL_BROKEN - 1  # of more, being all broken is an error
+from gif.progress import print_table, say
 
 
 def inspect(
@@ -25,22 +23,28 @@ def inspect(
     output: Path | None = None,
     decode: bool = True,
     workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
-    """Say what a data set holds: identities, images an identity, the long tail, and which images are broken.
+    """Say what a data set holds: identities, images an identity, the long tail; which images are broken, and what lies
+    there and is passed over.
 
     Args:
         input: the data set: a path or a name, as --data takes it.
         output: folder for a picture, long-tail.png, and for broken.txt, a line for each broken image.
         decode: decode every image, to find the broken ones.
         workers: processes that read images.
+        max_pixels: an image whose file declares more counts as broken, before it is decoded.
     """
-    data = open_data(input)
+    data = open_data(input, decoder=ImageDecoder(max_pixels=max_pixels))
     if output is not None:
         check_folder(output)
-    console.print(describe(data))
+    print_table(describe(data))
     if isinstance(data, EncodedImages) and decode:
-        _read_all(data, workers)
-        say(broken_report(data) or "every image can be decoded")
+        read_all(data, torch.arange(len(data)), workers, "decoding")
+        if not data.broken(torch.arange(len(data))).any():
+            say("every image can be decoded")
+    if report := left_out(data):
+        say(report)
     if output is None:
         return
     plot_long_tail(data, output / "long-tail.png")
@@ -49,19 +53,6 @@ def inspect(
         broken = data.broken(torch.arange(len(data))).nonzero().flatten().tolist()
         write_text(output / "broken.txt", "".join(f"{data.place(index)}\n" for index in broken))
         say(f"wrote {output / 'broken.txt'}")
-
-
-def _read_all(data: EncodedImages, workers: int) -> None:
-    batches = torch.arange(len(data)).split(_BATCH)
-    loader = DataLoader(
-        data,
-        batch_sampler=(indices.tolist() for indices in batches),
-        num_workers=workers,
-        collate_fn=data.collate,
-    )
-    with progress("decoding", len(data), "images") as advance:
-        for indices, _ in zip(batches, loader, strict=True):
-            advance(len(indices))
 
 
 def plot_long_tail(data: IdentityDataset, path: str | Path) -> None:

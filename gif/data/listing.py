@@ -1,8 +1,9 @@
-"""The small text files beside images: insightface's `property`, and the names of the identities."""
+"""The small text files beside images, `property` and the names of the identities; what readers leave out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gif.errors import InputError
@@ -10,6 +11,67 @@ from gif.files import existing_file, write_text
 
 PROPERTY = "property"
 IDENTITIES = "identities.txt"
+NAMED = 3  # of many, in a message
+
+
+@dataclass
+class Tally:
+    """How many there are of something, and the names of the first: of millions no list is kept."""
+
+    number: int = 0
+    first: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Tally:
+        tally = cls()
+        for name in names:
+            tally.add(name)
+        return tally
+
+    def add(self, name: str) -> None:
+        self.number += 1
+        if len(self.first) < NAMED:
+            self.first.append(printable(name))
+
+    @property
+    def names(self) -> str:
+        """The first names, and whether there are more."""
+        return ", ".join(self.first) + (", ..." if self.number > len(self.first) else "")
+
+    def __str__(self) -> str:
+        return f"{self.number:,} ({self.names})"
+
+
+def as_utf8(name: str) -> str:
+    """A name from a file system in UTF-8, whatever its bytes are: those that are none are written out, as \\xe9."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def printable(name: str) -> str:
+    """A name or a path in one line of UTF-8, line breaks written out too, as \\n."""
+    return "".join(repr(letter)[1:-1] if letter in _BREAKS else letter for letter in as_utf8(name))
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder of this name belongs to a program and not to a data set: hidden ones, previews, bins."""
+    return name.startswith(".") or name in _FOREIGN
+
+
+_BREAKS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")  # where str.splitlines breaks
+_FOREIGN = frozenset(
+    ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__")
+)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a small UTF-8 file, with or without a byte-order mark, its lines ended by \\n.
+
+    Raises FileNotFoundError, or ValueError where it is no UTF-8.
+    """
+    try:
+        return existing_file(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error}); write it as UTF-8") from error
 
 
 @dataclass(frozen=True)
@@ -23,7 +85,7 @@ class Property:
     @classmethod
     def read(cls, path: str | Path) -> Property:
         """Raises FileNotFoundError, or ValueError if it does not hold three positive whole numbers."""
-        text = existing_file(path).read_text(encoding="utf-8", errors="replace").strip()
+        text = read_text(path).strip()
         try:
             identities, height, width = map(int, text.split(","))
         except ValueError as error:
@@ -44,7 +106,7 @@ def read_names(folder: Path, numbers: list[int]) -> list[str]:
     path = folder / IDENTITIES
     if not path.exists():
         return [str(number) for number in numbers]
-    names = path.read_text(encoding="utf-8").split("\n")
+    names = read_text(path).split("\n")
     names = names[:-1] if names[-1] == "" else names
     if numbers and max(numbers) >= len(names):
         raise InputError(f"{path} names {len(names)} identities, none of them {max(numbers)}; remove or correct it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from gif.data.glyphs import all_glyphs
 from gif.data.glyphs_80k import all_glyphs_80k
 from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.records import read_records
-from gif.data.shards import read_shards
+from gif.data.shards import COMPRESSED, read_shards
 from gif.errors import InputError
 
 HELD_OUT = 0.2  # of the identities
@@ -76,23 +77,35 @@ def open_data(
 
     Raises ValueError for an unknown name or a path that is nothing of the kind, and as the readers do.
     """
+    images: IdentityDataset
     if data in NAMES:
-        return NAMES[data]()
+        images = NAMES[data]()
+        images.origin = data
+        return images
     found = find_data(data)
-    return EncodedImages(found.source, found.labels, found.names, decoder=decoder, on_broken=on_broken)
+    images = EncodedImages(
+        found.source,
+        found.labels,
+        found.names,
+        decoder=decoder,
+        on_broken=on_broken,
+        passed_over=found.passed_over,
+    )
+    images.origin = os.fsencode(Path(data).resolve()).decode(errors="replace")  # it goes into files, as UTF-8
+    return images
 
 
 def find_data(path: str) -> Labelled:
     """The encoded images at a path, by what lies there; arguments and errors are those of `open_data`."""
     place = Path(path)
+    if place.is_dir():
+        if (place / "train.rec").exists():
+            return read_records(place / "train.rec")
+        if any(place.glob("*.tar")):
+            return read_shards(path)
+        return read_folder(place)
     if place.suffix == ".rec":
         return read_records(place)
-    if place.suffix == ".tar":
+    if place.suffix == ".tar" or place.name.endswith(COMPRESSED):
         return read_shards(path)
-    if not place.is_dir():
-        raise InputError(f"unknown data set {path!r}; there are: {', '.join(NAMES)}, and paths of {_PATHS}")
-    if (place / "train.rec").exists():
-        return read_records(place / "train.rec")
-    if any(place.glob("*.tar")):
-        return read_shards(path)
-    return read_folder(place)
+    raise InputError(f"unknown data set {path!r}; there are: {', '.join(NAMES)}, and paths of {_PATHS}")

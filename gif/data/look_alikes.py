@@ -27,9 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from gif.packages import needs
 from gif.progress import progress
 
 SUPERSAMPLING = 8
@@ -167,6 +166,9 @@ def identities(character: Integers, fonts: Integers, pairs: Integers) -> Integer
 
     ``character`` and ``fonts`` (n,) are those of each image, ``pairs`` (p, 2) the images that look alike.
     """
+    with needs("scipy", "finding glyphs that look alike"):
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
     has = np.zeros((character.max() + 1, fonts.max() + 1), bool)
     has[character, fonts] = True
     in_one_font = pairs[fonts[pairs[:, 0]] == fonts[pairs[:, 1]]]

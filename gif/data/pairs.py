@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gif.data.bare_pickle import Array, interpret, type_name
 from gif.data.decoding import SUFFIXES, BrokenImageError, ImageDecoder
+from gif.data.listing import Tally, read_text
 from gif.errors import InputError
 from gif.files import atomic_path, existing_file
 from gif.progress import progress
@@ -34,6 +34,20 @@ class ImagePairs:
         for places in torch.arange(len(self.encoded)).split(size):
             yield torch.stack([self.image(place, decoder) for place in places.tolist()])
 
+    def check(self, decoder: ImageDecoder = ImageDecoder()) -> None:  # noqa: B008 (frozen)
+        """Decode all images once. Raises BrokenImageError that names them: pairs are all or none."""
+        broken, first = Tally(), ""
+        with progress("looking at pairs", len(self.encoded), "images") as advance:
+            for place in range(len(self.encoded)):
+                try:
+                    self.image(place, decoder)
+                except BrokenImageError as error:
+                    broken.add(f"image {place % 2} of pair {place // 2}")
+                    first = first or str(error)
+                advance(1)
+        if broken.number:
+            raise BrokenImageError(f"{first}; of {len(self.encoded):,} images are broken: {broken}")
+
     def image(self, place: int, decoder: ImageDecoder = ImageDecoder()) -> Tensor:  # noqa: B008 (frozen)
         """Image ``place`` in [0, 2n), (c, h, w) uint8. Raises BrokenImageError."""
         try:
@@ -45,69 +59,40 @@ class ImagePairs:
 def read_bin(path: str | Path) -> ImagePairs:
     """The pairs of a verification .bin file: LFW, CFP-FP, AgeDB and their like, as insightface hands them around.
 
-    Such a file is a pickle, by Python 2 or 3, of (images, issame): images as bytes or uint8 arrays, two a pair. Nothing
-    else is unpickled, whatever the file asks for.
+    Such a file is a pickle, by Python 2 or 3, of (images, issame): images as bytes or uint8 arrays, two a pair. It is
+    not unpickled: lists, bytes, numbers and arrays are read from it, and nothing that it names is called.
 
     Raises FileNotFoundError, or ValueError where it is damaged or holds anything else.
     """
     path = existing_file(path)
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # a damaged pickle raises almost anything
+        content = interpret(path.read_bytes())
+    except ValueError as error:
         raise InputError(f"{path} is damaged, or no verification .bin file: {error}; copy or make it again") from error
-    if not (_is_sequence(content) and len(content) == 2 and all(map(_is_sequence, content))):
+    parts = _sequence(content)
+    images, issame = map(_sequence, parts) if parts is not None and len(parts) == 2 else (None, None)
+    if images is None or issame is None:
         raise InputError(f"{path} holds no two lists, images and truth values; give a verification .bin file")
-    images, issame = content
     if len(images) != 2 * len(issame) or not len(issame):
         raise InputError(f"{path} has {len(images)} images and {len(issame)} truth values; wanted 2n and n > 0")
     encoded = []
     for place, image in enumerate(images):
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 1:
-            image = image.tobytes()
-        if not isinstance(image, bytes):
-            raise InputError(f"{path}: image {place} is a {type(image).__name__}, wanted bytes or a uint8 array (k,)")
-        encoded.append(image)
+        data = image.value if isinstance(image, Array) else image
+        if not isinstance(data, bytes):
+            raise InputError(f"{path}: image {place} is a {type_name(image)}, wanted bytes or a uint8 array (k,)")
+        encoded.append(data)
     for place, same in enumerate(issame):
-        if not isinstance(same, (bool, int, np.bool_, np.integer)) or same not in (0, 1):
-            raise InputError(f"{path}: truth value {place} is {same!r}, wanted true or false")
+        if not isinstance(same, int) or same not in (0, 1):
+            found = repr(same) if isinstance(same, int | None) else f"a {type_name(same)}"
+            raise InputError(f"{path}: truth value {place} is {found}, wanted true or false")
     return ImagePairs(encoded, torch.tensor([bool(same) for same in issame]))
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray))
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes for Python 2 to read; no other codec."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"the codec {encoding} is not allowed")
-    return text.encode("latin-1")
-
-
-def _allowed() -> dict[tuple[str, str], Any]:
-    """What a pickle of bytes, numbers and NumPy arrays refers to, under its old and new names."""
-    found: dict[tuple[str, str], Any] = {("_codecs", "encode"): _latin1}
-    found |= {(module, "bytes"): bytes for module in ("builtins", "__builtin__")}
-    found |= {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-    multiarray, numeric = np._core.multiarray, np._core.numeric  # type: ignore[attr-defined]
-    for core in ("numpy.core", "numpy._core"):
-        found |= {(f"{core}.multiarray", name): getattr(multiarray, name) for name in ("_reconstruct", "scalar")}
-        found[f"{core}.numeric", "_frombuffer"] = numeric._frombuffer
-    return found
-
-
-class _Unpickler(pickle.Unpickler):
-    """Unpickles containers, numbers, bytes and NumPy arrays, and refuses everything else before it is called."""
-
-    _allowed = _allowed()
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding="bytes")  # Python 2's str are images here, not text
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which images and truth values do not need")
-        return self._allowed[module, name]
+def _sequence(value: Any) -> Sequence[Any] | None:
+    """The elements of a list, a tuple or an array of `interpret`; None where a value is none of them."""
+    if isinstance(value, Array):
+        return value.value
+    return value if isinstance(value, list | tuple) else None
 
 
 def write_bin(path: str | Path, pairs: Iterable[tuple[Path, Path, bool]], total: int) -> None:
@@ -135,7 +120,7 @@ def read_pairs(path: str | Path, root: Path) -> list[tuple[Path, Path, bool]]:
     Raises FileNotFoundError, or ValueError for another line.
     """
     pairs = []
-    for number, line in enumerate(existing_file(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         match line.split("\t") if "\t" in line else line.split():
             case []:
                 pass

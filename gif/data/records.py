@@ -14,6 +14,7 @@ record's numbers are rounded, so the keys of the .idx and what the records hold 
 
 from __future__ import annotations
 
+import codecs
 import struct
 import warnings
 from collections.abc import Sequence
@@ -25,14 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gif.data.encoded import Labelled
-from gif.data.listing import PROPERTY, Property, read_names
-from gif.data.stored import MappedFile, cached_index, fingerprint
+from gif.data.listing import NAMED, PROPERTY, Property, Tally, printable, read_names
+from gif.data.stored import MappedFile, PackedStrings, cached_index, fingerprint
 from gif.errors import InputError
 from gif.progress import progress
 
 MAGIC = 0xCED7230A
 LARGEST_LABEL = 1 << 24  # beyond, float32 skips numbers
-INDEX_FORMAT = "gif.record_index/1"
+INDEX_FORMAT = "gif.record_index/2"
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
@@ -75,7 +76,7 @@ class RecordImages:
         return data[_HEADER.size + 4 * flag :]
 
     def place(self, row: int) -> str:
-        return f"{self._file.path}, record at byte {int(self._offsets[row])}"
+        return f"{printable(str(self._file.path))}, record at byte {int(self._offsets[row])}"
 
     def fingerprint(self) -> str:
         return fingerprint("records", [self._file])
@@ -87,7 +88,8 @@ def read_records(path: str | Path) -> Labelled:
     The .idx file beside it, where there is one, says where the records are; otherwise the .rec file is read through.
     Labels are read from each record, once: what was found is kept in the cache folder. Labels are numbered anew without
     gaps; an identity's name is its number in the file, or that line of ``identities.txt`` beside it. Labels are checked
-    against ``property`` beside it.
+    against ``property`` beside it. Records that the .idx does not name, and labels within ``property`` without image,
+    are named in what is returned.
 
     Raises FileNotFoundError, or ValueError where a file is damaged, the two do not belong together, or a label is no
     whole number from 0 to 2^24 and within ``property``.
@@ -97,9 +99,10 @@ def read_records(path: str | Path) -> Labelled:
     files = [file] + ([MappedFile.find(index)] if index.exists() else [])
     found = cached_index(INDEX_FORMAT, files, lambda: _find_images(file, files[1:]))
     limit = LARGEST_LABEL
+    labels = found["labels"]
+    passed_over = list(PackedStrings(found["passed_over"], found["passed_over_ends"]))
     if (beside := file.path.with_name(PROPERTY)).exists():
         limit = Property.read(beside).identities
-    labels = found["labels"]
     wrong = ((labels < 0) | (labels >= limit)).nonzero().flatten()
     if len(wrong):
         first = int(wrong[0])
@@ -108,7 +111,12 @@ def read_records(path: str | Path) -> Labelled:
             f"in the record at byte {int(found['offsets'][first])}; correct `property`, or make the file again"
         )
     numbers, labels = labels.unique(return_inverse=True)
-    return Labelled(RecordImages(file, found["offsets"]), labels, read_names(file.path.parent, numbers.tolist()))
+    if beside.exists() and len(numbers) < limit:
+        without = np.setdiff1d(np.arange(min(limit, len(numbers) + NAMED)), numbers.numpy())[:NAMED]
+        nobody = Tally(limit - len(numbers), [str(label) for label in without])
+        passed_over.append(f"identities of `property` without an image: {nobody}")
+    names = read_names(file.path.parent, numbers.tolist())
+    return Labelled(RecordImages(file, found["offsets"]), labels, names, tuple(passed_over))
 
 
 def read_record(file: MappedFile, offset: int) -> tuple[bytes, int]:
@@ -140,25 +148,25 @@ def _find_images(file: MappedFile, index: Sequence[MappedFile]) -> dict[str, Ten
     if file.size == 0:
         raise InputError(f"{file.path} is empty; copy or make it again")
     keys, offsets = _read_index(index[0], file) if index else _scan(file)
-    flag, label, empty = (
-        _parse(read_record(file, int(offsets[0]))[0]) if len(keys) and keys[0] == 0 else (0, 0.0, False)
-    )
+    heads = _heads(file, offsets)
+    unnamed = _records_between(file, offsets, np.minimum(heads["end"], file.size))  # some leave the last zeros out
+    flag, label, empty = _parse(read_record(file, int(offsets[0]))[0]) if keys[0] == 0 else (0, 0.0, False)
     if flag > 0 and empty:  # insightface's
         end = int(label)
         slack = int(np.spacing(np.float32(end))) if end > LARGEST_LABEL else 0
-        begin, stop = np.searchsorted(keys, [1, end + slack])
-        keys, offsets = keys[begin:stop], offsets[begin:stop]
-        heads = _heads(file, offsets)
-        kept = (keys < end - slack) | ~heads["empty"]  # the true end lies within the rounding
-        if (missing := max(end - slack, 1) - 1 - int((keys < end - slack).sum())) > 0:
+        named = slice(*np.searchsorted(keys, [1, end + slack]))
+        missing = max(end - slack, 1) - 1 - int(((keys >= 1) & (keys < end - slack)).sum())
+        if missing > 0:
             raise InputError(
                 f"{index[0].path if index else file.path} lacks {missing} of {end - 1} images; make it again"
             )
+        kept = (keys[named] < end - slack) | ~heads["empty"][named]  # the true end lies within the rounding
+        beyond = keys[(keys >= end + slack) & ~heads["empty"]]
     else:
-        heads = _heads(file, offsets)
+        named = slice(None)
         kept = np.ones(len(keys), dtype=bool)
-    labels = heads["label"][kept]
-    offsets = offsets[kept]
+        beyond = keys[:0]
+    labels, offsets = heads["label"][named][kept], offsets[named][kept]
     if not len(labels):
         raise InputError(f"{file.path} holds no image")
     bad = np.flatnonzero(~(np.isfinite(labels) & (labels == np.floor(labels)) & (np.abs(labels) < LARGEST_LABEL)))
@@ -167,7 +175,39 @@ def _find_images(file: MappedFile, index: Sequence[MappedFile]) -> dict[str, Ten
             f"{file.path}: label {labels[bad[0]]} of the record at byte {offsets[bad[0]]:,} is no whole number below "
             "2^24, up to which float32 holds every one; keep so many identities in tar shards"
         )
-    return {"offsets": torch.from_numpy(offsets), "labels": torch.from_numpy(labels.astype(np.int64))}
+    reasons = {
+        "records that the .idx does not name": unnamed,
+        "images whose keys lie beyond those that the first record says": Tally.of(map(str, beyond)),
+    }
+    passed_over = PackedStrings.pack(f"{reason}: {tally}" for reason, tally in reasons.items() if tally.number)
+    return {
+        "offsets": torch.from_numpy(offsets),
+        "labels": torch.from_numpy(labels.astype(np.int64)),
+        "passed_over": passed_over.data,
+        "passed_over_ends": passed_over.ends,
+    }
+
+
+def _records_between(file: MappedFile, offsets: NDArray[np.int64], ends: NDArray[np.int64]) -> Tally:
+    """The records that lie beside those which begin at ``offsets`` and end at ``ends``.
+
+    Raises ValueError where something else lies there: a file that was shortened or filled up, or another's index.
+    """
+    order = offsets.argsort()
+    gaps = np.append(0, ends[order]) != np.append(offsets[order], file.size)
+    found = Tally()
+    for place in np.flatnonzero(gaps):
+        begin = int(ends[order[place - 1]]) if place else 0
+        end = int(offsets[order[place]]) if place < len(order) else file.size
+        while begin < end:
+            found.add(f"at byte {begin:,}")
+            begin = read_record(file, begin)[1]
+        if begin > end:
+            raise InputError(
+                f"{file.path}: the record before byte {begin:,} goes on where another begins, at byte {end:,}; it "
+                "is damaged, or its .idx belongs to another"
+            )
+    return found
 
 
 def _read_index(index: MappedFile, file: MappedFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -175,11 +215,15 @@ def _read_index(index: MappedFile, file: MappedFile) -> tuple[NDArray[np.int64],
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # NumPy stops at what is no number with a warning
-            numbers = np.fromfile(index.path, np.int64, sep=" ")
+            with index.path.open("rb") as text:
+                text.seek(len(codecs.BOM_UTF8) if text.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0)
+                numbers = np.fromfile(text, np.int64, sep=" ")
         keys, offsets = numbers.reshape(-1, 2).T
     except (ValueError, DeprecationWarning) as error:
         raise InputError(f"{index.path} is damaged ({error}); wanted a line 'key, tab, offset' a record") from error
-    if len(keys) and not (offsets.min() >= 0 and offsets.max() + _PART.size <= file.size):
+    if not len(keys):
+        raise InputError(f"{index.path} names no record; copy or make it again, or remove it to do without")
+    if not (offsets.min() >= 0 and offsets.max() <= file.size - _PART.size):
         raise InputError(
             f"{index.path} names byte {int(offsets.max()):,}, and {file.path} has {file.size:,}; it is truncated, or "
             "the two do not belong together: copy or make them again"
@@ -188,6 +232,8 @@ def _read_index(index: MappedFile, file: MappedFile) -> tuple[NDArray[np.int64],
     keys, offsets = keys[order], offsets[order]
     if (keys[1:] == keys[:-1]).any():
         raise InputError(f"{index.path} has a key more than once; make it again")
+    if len(np.unique(offsets)) < len(offsets):
+        raise InputError(f"{index.path} has two keys of one record; make it again")
     return keys, offsets
 
 
@@ -203,9 +249,9 @@ def _scan(file: MappedFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _heads(file: MappedFile, offsets: NDArray[np.int64]) -> dict[str, NDArray]:
-    """Of the record at each offset: its label float32, and whether it is empty, without image."""
+    """Of the record at each offset: its label float32, whether it is empty, without image, and where it ends."""
     raw = np.memmap(file.path, np.uint8, "r")
-    found: dict[str, list[NDArray]] = {"label": [], "empty": []}
+    found: dict[str, list[NDArray]] = {"label": [], "empty": [], "end": []}
     order = offsets.argsort()  # the file is read once from front to back
     with progress("reading labels", len(offsets), "records") as advance:
         for begin in range(0, len(offsets), _BLOCK):
@@ -215,16 +261,17 @@ def _heads(file: MappedFile, offsets: NDArray[np.int64]) -> dict[str, NDArray]:
             kind, length = heads["lrec"] >> _LENGTH_BITS, (heads["lrec"] & _LONGEST).astype(np.int64)
             whole = (heads["magic"] == MAGIC) & (kind == _WHOLE) & (length >= _HEADER.size)
             whole &= some + _PART.size + length <= file.size
+            end = some + _PART.size + length + -length % _ALIGNMENT
             label = np.where(heads["flag"] > 0, heads["first"], heads["label"])
             empty = length <= _HEADER.size + 4 * heads["flag"].astype(np.int64)
             for place in np.flatnonzero(~whole):  # cut into parts, or an error
-                data, _ = read_record(file, int(some[place]))
+                data, end[place] = read_record(file, int(some[place]))
                 _, label[place], empty[place] = _parse(data)
-            for name, values in (("label", label), ("empty", empty)):
+            for name, values in (("label", label), ("empty", empty), ("end", end)):
                 found[name].append(values)
             advance(len(some))
     back = order.argsort()
-    return {name: np.concatenate(blocks)[back] if blocks else np.empty(0) for name, blocks in found.items()}
+    return {name: np.concatenate(blocks)[back] for name, blocks in found.items()}
 
 
 def _parse(data: bytes) -> tuple[int, float, bool]:

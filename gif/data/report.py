@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from gif.data.glyphs import all_glyphs
 from gif.data.glyphs_80k import all_glyphs_80k
 from gif.data.images import IdentityDataset, IdentityImages
 from gif.errors import InputError
 from gif.plotting import COLORS, figure, save_figure
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 16
 GAP = 2  # pixels between images
@@ -51,7 +53,7 @@ def glyph_report(
     else:
         options = _given(min_families=min_families, font_folder=font_folder, workers=workers)
         data = all_glyphs_80k(size=size, cache_dir=cache_dir, **options)
-    console.print(describe(data))
+    print_table(describe(data))
     if output is not None:
         plot_glyphs(data, output / "glyphs.png")
         say(f"drew {output / 'glyphs.png'}")
@@ -65,7 +67,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def describe(data: IdentityDataset) -> Table:
     """The numbers of a data set: identities, images, and the quartiles of images an identity."""
     counts = data.labels.bincount(minlength=data.num_identities).double()
-    table = Table("measure", "value")
+    table = new_table("measure", "value")
     table.add_row("identities", f"{data.num_identities:,}")
     table.add_row("images", f"{len(data):,}")
     table.add_row("image", " x ".join(map(str, data.image_shape)))
@@ -100,6 +102,6 @@ def _contact_sheet(data: IdentityImages, counts: torch.Tensor) -> np.ndarray:
     sheet = np.zeros((len(shown) * cell, SHEET_COLUMNS * cell), np.uint8)
     for row, identity in enumerate(shown):
         places = (data.labels == identity).nonzero().flatten()[:SHEET_COLUMNS].tolist()
-        for column, image in enumerate(data.__getitems__(places)[0].numpy()):
+        for column, image in enumerate(data.batch(places)[0].numpy()):
             sheet[row * cell :, column * cell :][:size, :size] = image.mean(0)
     return sheet

@@ -12,7 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from gif.errors import InputError
+from gif.errors import InputError, UnavailableError
+from gif.packages import needs
 
 Precision = Literal["fp32", "bf16"]
 _REASON_CHARACTERS = 300  # of a library's message, which may list every weight
@@ -66,8 +67,9 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(n, 1 or 3, h, w) uint8 to (n, 3, *crop) float32."""
-        from torchvision.transforms import InterpolationMode  # here: as slow to import as torch itself
-        from torchvision.transforms.v2 import functional as F
+        with needs("torchvision", "resizing images"):
+            from torchvision.transforms import InterpolationMode  # here: as slow to import as torch itself
+            from torchvision.transforms.v2 import functional as F
 
         check_images(images)
         images = images.expand(-1, 3, -1, -1)
@@ -138,7 +140,7 @@ def loading(what: str, file: Path | None) -> Iterator[None]:
     except Exception as error:  # pickle's, safetensors', the hub's and its HTTP client's: they share no other class
         reason = shorten(str(error), _REASON_CHARACTERS)
         if file is None:
-            raise RuntimeError(
+            raise UnavailableError(
                 f"cannot load {what} from its hub; check the network, or download the weights elsewhere and give the "
                 f"path of the file ({reason})"
             ) from error

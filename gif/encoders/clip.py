@@ -9,6 +9,7 @@ import torch
 
 from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
 from gif.errors import InputError, MissingFileError
+from gif.packages import needs
 from gif.weights import check_pytorch
 
 DEFAULT_MODEL = "ViT-B-32"
@@ -38,7 +39,8 @@ class CLIPEncoder(NetworkEncoder):
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
     ) -> None:
-        import open_clip  # here, since it takes seconds that most commands need not wait
+        with needs("open_clip_torch", "the encoder clip"):
+            import open_clip  # here, since it takes seconds that most commands need not wait
 
         if model not in open_clip.list_models():
             raise InputError(f"no CLIP model {model}; open_clip.list_models() names them")

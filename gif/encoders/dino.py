@@ -9,6 +9,7 @@ import torch
 
 from gif.encoders.base import NetworkEncoder, Precision, Preprocessing, loading
 from gif.errors import InputError, MissingFileError
+from gif.packages import needs
 from gif.weights import check_pytorch
 
 DEFAULT_MODEL = "vit_base_patch16_224.dino"
@@ -35,7 +36,8 @@ class DINOEncoder(NetworkEncoder):
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
     ) -> None:
-        import timm  # here, since it takes seconds that most commands need not wait
+        with needs("timm", "the encoder dino"):
+            import timm  # here, since it takes seconds that most commands need not wait
 
         if not timm.is_model(model):
             raise InputError(f"no timm model {model}; timm.list_models(pretrained=True) names them")

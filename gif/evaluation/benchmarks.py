@@ -6,13 +6,13 @@ gives an `Outcome`: numbers, tables and curves in one form, whichever benchmark 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -25,7 +25,22 @@ from gif.evaluation.identification import Identification
 from gif.evaluation.ijb import TITLES, Ijb, evaluate_ijb
 from gif.evaluation.open_set import judge
 from gif.evaluation.tables import identification_table, pairs_table, verification_table
-from gif.evaluation.verification import FOLDS, PairAccuracy, Roc, require_both, roc, tar_at, thin, verify_pairs
+from gif.evaluation.verification import (
+    FOLDS,
+    PairAccuracy,
+    one_kind_folds,
+    require_both,
+    resolution,
+    roc,
+    tar_at,
+    thin,
+    turns,
+    unresolved,
+    verify_pairs,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PAIRS_FAR = 1e-3  # LFW and its successors have 3,000 impostor pairs
 HELD_OUT_FAR = 1e-3
@@ -46,6 +61,7 @@ class Outcome:
         tables: to print.
         curves: verification, by name.
         identification: by name.
+        notes: what keeps a number from being what it seems, a line each.
     """
 
     kind: str
@@ -54,6 +70,7 @@ class Outcome:
     tables: list[Table]
     curves: dict[str, Verified]
     identification: dict[str, Identification] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Benchmark(ABC):
@@ -86,7 +103,7 @@ class PairFiles(Benchmark):
                 raise InputError(f"{path} has {len(pairs.issame)} pairs, fewer than the {FOLDS} folds of the protocol")
             try:
                 require_both(int(pairs.issame.sum()), int((~pairs.issame).sum()))
-                pairs.image(0, decoder)
+                pairs.check(decoder)
             except ValueError as error:
                 raise InputError(f"{path}: {error}") from error
             self.pairs[path.stem] = pairs
@@ -95,18 +112,28 @@ class PairFiles(Benchmark):
         results: dict[str, PairAccuracy] = {}
         numbers: dict[str, Any] = {}
         curves: dict[str, Verified] = {}
+        notes: list[str] = []
         for name, pairs in self.pairs.items():
             _, embeddings = embedder.all_shares(backbone, _PairImages(pairs, self.decoder), name)
-            results[name] = verify_pairs(embeddings, pairs.issame)
-            curve = _roc_of_pairs(embeddings, pairs.issame)
-            curves[name] = curve
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # the notes say it
+                results[name] = verify_pairs(embeddings, pairs.issame)
+            scores_of_pairs = cosine_similarity(embeddings[::2].double(), embeddings[1::2].double())
+            genuine, impostor = int(pairs.issame.sum()), int((~pairs.issame).sum())
+            curve = roc(scores_of_pairs, pairs.issame)
+            curves[name] = thin(curve, impostor)
+            tar = tar_at(turns(curve, genuine, impostor), PAIRS_FAR)
+            if low := unresolved([PAIRS_FAR], impostor):
+                notes.append(f"{name}: {resolution(low, impostor)}")
+            if results[name].one_kind:
+                notes.append(f"{name}: {one_kind_folds(results[name].one_kind, FOLDS)}")
             numbers[name] = {
                 **results[name].to_dict(),
-                "tar": {f"{PAIRS_FAR:g}": tar_at(curve, PAIRS_FAR)},
+                "tar": {f"{PAIRS_FAR:g}": tar},
                 "pairs": len(pairs.issame),
             }
         scores = {name: result.accuracy for name, result in results.items()}
-        return Outcome("pairs", numbers, scores, [pairs_table(results)], curves)
+        return Outcome("pairs", numbers, scores, [pairs_table(results)], curves, notes=notes)
 
 
 class IjbFolders(Benchmark):
@@ -122,6 +149,7 @@ class IjbFolders(Benchmark):
                 f"IJB's faces are aligned to {SIZE} x {SIZE} in {CHANNELS} channels, and the backbone takes "
                 f"{decoder.size} x {decoder.size} in {decoder.channels}; give a backbone for aligned faces"
             )
+        self.max_pixels = decoder.max_pixels
         self.benchmarks: dict[str, Ijb] = {}
         for folder in _listed(folders):
             for ijb in Ijb.find(folder):
@@ -139,6 +167,7 @@ class IjbFolders(Benchmark):
                 batch_size=embedder.batch_size,
                 workers=embedder.workers,
                 device=embedder.device,
+                max_pixels=self.max_pixels,
             )
             for name, ijb in self.benchmarks.items()
         }
@@ -184,16 +213,15 @@ class _PairImages:
     def __init__(self, pairs: ImagePairs, decoder: ImageDecoder) -> None:
         self._pairs, self._decoder = pairs, decoder
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._decoder.channels, self._decoder.size, self._decoder.size
+
     def __len__(self) -> int:
         return len(self._pairs.encoded)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._pairs.image(index, self._decoder), index
-
-
-def _roc_of_pairs(embeddings: Tensor, issame: Tensor) -> Roc:
-    scores = cosine_similarity(embeddings[::2].double(), embeddings[1::2].double())
-    return thin(roc(scores, issame), int((~issame).sum()))
 
 
 def _listed(paths: Paths) -> list[Path]:

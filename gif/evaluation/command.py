@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gif.backbones import load_backbone
-from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, broken_report, load_data
+import torch
+
+from gif.backbones import TrainedOn, load_backbone, load_trained_on
+from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, left_out, load_data
+from gif.data.decoding import MAX_PIXELS
+from gif.data.identities import quote_some
 from gif.distributed import process_group, rank
 from gif.errors import InputError
 from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, Outcome, PairFiles
@@ -16,7 +21,9 @@ from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
 from gif.ownership import check_folder
-from gif.progress import console, say
+from gif.progress import print_table, say
+
+Overlap = Literal["refuse", "drop", "keep"]
 
 
 def evaluate(
@@ -24,12 +31,14 @@ def evaluate(
     *,
     data: str | None = None,
     held_out: int | float = HELD_OUT,
+    overlap: Overlap = "refuse",
     pairs: list[Path] | Path | None = None,
     ijb: list[Path] | Path | None = None,
     output: Path | None = None,
     flip: bool = True,
     batch_size: int = 256,
     workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
     device: str = "cpu",
 ) -> None:
     """Judge a trained backbone: on pairs (LFW, CFP-FP, AgeDB, ...), on IJB, on identities that training never saw.
@@ -42,6 +51,8 @@ def evaluate(
         data: a data set, a name or a path (docs/data.md); all pairs of images of its held-out identities are judged.
         held_out: share of the data's identities that training never saw, or how many, as `gif train` was told; 1 judges
             all of them.
+        overlap: what becomes of identities to be judged that the backbone was trained on, by their names: "refuse"
+            stops, "drop" leaves them out, "keep" judges them too and says so.
         pairs: verification .bin files, '["lfw.bin", "cfp_fp.bin"]', or a folder of them.
         ijb: the folder of IJB-B or IJB-C, with loose_crop and meta, or '["IJBB", "IJBC"]'; 1:1 and 1:N are judged.
         output: folder for evaluation.json, roc.png, det.png and identification.png; beside the model where it is not
@@ -49,18 +60,24 @@ def evaluate(
         flip: for pairs and IJB, add the embedding of the mirrored image, as their protocols do.
         batch_size: images embedded at once.
         workers: processes that read images, for each process that embeds.
+        max_pixels: an image whose file declares more counts as broken, before it is decoded.
         device: where to compute, "cpu" or "cuda".
     """
     if data is None and not pairs and not ijb:
         raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
     network, config = load_backbone(model)
-    decoder = ImageDecoder(config.image_size, config.channels)
+    trained_on = load_trained_on(model)
+    decoder = ImageDecoder(config.image_size, config.channels, max_pixels=max_pixels)
+    if trained_on is not None and "fit" in trained_on.images:
+        decoder = replace(decoder, fit=trained_on.images["fit"])
     with process_group(device) as own:
         embedder = Embedder(flip, batch_size, workers, own)
         benchmarks: list[Benchmark] = []
         images: IdentityDataset | None = None
+        known = 0
         if data is not None:
             images = load_data(data, held_out=held_out, decoder=decoder).held_out
+            images, known = _unseen(images, model, trained_on, overlap)
             benchmarks.append(HeldOutIdentities(images))
         if pairs:
             benchmarks.append(PairFiles(pairs, decoder))
@@ -68,21 +85,60 @@ def evaluate(
             benchmarks.append(IjbFolders(ijb, decoder))
         check_folder(output or model.parent)
         outcomes = [benchmark.judge(network, embedder) for benchmark in benchmarks]
-        if images is not None and (report := broken_report(images)):
+        if images is not None and (report := left_out(images)):
             say(report)
         if rank() == 0:
             settings = {"model": str(model), "data": data, "held_out": held_out, "flip": flip}
+            if images is not None:
+                settings |= {"identities": images.num_identities, "of them trained on": known if trained_on else None}
             write_outcomes(outcomes, output or model.parent, settings)
+
+
+def _unseen(
+    images: IdentityDataset, model: Path, trained_on: TrainedOn | None, overlap: Overlap
+) -> tuple[IdentityDataset, int]:
+    """What is to be judged of ``images``, and how many of its identities the backbone was trained on.
+
+    Raises ValueError for such identities where ``overlap`` is "refuse". Where all of them are called by numbers, and
+    another data set was trained on, they may be others: that is said, and they are judged.
+    """
+    if trained_on is None:
+        say(f"{model} does not say whom it was trained on: whether any of those judged were among them is not known")
+        return images, 0
+    seen = torch.isin(images.names.digests(), trained_on.digests)
+    count = int(seen.sum())
+    if count == 0:
+        return images, 0
+    told = (
+        f"{count:,} of the {images.num_identities:,} identities to be judged are called as ones that {model} was "
+        f"trained on ({quote_some(images.names, seen.numpy())})"
+    )
+    if overlap == "drop":
+        say(f"{told}: they are left out")
+        return images.of_identities((~seen).nonzero().flatten()), 0
+    numbers = all(name.isdecimal() for name in images.names.where(seen))
+    elsewhere = numbers and trained_on.data != images.origin
+    if overlap == "refuse" and not elsewhere:
+        raise InputError(
+            f"{told}, and the judgement would not be one of identities never seen; give the data and the held_out of "
+            "training, or --overlap drop to leave them out, or --overlap keep where they are others or it is meant so"
+        )
+    say(f"{told}: unless they are others, this is no judgement of identities never seen")
+    return images, count
 
 
 def write_outcomes(outcomes: Sequence[Outcome], folder: Path, settings: Mapping[str, Any]) -> None:
     """Print the tables; write evaluation.json, roc.png, det.png and, where probes were searched, identification.png."""
     curves = {name: curve for outcome in outcomes for name, curve in outcome.curves.items()}
     searches = {name: found for outcome in outcomes for name, found in outcome.identification.items()}
-    results = {"settings": dict(settings), **{outcome.kind: outcome.numbers for outcome in outcomes}}
+    notes = [note for outcome in outcomes for note in outcome.notes]
+    how = {**settings, "notes": notes} if notes else dict(settings)
+    results = {"settings": how, **{outcome.kind: outcome.numbers for outcome in outcomes}}
     for outcome in outcomes:
         for table in outcome.tables:
-            console.print(table)
+            print_table(table)
+    for note in notes:
+        say(f"warning: {note}")
     write_text(folder / "evaluation.json", json.dumps(results, indent=2, allow_nan=False))
     plot_roc(curves, folder / "roc.png")
     plot_det(curves, folder / "det.png")

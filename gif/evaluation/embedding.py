@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from gif.data.augment import normalize_pixels
 from gif.data.images import IdentityDataset
+from gif.data.shared_memory import check_workers
 from gif.distributed import gather_rows, rank, world_size
 from gif.errors import InputError
 from gif.progress import progress
@@ -20,6 +21,9 @@ from gif.progress import progress
 
 class NumberedImages(Protocol):
     """A map-style data set of images (c, h, w) uint8, each with its number."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
 
     def __len__(self) -> int: ...
 
@@ -57,8 +61,9 @@ class Embedder:
 
         ``backbone`` takes images (B, c, h, w) in [-1, 1]. torch's default generator is left as it is.
 
-        Raises ValueError where there are fewer images than processes.
+        Raises ValueError where there are fewer images than processes, or the shared memory is too small for workers.
         """
+        check_workers(self.workers, self.batch_size, images.image_shape)
         if len(images) < world_size():
             raise InputError(f"{description}: {len(images)} images for {world_size()} processes; start fewer")
         own = range(rank(), len(images), world_size())
@@ -94,6 +99,10 @@ class ReadableImages:
     def __init__(self, data: IdentityDataset) -> None:
         self._data = data
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._data.image_shape
+
     def __len__(self) -> int:
         return len(self._data)
 
@@ -101,7 +110,7 @@ class ReadableImages:
         return self._data[index][0], index
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        images, _ = self._data.__getitems__(indices)
+        images, _ = self._data.batch(indices)
         readable = torch.tensor(indices)[~self._data.broken(torch.tensor(indices))]
         return list(zip(images, readable.tolist(), strict=True))
 

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from gif.errors import InputError
 from gif.evaluation.verification import Roc, check_fars, thin
-from gif_kernels import max_cosine
+from gif_kernels import checks, max_cosine
 
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
@@ -149,12 +149,20 @@ def labelled(embeddings: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> tupl
     Raises TypeError for labels that are not integers, ValueError for another shape, or NaN or infinity.
     """
     vectors = torch.as_tensor(embeddings).detach()
-    identities = torch.as_tensor(labels, device=vectors.device)
+    identities = whole_numbers("labels", labels).to(vectors.device)
     if vectors.ndim != 2 or identities.shape != vectors.shape[:1]:
         wanted = "wanted embeddings (n, d) and labels (n,)"
         raise InputError(f"{wanted}, got {tuple(vectors.shape)} and {tuple(identities.shape)}")
-    if identities.is_floating_point() or identities.is_complex():
-        raise TypeError(f"labels must be integers, got {identities.dtype}; convert them")
     if not vectors.isfinite().all():
         raise InputError("embeddings hold NaN or infinity, wanted finite numbers; look for a diverged training run")
-    return vectors if vectors.dtype == torch.float64 else vectors.float(), identities.long()
+    return vectors if vectors.dtype == torch.float64 else vectors.float(), identities
+
+
+def whole_numbers(name: str, values: ArrayLike | Tensor) -> Tensor:
+    """``values``, integers of any dtype, as int64. Raises TypeError for bool, floats and complex numbers."""
+    given = torch.as_tensor(values)
+    if given.numel() == 0 and not isinstance(values, Tensor | np.ndarray):
+        return given.long()  # an empty list is float32 to torch
+    if given.dtype not in checks.INTEGER:
+        raise TypeError(f"{name} must be integers, got {given.dtype}; convert them")
+    return given.long()

@@ -13,23 +13,28 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from gif.data.decoding import MAX_PIXELS, BrokenImageError, check_max_pixels, decode
+from gif.data.encoded import ALL_BROKEN
+from gif.data.listing import Tally, printable
+from gif.data.shared_memory import shared_flags
+from gif.distributed import rank, sum_over_processes
 from gif.errors import InputError, MissingFileError
-from gif.evaluation.alignment import align_face
-from gif.evaluation.embedding import Embedder
+from gif.evaluation.alignment import SIZE, align_face
+from gif.evaluation.embedding import Embedder, embed_batch, evaluating
 from gif.evaluation.identification import Identification, identify
 from gif.evaluation.templates import FARS, PairBlock, TemplateSums, TemplateVerification, verify_templates
 from gif.files import existing_file
+from gif.progress import say
 
 IjbName = Literal["ijbb", "ijbc"]
 IjbProtocol = Literal["1:1", "1:N"]
@@ -71,25 +76,48 @@ class Ijb:
         Raises FileNotFoundError for a missing file, ValueError for a damaged one or two that disagree.
         """
         folder = Path(folder)
-        members = list(_lines(folder / "meta" / f"{name}{_MEMBERS}", 3))
-        found = list(_lines(folder / "meta" / f"{name}_name_5pts_score.txt", 12))
-        files = [row[0] for row in members]
-        if files != [row[0] for row in found]:
+        members, ids = _named_numbers(folder / "meta" / f"{name}{_MEMBERS}", 2, np.int64)
+        found, numbers = _named_numbers(folder / "meta" / f"{name}_name_5pts_score.txt", 11, np.float64)
+        if not members:
+            raise InputError(f"{name}{_MEMBERS} in {folder / 'meta'} names no image; copy it again")
+        if members != found:
             raise InputError(
                 f"{name}{_MEMBERS} ({len(members)} images) and {name}_name_5pts_score.txt ({len(found)}) in "
                 f"{folder / 'meta'} do not list the same images in one order; take both from one release"
             )
-        ids = torch.from_numpy(np.array([row[1:] for row in members], dtype=np.int64))
-        numbers = torch.from_numpy(np.array([row[1:] for row in found], dtype=np.float64))
-        return cls(folder, name, files, ids[:, 0], ids[:, 1], numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10])
+        landmarks, faceness = numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10]
+        useless = ~(numbers.isfinite().all(1) & (landmarks != landmarks[:, :1]).flatten(1).any(1))
+        if useless.any():
+            images = Tally.of(members[place] for place in useless.nonzero().flatten().tolist())
+            raise InputError(
+                f"{folder / 'meta' / f'{name}_name_5pts_score.txt'}: landmarks that coincide, or NaN or infinity, in "
+                f"the lines of {images} images; correct them"
+            )
+        return cls(folder, name, members, ids[:, 0], ids[:, 1], landmarks, faceness)
+
+    def only(self, images: Tensor) -> Ijb:
+        """The same benchmark with some of its images, (n,) bool."""
+        files = [file for file, kept in zip(self.files, images.tolist(), strict=True) if kept]
+        return replace(
+            self,
+            files=files,
+            template_ids=self.template_ids[images],
+            media_ids=self.media_ids[images],
+            landmarks=self.landmarks[images],
+            faceness=self.faceness[images],
+        )
 
     def check(self, protocols: Sequence[IjbProtocol] = PROTOCOLS) -> None:
-        """Look at all that evaluation will read, before the long work: of the images the first, of the pairs a million.
+        """Look at all that evaluation will read, before the long work: which images there are, a million pairs.
 
-        Raises FileNotFoundError for a missing file, ValueError for a damaged one, or one that names a template without
-        images.
+        Raises FileNotFoundError for a missing file or image, ValueError for a damaged file, or one that names a
+        template without images.
         """
-        existing_file(self.folder / "loose_crop" / self.files[0])
+        folder = self.folder / "loose_crop"
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        missing = Tally.of(file for file in self.files if file not in there and not (folder / file).is_file())
+        if missing.number:
+            raise MissingFileError(f"{folder} lacks {missing} of {len(self.files):,} images; copy it again")
         named = []
         if "1:1" in protocols:
             named += [torch.from_numpy(ids) for first, second, _ in islice(self.pairs(), 1) for ids in (first, second)]
@@ -110,17 +138,24 @@ class Ijb:
     def pairs(self) -> Iterator[PairBlock]:
         """The 1:1 protocol's pairs of templates, a million at a time: first (n,), second (n,), same (n,) bool.
 
-        Raises FileNotFoundError, or ValueError for a line that is not three whole numbers.
+        Raises FileNotFoundError, or ValueError for a line that is not three whole numbers, the last 0 or 1.
         """
         path = existing_file(self._pairs_file)
         done = 0
-        with path.open(encoding="ascii") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             while lines := list(islice(file, _PAIRS_A_BLOCK)):
+                begin, done = done, done + len(lines)
+                if not any(map(str.strip, lines)):
+                    continue
                 try:
                     first, second, same = np.loadtxt(lines, dtype=np.int64, ndmin=2, unpack=True)
-                except ValueError as error:
-                    raise InputError(f"{path}, after line {done:,}: {error}; wanted 'template template 0|1'") from error
-                done += len(lines)
+                except (ValueError, OverflowError) as error:
+                    raise InputError(
+                        f"{path}, after line {begin:,}: {error}; wanted 'template template 0|1'"
+                    ) from error
+                if not np.isin(same, (0, 1)).all():
+                    wrong = same[~np.isin(same, (0, 1))][0]
+                    raise InputError(f"{path}, after line {begin:,}: a pair is labelled {wrong}, wanted 0 or 1")
                 yield first, second, same == 1
 
     def gallery(self, name: str) -> tuple[Tensor, Tensor]:
@@ -134,43 +169,81 @@ class Ijb:
     def _people(self, file: str) -> tuple[Tensor, Tensor]:
         """The distinct templates that a file names a row an image or a row a template, with their people."""
         path = existing_file(self.folder / "meta" / file)
-        with path.open(encoding="utf-8", newline="") as lines:
+        people: dict[int, int] = {}
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             rows = csv.reader(lines)
-            next(rows, None)
             try:
-                people = {int(row[0]): int(row[1]) for row in rows}
-            except (ValueError, IndexError) as error:
+                for row in filter(None, rows):
+                    template, person = int(row[0]), int(row[1])
+                    if people.setdefault(template, person) != person:
+                        raise InputError(f"template {template} is of person {people[template]} and of {person}")
+            except (ValueError, IndexError, csv.Error) as error:
                 raise InputError(f"{path}, line {rows.line_num}: {error}; wanted 'template,person,...'") from error
+        if not people:
+            raise InputError(f"{path} names no template; copy it again")
         return torch.tensor(list(people)), torch.tensor(list(people.values()))
 
 
 class IjbFaces(Dataset[tuple[Tensor, int]]):
-    """The aligned faces of an `Ijb`: (image (3, 112, 112) uint8 RGB, its number)."""
+    """The aligned faces of an `Ijb`: (image (3, 112, 112) uint8 RGB, its number).
 
-    def __init__(self, ijb: Ijb) -> None:
-        self.ijb = ijb
+    Of a batch, those that can be read: the others are noted in ``broken`` (n,) bool, by whichever process. An image
+    that declares more than ``max_pixels`` counts as broken.
+    """
+
+    def __init__(self, ijb: Ijb, max_pixels: int = MAX_PIXELS) -> None:
+        check_max_pixels(max_pixels)
+        self.ijb, self.max_pixels = ijb, max_pixels
+        self.broken = shared_flags(len(ijb.files))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return 3, SIZE, SIZE
 
     def __len__(self) -> int:
         return len(self.ijb.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with Image.open(existing_file(self.ijb.folder / "loose_crop" / self.ijb.files[index])) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        return align_face(pixels, self.ijb.landmarks[index]), index
+        path = self.ijb.folder / "loose_crop" / self.ijb.files[index]
+        try:
+            pixels = torch.from_numpy(decode(path.read_bytes(), "RGB", turn=False, max_pixels=self.max_pixels))
+        except (BrokenImageError, OSError) as error:
+            self.broken[index] = True
+            raise BrokenImageError(f"{path} is a broken image: {error}; copy it again") from error
+        return align_face(pixels.permute(2, 0, 1), self.ijb.landmarks[index]), index
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        """The readable ones of some. Raises BrokenImageError where of at least 8 none is: then it is not the images."""
+        faces = []
+        for place, index in enumerate(indices):
+            try:
+                faces.append(self[index])
+            except BrokenImageError:
+                if not faces and place + 1 == len(indices) >= ALL_BROKEN:
+                    raise
+        return faces
 
 
 @dataclass(frozen=True, eq=False)
 class IjbResult:
-    """Pairs of templates (1:1), and identification in each gallery by itself (1:N); None or empty where not judged."""
+    """Pairs of templates (1:1), and identification in each gallery by itself (1:N); None or empty where not judged.
+
+    ``broken`` are the images that could not be read, and were left out of their templates; ``lost`` the templates that
+    have no other, and are like nobody.
+    """
 
     verification: TemplateVerification | None
     identification: dict[str, Identification]
+    broken: tuple[str, ...] = ()
+    lost: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curves, fit for JSON."""
         return {
             "1:1": self.verification and self.verification.to_dict(),
             "1:N": {name: result.to_dict() for name, result in self.identification.items()},
+            "broken images": list(self.broken),
+            "templates without an image": list(self.lost),
         }
 
 
@@ -185,6 +258,7 @@ def evaluate_ijb(
     batch_size: int = 256,
     workers: int = 0,
     device: str | torch.device = "cpu",
+    max_pixels: int = MAX_PIXELS,
 ) -> IjbResult:
     """Judge a backbone by IJB's protocols. Processes of one group share the images, and each gets the result.
 
@@ -200,15 +274,23 @@ def evaluate_ijb(
         batch_size: images embedded at once.
         workers: processes that read and align images.
         device: where to compute.
+        max_pixels: an image that declares more counts as broken.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one.
+    Broken images are left out, named and counted: a template is then what its others make it, and one without any
+    others is zero, like nobody.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, or where none of a batch of at least 8
+    images can be read.
     """
     ijb.check(protocols)
     embedder = Embedder(flip, batch_size, workers, device)
-    sums = TemplateSums(ijb.template_ids, ijb.media_ids, ijb.faceness if faceness else None)
-    for rows, features in embedder.own_share(backbone, IjbFaces(ijb), TITLES[ijb.name]):
+    sums = _no_sums(ijb, faceness)
+    faces = IjbFaces(ijb, max_pixels)
+    for rows, features in embedder.own_share(backbone, faces, TITLES[ijb.name]):
         sums.add(rows, features)
     sums.gather(device)
+    broken = sum_over_processes(faces.broken.int().to(device)).cpu() > 0
+    lost = _leave_out(sums, faces, broken, backbone, embedder, faceness)
     templates = sums.templates()
     verification = verify_templates(templates, ijb.pairs(), fars=fars) if "1:1" in protocols else None
     identification = {}
@@ -218,13 +300,60 @@ def evaluate_ijb(
         for name in GALLERIES[ijb.name]:
             gallery, subjects = ijb.gallery(name)
             identification[name] = identify(probe_features, people, templates.of(gallery), subjects)
-    return IjbResult(verification, identification)
+    files = [ijb.files[place] for place in broken.nonzero().flatten().tolist()]
+    if files and rank() == 0:
+        say(f"{TITLES[ijb.name]}: images that are broken and were left out: {Tally.of(files)}")
+        if lost:
+            say(f"{TITLES[ijb.name]}: templates without an image, like nobody: {Tally.of(map(str, lost))}")
+    return IjbResult(verification, identification, tuple(files), tuple(lost))
 
 
-def _lines(path: Path, columns: int) -> Iterator[list[str]]:
-    with existing_file(path).open(encoding="utf-8") as file:
+def _no_sums(ijb: Ijb, faceness: bool) -> TemplateSums:
+    return TemplateSums(ijb.template_ids, ijb.media_ids, ijb.faceness if faceness else None)
+
+
+def _leave_out(
+    sums: TemplateSums, faces: IjbFaces, broken: Tensor, backbone: nn.Module, embedder: Embedder, faceness: bool
+) -> list[int]:
+    """Make the templates of broken images (n,) bool anew, of their other images; returns those that have none.
+
+    What an image weighs follows from how many its medium has. They are few: every process embeds them all.
+    """
+    ijb = faces.ijb
+    if not broken.any():
+        return []
+    if broken.all():
+        raise InputError(
+            f"none of the {len(broken):,} images in {ijb.folder / 'loose_crop'} can be read; copy them again"
+        )
+    rest = torch.isin(ijb.template_ids, ijb.template_ids[broken]) & ~broken
+    others = None
+    if rest.any():
+        part = ijb.only(rest)
+        others, faces = _no_sums(part, faceness), IjbFaces(part, faces.max_pixels)
+        with evaluating(backbone, embedder.device) as network:
+            for rows in torch.arange(len(faces)).split(embedder.batch_size):
+                images = torch.stack([faces[row][0] for row in rows.tolist()]).to(embedder.device)
+                others.add(rows, embed_batch(network, images, flip=embedder.flip))
+    return sums.leave_out(broken, others).tolist()
+
+
+def _named_numbers(path: Path, count: int, dtype: type[np.generic]) -> tuple[list[str], Tensor]:
+    """The lines of a file, a name and ``count`` numbers each: the names, and the numbers (n, count). Blank lines are
+    none, as to pandas, which the field reads these files with."""
+    names, rows = [], []
+    with existing_file(path).open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             fields = line.split()
-            if len(fields) != columns:
-                raise InputError(f"{path}, line {number} has {len(fields)} columns, wanted {columns}: {line[:80]!r}")
-            yield fields
+            if not fields:
+                continue
+            if len(fields) != count + 1:
+                raise InputError(
+                    f"{path}, line {number} has {len(fields)} columns, wanted {count + 1}: {printable(line[:80])!r}"
+                )
+            names.append(fields[0])
+            try:
+                rows.append(np.array(fields[1:], dtype=dtype))
+            except (ValueError, OverflowError) as error:
+                raise InputError(f"{path}, line {number}: {error}; wanted a name and {count} numbers") from error
+    return names, torch.from_numpy(np.stack(rows) if rows else np.empty((0, count), dtype))

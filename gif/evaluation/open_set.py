@@ -2,9 +2,10 @@
 
 A point of the ROC is a threshold. At a given number of false accepts the largest TPR belongs to the threshold just
 above the next impostor score, so each distinct impostor score v gives one point: FPR the share of impostor scores > v,
-TPR the share of genuine scores > v. `tar_at_far` on the list of all pairs answers with one of these: its other points
-have the same FPR and a smaller TPR. The points around FAR f need only the f x impostor-pairs highest impostor scores,
-the next distinct one and how often each occurs: that is all that is kept, beside a histogram to draw the rest.
+TPR the share of genuine scores > v. That is the curve that is drawn. `tar_at_far` on the list of all pairs answers with
+the nearest of the points at which the curve turns. FPR 0 is f away from FAR f, so no point beyond 2 f is nearer: to
+answer as it does needs only the 2 f x impostor-pairs highest impostor scores, the next distinct one and how often each
+occurs. That is all that is kept, beside the genuine scores and a histogram to draw the rest.
 """
 
 from __future__ import annotations
@@ -12,19 +13,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from gif.errors import InputError
 from gif.evaluation.identification import labelled, rank1
-from gif.evaluation.verification import FOLDS, Roc, check_fars, require_both, tar_at, thin, verify_pairs
-from gif.progress import progress
+from gif.evaluation.verification import (
+    FOLDS,
+    Roc,
+    check_fars,
+    require_both,
+    resolution,
+    tar_at,
+    thin,
+    turns,
+    unresolved,
+    verify_pairs,
+)
+from gif.progress import new_table, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ROWS, COLUMNS = 512, 8192
 PENDING = 1 << 20  # scores waiting before the highest are sorted out of them
@@ -39,9 +53,10 @@ class Judgement:
     """What `judge` found.
 
     ``rank1`` is the share of images whose nearest other image has their label; ``tar`` the true-accept rate at each
-    false-accept rate, over all pairs; ``pair_accuracy`` and ``pair_std`` the ten folds' mean and standard deviation on
-    balanced pairs, NaN with fewer than ten of a kind; ``genuine`` and ``impostor`` how many pairs there are; ``roc`` at
-    most 2,000 points of the curve, evenly spaced in log FAR.
+    false-accept rate, over all pairs, by `tar_at_far`: no more than a guess below 1 / ``impostor``; ``pair_accuracy``
+    and ``pair_std`` the ten folds' mean and standard deviation on balanced pairs, NaN with fewer than ten of a kind;
+    ``genuine`` and ``impostor`` how many pairs there are; ``roc`` at most 2,000 points of the curve, evenly spaced in
+    log FAR.
     """
 
     rank1: float
@@ -53,22 +68,29 @@ class Judgement:
     roc: Roc
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the curve, fit for JSON: NaN becomes None."""
+        """Everything but the curve, fit for JSON: NaN, and TAR at a FAR that nobody can know, become None."""
+        low = unresolved(list(self.tar), self.impostor)
         return {
             "rank1": self.rank1,
-            "tar": {f"{far:g}": tar for far, tar in self.tar.items()},
+            "tar": {f"{far:g}": None if far in low else tar for far, tar in self.tar.items()},
             "pair_accuracy": None if math.isnan(self.pair_accuracy) else self.pair_accuracy,
             "pair_std": None if math.isnan(self.pair_std) else self.pair_std,
             "genuine": self.genuine,
             "impostor": self.impostor,
         }
 
+    def tar_in_words(self, far: float, digits: int = 4) -> str:
+        """TAR at one of the FARs, to print: with a "?" where the impostor pairs do not resolve that FAR."""
+        return f"{self.tar[far]:.{digits}f}" + " ?" * len(unresolved([far], self.impostor))
+
     def table(self) -> Table:
         """The numbers, to print."""
-        table = Table("measure", "value", title=f"{self.genuine:,} genuine and {self.impostor:,} impostor pairs")
+        table = new_table("measure", "value", title=f"{self.genuine:,} genuine and {self.impostor:,} impostor pairs")
         table.add_row("rank-1", f"{self.rank1:.4f}")
-        for far, tar in self.tar.items():
-            table.add_row(f"TAR@FAR={far:g}", f"{tar:.4f}")
+        for far in self.tar:
+            table.add_row(f"TAR@FAR={far:g}", self.tar_in_words(far))
+        low = unresolved(list(self.tar), self.impostor)
+        table.caption = f"? {resolution(low, self.impostor)}" if low else None
         table.add_row("pair accuracy", f"{self.pair_accuracy:.4f} ± {self.pair_std:.4f}")
         return table
 
@@ -84,8 +106,8 @@ def judge(
 ) -> Judgement:
     """Judge embeddings of held-out identities: rank-1, TAR@FAR and ROC over all pairs, ten-fold pair accuracy.
 
-    TAR@FAR is `tar_at_far` of the cosines of all n (n - 1) / 2 pairs: the TPR at the nearest FPR, of ties the largest.
-    Time is n^2 d; memory the genuine scores, the max(fars) x impostor-pairs highest others, and tiles.
+    TAR@FAR is `tar_at_far` of the cosines of all n (n - 1) / 2 pairs. Time is n^2 d; memory the genuine scores, the
+    2 max(fars) x impostor-pairs highest others, and tiles.
 
     Args:
         embeddings: (n, d); computed in float64 where they are, else float32, on their device.
@@ -111,10 +133,11 @@ def judge(
     genuine, impostor = int(genuine_left.sum()), int(impostor_left.sum())
     require_both(genuine, impostor)
 
-    kept = _Scores(genuine, math.ceil(max(fars, default=0) * impostor), unit_rows[:0].cpu().numpy().dtype)
+    highest = min(math.ceil(2 * max(fars, default=0) * impostor), impostor)
+    kept = _Scores(genuine, highest, unit_rows[:0].cpu().numpy().dtype)
     for genuine_scores, impostor_scores in _all_pairs(unit_rows, ends):
         kept.add(genuine_scores, impostor_scores)
-    exact = kept.exact_roc(impostor)
+    exact, turning = kept.exact_roc(impostor), kept.turning_roc(impostor)
 
     rng = np.random.default_rng(seed)
     half = min(pairs // 2, genuine, impostor) // FOLDS
@@ -129,7 +152,7 @@ def judge(
         accuracy, std = result.accuracy, result.std
     return Judgement(
         rank1=rank1(vectors, labels),
-        tar={far: tar_at(exact, far) for far in fars},
+        tar={far: tar_at(turning, far) for far in fars},
         pair_accuracy=accuracy,
         pair_std=std,
         genuine=genuine,
@@ -210,6 +233,24 @@ class _Scores:
         true_accepts = len(genuine) - np.searchsorted(genuine, values, side="right")
         just_above = np.nextafter(values, values.dtype.type(np.inf))
         return Roc(false_accepts / impostors, true_accepts / len(genuine), just_above)
+
+    def turning_roc(self, impostors: int) -> Roc:
+        """The points at which the curve turns (see `turns`), up to the second FPR that ``highest`` false accepts reach.
+
+        Call it after `exact_roc`.
+        """
+        complete = self.counts.sum() == impostors
+        genuine, accepts = np.unique(
+            self.genuine if complete else self.genuine[self.genuine >= self.values[-1]], return_counts=True
+        )
+        scores = np.union1d(self.values, genuine)
+        steps = np.zeros((2, len(scores)), np.int64)
+        steps[0, np.searchsorted(scores, self.values)] = self.counts
+        steps[1, np.searchsorted(scores, genuine)] = accepts
+        false_accepts, true_accepts = (np.append(0, kind[::-1].cumsum()) for kind in steps)
+        thresholds = np.append(np.inf, scores[::-1])
+        whole = Roc(false_accepts / impostors, true_accepts / len(self.genuine), thresholds)
+        return turns(whole, len(self.genuine), impostors)
 
     def binned_roc(self) -> Roc:
         """A point at the lower edge of each bin, from the highest down."""

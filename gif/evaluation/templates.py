@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 
 from gif.distributed import sum_over_processes
 from gif.errors import InputError
-from gif.evaluation.verification import Roc, check_fars, roc, tar_at, thin
+from gif.evaluation.identification import whole_numbers
+from gif.evaluation.verification import Roc, check_fars, roc, tar_at, thin, truth_values, turns, unresolved
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """The false-accept rates IJB results are given at."""
@@ -40,7 +41,7 @@ class Templates:
 
     def rows(self, ids: ArrayLike | Tensor) -> Tensor:
         """Which row of ``features`` each of ``ids`` (n,) is, (n,) int64. Raises ValueError for an unknown template."""
-        wanted = torch.as_tensor(ids).contiguous()
+        wanted = whole_numbers("ids", ids).contiguous()
         rows = torch.searchsorted(self.ids, wanted).clamp_(max=len(self.ids) - 1)
         unknown = self.ids[rows] != wanted
         if unknown.any():
@@ -74,7 +75,7 @@ class TemplateSums:
         media_ids: ArrayLike | Tensor,
         faceness: ArrayLike | Tensor | None = None,
     ) -> None:
-        templates, media = torch.as_tensor(template_ids).long(), torch.as_tensor(media_ids).long()
+        templates, media = whole_numbers("template_ids", template_ids), whole_numbers("media_ids", media_ids)
         weights = torch.ones(len(templates)) if faceness is None else torch.as_tensor(faceness)
         if templates.ndim != 1 or not len(templates) or not templates.shape == media.shape == weights.shape:
             wanted = "wanted template_ids, media_ids and faceness (n,), n > 0"
@@ -105,6 +106,25 @@ class TemplateSums:
         if self._sums is not None:
             self._times = sum_over_processes(self._times.to(device)).cpu()
             self._sums = sum_over_processes(self._sums.to(device)).cpu()
+
+    def leave_out(self, images: Tensor, others: TemplateSums | None) -> Tensor:
+        """Make the templates of some images (n,) bool, which were not added, of their other images alone.
+
+        Args:
+            images: which.
+            others: sums of all other images of these templates; None where there are none.
+
+        Returns the templates that have no other image, whose sums are zero.
+        """
+        assert self._sums is not None  # other images were added
+        places = self._place[images].unique()
+        self._sums[places] = 0
+        self._times[images] = 1
+        if others is None:
+            return self.ids[places]
+        assert others._sums is not None
+        self._sums[torch.searchsorted(self.ids, others.ids)] = others._sums
+        return self.ids[places][~torch.isin(self.ids[places], others.ids)]
 
     def templates(self, dtype: torch.dtype = torch.float32) -> Templates:
         """The templates (a sum of zero stays zero). Raises ValueError unless each image has been added once."""
@@ -151,20 +171,21 @@ class TemplateVerification:
     roc: Roc
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the curve, fit for JSON."""
-        tar = {f"{far:g}": value for far, value in self.tar.items()}
+        """Everything but the curve, fit for JSON: None is the TAR at a FAR that the impostor pairs do not resolve."""
+        low = unresolved(list(self.tar), self.impostor)
+        tar = {f"{far:g}": None if far in low else value for far, value in self.tar.items()}
         return {"tar": tar, "genuine": self.genuine, "impostor": self.impostor}
 
 
 def verify_templates(
     templates: Templates, pairs: Iterable[PairBlock], *, fars: Sequence[float] = FARS
 ) -> TemplateVerification:
-    """Judge pairs of templates by their cosine: TAR at the FPR nearest each FAR (of ties the largest), and the ROC.
+    """Judge pairs of templates by their cosine: TAR at each FAR, as `tar_at_far` takes it, and the ROC.
 
     Args:
         templates: unit vectors.
-        pairs: blocks of (first ids (n,), second ids (n,), same (n,) bool), as `Ijb.pairs` reads them; only their scores
-            are kept.
+        pairs: blocks of (first ids (n,), second ids (n,), same (n,) bool, or 0 and 1), as `Ijb.pairs` reads them; only
+            their scores are kept.
         fars: false-accept rates in [0, 1].
 
     Raises ValueError for an unknown template, a wrong rate, or without a genuine or an impostor pair.
@@ -176,13 +197,10 @@ def verify_templates(
             part = slice(begin, begin + _PAIRS_A_BLOCK)
             left, right = templates.of(first[part]), templates.of(second[part])
             scores.append((left.unsqueeze(1) @ right.unsqueeze(2)).flatten().numpy())
-        labels.append(same)
-    genuine = np.concatenate(labels)
-    curve = roc(np.concatenate(scores), genuine)
-    number = int(genuine.sum())
-    return TemplateVerification(
-        tar={far: tar_at(curve, far) for far in fars},
-        genuine=number,
-        impostor=len(genuine) - number,
-        roc=thin(curve, len(genuine) - number),
-    )
+        labels.append(truth_values("same", same))
+    same_person = np.concatenate(labels)
+    curve = roc(np.concatenate(scores), same_person)
+    genuine = int(same_person.sum())
+    impostor = len(same_person) - genuine
+    kept = turns(curve, genuine, impostor)
+    return TemplateVerification({far: tar_at(kept, far) for far in fars}, genuine, impostor, thin(curve, impostor))

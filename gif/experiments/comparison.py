@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from gif.errors import InputError
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
 from gif.files import load_tensors, read_json, save_tensors, write_text
 from gif.ownership import existing, hold
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig
 
@@ -110,6 +109,7 @@ def _compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, 
         bench = GlyphBench.prepare(
             budget.split, data=budget.data, identities=budget.identities, validation=budget.validation
         )
+        claim_folder(output / "data", bench.data.train.summary())
         for number, (name, seed, folder) in enumerate(missing, 1):
             say(f"run {number} of {len(missing)}: {name}, seed {seed}")
             training = TrainingConfig(epochs=budget.epochs, batch_size=budget.batch_size, seed=seed)
@@ -119,8 +119,9 @@ def _compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, 
             save_tensors(folder / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
             found = {**result.judgement.to_dict(), "rarity": result.rarity}
             write_text(folder / "result.json", json.dumps(found, indent=2))
-            tar = ", ".join(f"TAR@{far:g} {value:.3f}" for far, value in result.judgement.tar.items())
-            say(f"{name}, seed {seed}: rank-1 {result.judgement.rank1:.3f}, {tar}")
+            judged = result.judgement
+            tar = ", ".join(f"TAR@{far:g} {judged.tar_in_words(far, 3)}" for far in judged.tar)
+            say(f"{name}, seed {seed}: rank-1 {judged.rank1:.3f}, {tar}")
     return Comparison(folders)
 
 
@@ -139,11 +140,18 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def show(columns: Sequence[str], rows: Rows, title: str) -> None:
     """Print a table."""
-    table = Table(*columns, title=title)
+    table = new_table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    print_table(table)
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in arrays.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and the run is made again") from error

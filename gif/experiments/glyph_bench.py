@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, tokenize
 from gif.data import IdentitySplit, load_data, split_identities
+from gif.data.images import SPLIT_BY
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_group, spread_of_centers
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
@@ -94,7 +95,8 @@ class GlyphBench:
         split = load_data(data, seed=seed)
         if identities is not None:
             share = identities / (split.train.num_identities + split.held_out.num_identities)
-            split = IdentitySplit(*(split_identities(part, share, seed)[1] for part in (split.train, split.held_out)))
+            parts = ((part, round(share * part.num_identities)) for part in (split.train, split.held_out))
+            split = IdentitySplit(*(split_identities(part, number, seed)[1] for part, number in parts))
         if validation:
             split = IdentitySplit(*split_identities(split.train, VALIDATION, seed))
         judged = "to validate on" if validation else "held out"
@@ -113,8 +115,9 @@ class GlyphBench:
         """Train a backbone with a head, keep it in ``folder``, judge it; continues a run that was interrupted."""
         torch.manual_seed(training.seed)
         backbone = BACKBONE.build()
+        who = self.data.train.identities
         own_vectors = CodeVectors(self.vectors.table.clone(), normalized=True)  # the head may move them
-        loss_fn = contender.head.build(self.data.train.num_identities, BACKBONE.embedding_size, self.codes, own_vectors)
+        loss_fn = contender.head.build(len(who), BACKBONE.embedding_size, self.codes, own_vectors)
         log = train(
             backbone,
             loss_fn,
@@ -123,7 +126,7 @@ class GlyphBench:
             checkpoints=folder / "checkpoints",
             description=f"training with {name}",
         )
-        save_backbone(folder / "backbone.safetensors", backbone, BACKBONE)
+        save_backbone(folder / "backbone.safetensors", backbone, BACKBONE, trained_on=who)
         embeddings = embed(backbone, self.data.held_out)
         judgement = judge(embeddings, self.data.held_out.labels)
         parameters = sum(parameter.numel() for parameter in loss_fn.parameters())
@@ -164,6 +167,7 @@ def bench_settings(contenders: Mapping[str, Contender]) -> dict[str, Any]:
     """What decides the results of ``contenders``, beside the data, a seed and the epochs."""
     return {
         "backbone": asdict(BACKBONE),
+        "held_out_by": SPLIT_BY,
         "vocab_size": VOCAB_SIZE,
         "spread_epochs": SPREAD_EPOCHS,
         "contenders": {name: asdict(contender) for name, contender in contenders.items()},

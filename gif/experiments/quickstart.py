@@ -6,8 +6,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from gif.codes.picture import plot_code_tree
 from gif.documents import markdown_table
@@ -15,10 +14,13 @@ from gif.evaluation import plot_roc
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, GlyphBench, HeadResult, bench_settings, folder_name
 from gif.files import write_text
 from gif.ownership import existing, hold
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig, plot_losses
 from gif.vectors.plots import plot_nearest_cosines
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN = ("GIF", "GIF, published", "full softmax")
 
@@ -49,6 +51,7 @@ def _quickstart(output: Path, epochs: int, seed: int) -> None:
         say(f"this run is finished, its report is {report}; remove {output} to repeat it, or give another --output")
         return
     bench = GlyphBench.prepare(seed)
+    claim_folder(output / "data", bench.data.train.summary())
     bench.vectors.save(output / "vectors.safetensors")
     bench.codes.save(output / "codes.safetensors")
     results = {name: bench.run(name, head, training, output / folder_name(name)) for name, head in heads.items()}
@@ -57,7 +60,7 @@ def _quickstart(output: Path, epochs: int, seed: int) -> None:
     plot_losses({name: result.log.losses for name, result in results.items()}, output / "losses.png")
     plot_roc({name: result.judgement for name, result in results.items()}, output / "roc.png")
     table = _table(results)
-    console.print(table)
+    print_table(table)
     write_text(report, _report(bench, results, training))
     say(f"done in {time.monotonic() - begin:.0f} s; the report is {report}")
 
@@ -68,7 +71,7 @@ def _rows(results: dict[str, HeadResult]) -> list[tuple[str, ...]]:
         (
             name,
             f"{result.judgement.rank1:.3f}",
-            *(f"{tar:.3f}" for tar in result.judgement.tar.values()),
+            *(result.judgement.tar_in_words(far, 3) for far in result.judgement.tar),
             f"{result.judgement.pair_accuracy:.3f}",
             f"{result.parameters:,}",
             "" if math.isnan(result.log.images_per_second) else f"{result.log.images_per_second:,.0f}",
@@ -83,7 +86,7 @@ def _columns(results: dict[str, HeadResult]) -> tuple[str, ...]:
 
 
 def _table(results: dict[str, HeadResult]) -> Table:
-    table = Table(*_columns(results), title="held-out identities, never seen in training")
+    table = new_table(*_columns(results), title="held-out identities, never seen in training")
     for row in _rows(results):
         table.add_row(*row)
     return table

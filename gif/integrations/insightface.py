@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gif.codes import IdentityCodes
@@ -22,7 +23,7 @@ from gif.errors import InputError
 from gif.losses import RECIPES, GIFLoss, Recipe
 from gif.losses.recipes import RecipeName
 from gif.vectors.store import CodeVectors
-from gif_kernels import AngularMargin
+from gif_kernels import AngularMargin, checks
 
 
 class PartialFC(nn.Module):
@@ -62,8 +63,7 @@ class PartialFC(nn.Module):
         recipe: RecipeName | Recipe = "live",
     ) -> None:
         super().__init__()
-        codes = codes if isinstance(codes, IdentityCodes) else IdentityCodes.load(codes)
-        vectors = CodeVectors.load(vectors) if isinstance(vectors, str | Path) else vectors
+        codes = IdentityCodes.load(codes) if isinstance(codes, str | Path) else codes
         if num_classes != len(codes):
             raise InputError(
                 f"num_classes is {num_classes} and the codes are for {len(codes)} identities; make code vectors and "
@@ -76,13 +76,14 @@ class PartialFC(nn.Module):
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Loss () of this process's embeddings (B, d) and labels (B,) or (B, 1); a label of -1 is ignored.
 
+        Labels are integers of any dtype, or whole numbers in float32 or float64 as insightface's loaders give them.
         It is the mean over the process's rows: with a backbone in DistributedDataParallel and batches of one size, the
         gradient is that of the mean over all processes' rows.
         """
         if not self._replicated:  # here and not before: by now the parameters are on the process group's device
             replicate(self.loss)
             self._replicated = True
-        loss: Tensor = self.loss(local_embeddings, local_labels.view(-1).long())
+        loss: Tensor = self.loss(local_embeddings, _as_loaders_give_them(local_labels))
         return loss
 
     def get_extra_state(self) -> dict[str, Tensor]:
@@ -97,6 +98,19 @@ class PartialFC(nn.Module):
             raise InputError(f"this state has the tables {given}, wanted {shapes}; take the recipe it was trained with")
         for name, table in tables.items():
             table.copy_(state[name])
+
+
+def _as_loaders_give_them(labels: Tensor) -> Tensor:
+    """Labels (B, 1) as (B,), and whole numbers in float32 or float64 as int64; others as they are."""
+    if not isinstance(labels, Tensor):
+        return labels  # the loss says what it wants
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.dtype not in (torch.float32, torch.float64):
+        return labels
+    whole = (labels == labels.trunc()) & (labels.abs() * torch.finfo(labels.dtype).eps < 1)
+    checks.require(whole.all(), f"labels in {labels.dtype} must be whole numbers that it tells apart; give int64")
+    return labels.long()
 
 
 def _with_margin(recipe: Recipe, margin_loss: Any) -> Recipe:

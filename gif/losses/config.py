@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from gif.codes import IdentityCodes
+from gif.data.identities import Identities, require_same_names
 from gif.errors import InputError
 from gif.losses.gif_loss import GIFLoss
 from gif.losses.recipes import Recipe, RecipeName
@@ -60,15 +61,24 @@ class HeadConfig:
             raise InputError(f"overrides {', '.join(unknown)} are no fields of a recipe; there are {', '.join(known)}")
 
     def build(
-        self, num_identities: int, embedding_size: int, codes: IdentityCodes | None, vectors: CodeVectors | None
+        self,
+        num_identities: int,
+        embedding_size: int,
+        codes: IdentityCodes | None,
+        vectors: CodeVectors | None,
+        *,
+        identities: Identities | None = None,
     ) -> nn.Module:
         """The loss, with fresh parameters; ``codes`` and ``vectors`` are needed for kind "gif".
 
-        Raises ValueError where they are missing or are for another number of identities.
+        Raises ValueError where they are missing, are for another number of identities, or say that they are of others
+        than ``identities``, those of the data set, or in another order.
         """
         if self.kind != "gif":
             if self.centers == "vectors" and vectors is None:
                 raise InputError('centers "vectors" need code vectors; make them with `gif vectors`, or take "random"')
+            if vectors is not None and self.centers == "vectors":
+                require_same_names("the code vectors", vectors.identities, "the data set", identities)
             return MarginSoftmax(
                 num_identities,
                 embedding_size,
@@ -79,6 +89,9 @@ class HeadConfig:
             )
         if codes is None:
             raise InputError("head kind gif needs codes; make them with `gif tokenize` and give --codes")
+        require_same_names("the codes", codes.identities, "the data set", identities)
+        if vectors is not None:
+            require_same_names("the code vectors", vectors.identities, "the data set", identities)
         if len(codes) != num_identities:
             raise InputError(
                 f"the codes are for {len(codes)} identities and the data set has {num_identities}; make code vectors "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from gif.codes import IdentityCodes
+from gif.data.identities import require_same
 from gif.distributed import gather_rows, mean_over_processes, shared_seed
 from gif.errors import InputError
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
@@ -25,15 +30,20 @@ class GIFLoss(nn.Module):
     Memory and time depend on the codes' length and vocabulary, not on the number of identities. The tables of codes and
     of code vectors are no parameters, are not in ``state_dict()``, and need not be on the embeddings' device: a step
     reads the rows of its own batch, and of their siblings in the code tree. ``state_dict()`` holds the trained
-    parameters and the fingerprint of the code table; loading it into a loss with other codes raises ValueError.
+    parameters and the fingerprints of the code table and of the identities' names, where the codes know them; loading
+    it into a loss with other codes, or with the codes of others, raises ValueError.
 
     Recipe "paper" is L_C + L_AR as published. Recipe "live", the default, adds the contrast L_CC, and lets the code
-    vectors it reads take a step of gradient descent with every forward pass in training: **the table given as
-    ``vectors`` changes in place**, and belongs to the training state (see `tables`).
+    vectors it reads take a step of gradient descent in training: **the table given as ``vectors`` changes in place**,
+    and belongs to the training state (see `tables`). The step is taken once for each forward pass, when the backward
+    pass comes by; with the forward pass where the embeddings need no gradient. A forward pass that activation
+    checkpointing repeats is still one. A code vector whose step is not finite stays as it is, as after an overflow in
+    float16. Nothing else is undone: where a GradScaler skips the optimizer's step for an overflow in the backward pass
+    alone, the code vectors have taken theirs, whose gradient is never scaled.
 
     Args:
-        codes: the identities' codes, (m, l) in [0, v).
-        vectors: the identities' code vectors, (m, d); None where no term reads them.
+        codes: the identities' codes, (m, l) in [0, v), or their file.
+        vectors: the identities' code vectors, (m, d), or their file; None where no term reads them.
         embedding_size: d, the width of the embeddings.
         recipe: the terms, their weights, scales and margins, by name or as a `Recipe`.
         projection: "linear" gives each token its own projection P_j (d x d); "none" compares the embedding itself.
@@ -44,14 +54,17 @@ class GIFLoss(nn.Module):
         step_share: what share of an optimizer's step one forward pass is, 1 / k where gradients accumulate over k
             micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
         moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
+        stayed: how many code vectors could not take their step, summed over the steps: () int64 on the table's device,
+            so that counting waits for nothing.
 
-    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other.
+    Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other,
+    or codes and vectors say that they are of other identities.
     """
 
     def __init__(
         self,
-        codes: IdentityCodes,
-        vectors: CodeVectors | None,
+        codes: IdentityCodes | str | Path,
+        vectors: CodeVectors | str | Path | None,
         embedding_size: int = 512,
         *,
         recipe: RecipeName | Recipe = "live",
@@ -60,9 +73,13 @@ class GIFLoss(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        codes, vectors = _codes(codes), _code_vectors(vectors)
         if isinstance(recipe, str):
             checks.choice("recipe", recipe, tuple(RECIPES))
             recipe = RECIPES[recipe]
+        known = [entry.name for entry in fields(Recipe)]
+        if unknown := sorted(set(overrides) - set(known)):
+            raise TypeError(f"{', '.join(unknown)}: no option of GIFLoss and no field of a recipe, which are {known}")
         self.recipe = replace(recipe, **overrides)
         if vectors is None and self.recipe.needs_vectors:
             raise InputError(
@@ -73,6 +90,8 @@ class GIFLoss(nn.Module):
             raise InputError(
                 f"codes are for {len(codes)} identities and vectors for {len(vectors)}; tokenize these vectors"
             )
+        if vectors is not None:
+            require_same("the codes", codes.identities, "the code vectors", vectors.identities)
         if vectors is not None and vectors.width != embedding_size:
             raise InputError(f"vectors have width {vectors.width}, embedding_size is {embedding_size}; make them agree")
         checks.choice("projection", projection, ("linear", "none"))
@@ -81,6 +100,7 @@ class GIFLoss(nn.Module):
         self.embedding_size = embedding_size
         self.step_share = 1.0
         self.moved: Tensor | None = None
+        self.stayed = torch.zeros((), dtype=torch.int64, device=None if vectors is None else vectors.table.device)
         length, vocab = codes.length, codes.vocab_size
         self.centers = nn.Parameter(torch.randn(length, vocab, embedding_size) / embedding_size**0.5)
         self.projections = None
@@ -92,11 +112,12 @@ class GIFLoss(nn.Module):
         self.token_weights: Tensor
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-        """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored.
+        """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; a label of -1 is ignored.
 
         With reduction "none" it is the loss of each row, (B,), to be weighted; the code vectors step by the mean's.
         """
         checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
+        labels = self._checked(labels, embeddings)
         recipe = self.recipe
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if recipe.code_weight > 0:
@@ -118,6 +139,7 @@ class GIFLoss(nn.Module):
         regression: CodeRegression | None = None,
     ) -> Tensor:
         """L_C (): cross entropy of the tokens, unweighted; and the pull of ``regression``, in one pass."""
+        labels = self._checked(labels, embeddings)
         return token_margin_loss(
             embeddings,
             self.centers,
@@ -132,7 +154,7 @@ class GIFLoss(nn.Module):
 
     def regression_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_AR (): squared distance of the cosine to the own code vector from 1, halved, unweighted."""
-        targets, rows = self._targets(labels)
+        targets, rows = self._targets(self._checked(labels, embeddings))
         return code_regression_loss(embeddings, targets, rows=rows, reduction=reduction)
 
     def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,12 +168,14 @@ class GIFLoss(nn.Module):
     def contrast_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
 
-        In training with gradients, those code vectors then take their step: h <- normalise(h - vector_lr dL_CC/dh).
+        In training with gradients, those code vectors take their step h <- normalise(h - vector_lr dL_CC/dh) when the
+        backward pass comes by, or at once where the embeddings need no gradient.
 
         Processes that train together (`torch.distributed`) share their candidates, and all take the same step with the
         mean of their gradients: that is the one step of the whole batch, and each process's table stays the same.
         """
         assert self.vectors is not None  # checked at construction
+        labels = self._checked(labels, embeddings)
         recipe = self.recipe
         largest = torch.cat([labels.new_zeros(1), labels]).max()
         own = torch.where(labels >= 0, labels, largest)  # an ignored row brings nobody new
@@ -166,29 +190,44 @@ class GIFLoss(nn.Module):
         # Steps are smaller than what a bfloat16 gradient tells apart.
         vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
         moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
-        point = embeddings
-        if moves:
-            vectors.requires_grad_()
-            point = embeddings.detach().requires_grad_()
-        losses = code_contrast_loss(
-            point,
-            vectors,
-            labels,
-            candidates=candidates,
-            margin=recipe.contrast_margin,
-            scale=recipe.contrast_scale,
-            reduction="none",
-        )
+        point = embeddings.detach().requires_grad_() if moves else embeddings
+        with _kept_graph() if moves else nullcontext():
+            losses = code_contrast_loss(
+                point,
+                vectors.requires_grad_(moves),
+                labels,
+                candidates=candidates,
+                margin=recipe.contrast_margin,
+                scale=recipe.contrast_scale,
+                reduction="none",
+            )
         if moves:
             of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
-            losses = with_row_gradients(losses.detach(), embeddings, of_embeddings)
             gradient = mean_over_processes(of_vectors / counted.sum().clamp(min=1))
-            rounds = self.vectors.table.dtype.itemsize < vectors.dtype.itemsize
-            seed = shared_seed(labels.device) if rounds else 0
-            self.vectors.move_(candidates, gradient, recipe.vector_lr * self.step_share, seed=seed)
-            if self.moved is not None:
-                self.moved[candidates.to(self.moved.device)] = True
+            step = partial(self._move, candidates, gradient, recipe.vector_lr * self.step_share, self._seed(vectors))
+            losses = losses.detach()
+            if embeddings.requires_grad:
+                losses = with_row_gradients(losses, embeddings, of_embeddings, step)
+            elif not _repeated():
+                step()
         return reduce_rows(losses, counted, reduction)
+
+    def _seed(self, vectors: Tensor) -> int:
+        """Of the rounding of a step that was computed from ``vectors``, the same on every process."""
+        rounds = self.vectors is not None and self.vectors.table.dtype.itemsize < vectors.dtype.itemsize
+        return shared_seed(vectors.device) if rounds else 0
+
+    def _move(self, candidates: Tensor, gradient: Tensor, lr: float, seed: int) -> None:
+        assert self.vectors is not None  # checked at construction
+        self.stayed += self.vectors.move_(candidates, gradient, lr, seed=seed)
+        if self.moved is not None:
+            self.moved[candidates.to(self.moved.device)] = True
+
+    def _checked(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        """The labels of the embeddings' rows, (B,) int64."""
+        hint = "these codes were made for other identities (-1 marks a row to ignore)"
+        shape = (len(embeddings),)
+        return checks.integer("labels", labels, shape, low=-1, high=len(self.codes), hint=hint, asserted=False)
 
     @torch.no_grad()
     def predict(self, embeddings: Tensor) -> Tensor:
@@ -207,20 +246,54 @@ class GIFLoss(nn.Module):
         return {"vectors": self.vectors.table} if self.vectors is not None and self.recipe.moves_vectors else {}
 
     def get_extra_state(self) -> Tensor:
-        """Fingerprint of the code table, as bytes: part of ``state_dict()``."""
-        return torch.tensor(list(bytes.fromhex(self.codes.fingerprint)), dtype=torch.uint8)
+        """Fingerprints of the code table and, where known, of the names, as bytes: part of ``state_dict()``."""
+        who = self.codes.identities
+        digits = self.codes.fingerprint + ("" if who is None else who.names.fingerprint)
+        return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise ValueError unless the state was made with this code table."""
-        if not torch.equal(state.cpu(), self.get_extra_state()):
-            raise InputError(
-                "this state was trained with another code table (its fingerprint is "
-                f"{bytes(state.tolist()).hex()[:12]}..., the codes here have {self.codes.fingerprint[:12]}...); "
-                "load the codes file that was used in training"
-            )
+        """Raise ValueError unless the state was made with this code table, and these names where both know them."""
+        given, own = (bytes(each.tolist()).hex() for each in (state, self.get_extra_state()))
+        size = len(self.codes.fingerprint)
+        names = (given[size:], own[size:])
+        other_names = all(names) and names[0] != names[1]
+        if given[:size] == own[:size] and not other_names:
+            return
+        what = "the codes of identities of other names" if other_names else "another code table"
+        there, here = names if other_names else (given, own)
+        raise InputError(
+            f"this state was trained with {what} (fingerprint {there[:12]}..., the codes here have {here[:12]}...); "
+            "load the codes file that was used in training"
+        )
 
     def extra_repr(self) -> str:
         return f"{self.codes}, {self.recipe}"
+
+
+def _kept_graph() -> saved_tensors_hooks:
+    """Around a graph that is differentiated at once: activation checkpointing need not repeat a forward pass for it."""
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _repeated() -> bool:
+    """Whether this forward pass is one that activation checkpointing repeats: it runs inside of a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _codes(codes: IdentityCodes | str | Path) -> IdentityCodes:
+    if isinstance(codes, str | Path):
+        return IdentityCodes.load(codes)
+    if not isinstance(codes, IdentityCodes):
+        raise TypeError(f"codes must be IdentityCodes or the path of their file, got {type(codes).__name__}")
+    return codes
+
+
+def _code_vectors(vectors: CodeVectors | str | Path | None) -> CodeVectors | None:
+    if isinstance(vectors, str | Path):
+        return CodeVectors.load(vectors)
+    if not isinstance(vectors, CodeVectors | None):
+        raise TypeError(f"vectors must be CodeVectors or the path of their file, got {type(vectors).__name__}")
+    return vectors
 
 
 def _weights(weights: TokenWeights | Tensor, length: int) -> Tensor:

@@ -52,7 +52,10 @@ class MarginSoftmax(nn.Module):
             self.weight.data.copy_(length * nn.functional.normalize(centers.float(), dim=1))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Loss () of embeddings (B, d) with identities ``labels`` (B,) integer; a label of -1 is ignored."""
+        """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; -1 is ignored."""
+        checks.floating("embeddings", embeddings, ("B", self.weight.shape[1]), finite=False)
+        hint = "this softmax is over other classes (-1 marks a row to ignore)"
+        labels = checks.integer("labels", labels, (len(embeddings),), low=-1, high=self.num_classes, hint=hint)
         if self.sample_rate == 1:
             return code_contrast_loss(embeddings, self.weight, labels, margin=self.margin, scale=self.scale)
         chosen = self._sample(labels)

@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from gif.codes import advise
 from gif.errors import InputError
@@ -25,7 +24,7 @@ from gif.planning.stages import (
     spread_step_seconds,
     tokenize_cost,
 )
-from gif.progress import console, say
+from gif.progress import new_table, print_table, say
 
 
 def plan(
@@ -85,12 +84,12 @@ def plan(
         *head_costs(m, width, rates, batch=training_batch, vocab_size=shape.vocab_size),
     ]
     title = f"{m:,} identities x {width}, {dtype}, {device}"
-    table = Table("stage", "GiB", "host GiB", "time", "of", title=title)
+    table = new_table("stage", "GiB", "host GiB", "time", "of", title=title)
     for stage in stages:
         color = "[red]" if stage.memory > rates.capacity else ""
         memory, host = (f"{size / 2**30:,.2f}" for size in (stage.memory, stage.host))
         table.add_row(stage.name, f"{color}{memory}", host, _time(stage.seconds), stage.note)
-    console.print(table)
+    print_table(table)
     over = [stage.name for stage in stages if stage.memory > rates.capacity]
     if over:
         say(f"more than the {rates.capacity / 1e9:.0f} GB of one {device}: {'; '.join(over)}")

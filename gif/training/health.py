@@ -22,6 +22,7 @@ def health(head: nn.Module, embeddings: Tensor, labels: Tensor) -> dict[str, Ten
     - ``cosine to impostor``: mean over the batch of the largest cosine to another identity's, among the batch's own and
       those that the contrast of a `GIFLoss` adds.
     - ``batch accuracy``: share that is nearer to its own than to those.
+    - ``code vectors stayed``: how many could not take their step so far, since it was not finite.
 
     A head of another kind has none.
     """
@@ -31,20 +32,22 @@ def health(head: nn.Module, embeddings: Tensor, labels: Tensor) -> dict[str, Ten
 @health.register
 @torch.no_grad()
 def _(head: GIFLoss, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    embeddings, labels = embeddings[labels >= 0], labels[labels >= 0]
+    embeddings, labels = embeddings[labels >= 0], labels[labels >= 0].long()
     hits = head.predict(embeddings) == head.codes.lookup(labels)
     measures = {f"token accuracy/{place}": share for place, share in enumerate(hits.float().mean(0), 1)}
     measures["code accuracy"] = hits.all(1).float().mean()
     if head.vectors is None:
         return measures
     candidates = torch.cat([labels, head.codes.siblings(labels, head.recipe.siblings).flatten()])
+    if head.recipe.moves_vectors:
+        measures["code vectors stayed"] = head.stayed.to(embeddings.device)
     return measures | _against_others(embeddings, labels, head.vectors.lookup(candidates), candidates)
 
 
 @health.register
 @torch.no_grad()
 def _(head: MarginSoftmax, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    embeddings, labels = embeddings[labels >= 0], labels[labels >= 0]
+    embeddings, labels = embeddings[labels >= 0], labels[labels >= 0].long()
     return _against_others(embeddings, labels, head.weight[labels], labels)
 
 
@@ -69,4 +72,6 @@ def summary(measures: Mapping[str, float]) -> str:
         parts.append(f"codes {measures['code accuracy']:.0%}")
     if "cosine to own" in measures:
         parts.append(f"own {measures['cosine to own']:.2f}, impostor {measures['cosine to impostor']:.2f}")
+    if stayed := measures.get("code vectors stayed"):
+        parts.append(f"{stayed:,.0f} code vectors stayed")
     return ", ".join(parts)

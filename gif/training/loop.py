@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
+from gif.data.shared_memory import check_workers
 from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
-from gif.errors import InputError, Interrupted
-from gif.losses import GIFLoss
+from gif.errors import DivergedError, InputError, Interrupted
+from gif.losses import GIFLoss, MarginSoftmax
 from gif.ownership import hold
 from gif.resume import LARGEST_SHARE
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
@@ -29,10 +30,13 @@ from gif.training.health import health
 from gif.training.journal import TableJournal
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, begin_epoch
+from gif.training.statistics import RunningStatistics
 from gif.training.stop import StopRequest, leave_signals_to_the_trainer
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
+ROUNDS_PRODUCTS_ALONE = (GIFLoss, MarginSoftmax)
+"""Heads that autocast makes faster and no less exact: norms, margins, logits and sums stay float32."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def train(
     with _kept(keeper) as stop:
         random = keeper.load(state) if keeper else {}
         before = state.step
-        losses = _Losses(state.losses, state.step)
+        losses = _Losses(state.losses, state.step, REPORT_EVERY if state.scaler.is_enabled() else 1)
         take_step = _Step(backbone, head, augment, state, config)
         clock = _SaveClock(config)
 
@@ -125,7 +129,7 @@ def train(
                     losses.add(loss)
                     state.step += 1
                     if state.step % REPORT_EVERY == 0:
-                        recent = losses.settle()[-REPORT_EVERY:].mean()
+                        recent = losses.settle()[-REPORT_EVERY:].nanmean()
                         measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
                         report(state.step, {"learning rate": lr, **measures})
                     scores = None
@@ -188,9 +192,11 @@ class _Step:
         self._backbone, self._head, self._augment, self._state, self._config = backbone, head, augment, state, config
         self._network = torch.compile(backbone) if config.compile else backbone
         self._without_exchange: Callable[[], AbstractContextManager[None]] = nullcontext
-        if world_size() > 1:
+        if world_size() > 1 and any(parameter.requires_grad for parameter in backbone.parameters()):
             replicas = DistributedDataParallel(self._network)
             self._network, self._without_exchange = replicas, replicas.no_sync
+        else:
+            replicate(backbone)  # frozen: DistributedDataParallel refuses what has no gradient to exchange
         replicate(head)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,6 +205,7 @@ class _Step:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
+        before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
         parts = 1 if config.micro_batch_size is None else math.ceil(len(images) / config.micro_batch_size)
         for part in range(parts):
@@ -207,9 +214,11 @@ class _Step:
             exchange = nullcontext if part == parts - 1 else self._without_exchange
             with exchange(), _share_of_a_step(self._head, share):
                 embeddings = self._embed(self._augment(normalize_pixels(some)))
-                part_loss = self._head(embeddings, own_labels) * share
+                part_loss = self._loss(embeddings, own_labels) * share
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
+        if before is not None:
+            before.restore()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(self._backbone.parameters(), config.clip)
         scaler.step(optimizer)
@@ -220,9 +229,18 @@ class _Step:
         config = self._config
         if config.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with autocast(pixels.device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
+        with self._autocast(pixels.device):
             embeddings: Tensor = self._network(pixels)
         return embeddings
+
+    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        with self._autocast(embeddings.device) if isinstance(self._head, ROUNDS_PRODUCTS_ALONE) else nullcontext():
+            loss: Tensor = self._head(embeddings, labels)
+        return loss
+
+    def _autocast(self, device: torch.device) -> autocast:
+        precision = self._config.precision
+        return autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
 @contextmanager
@@ -239,10 +257,13 @@ def _share_of_a_step(head: nn.Module, share: float) -> Iterator[None]:
 
 
 class _Losses:
-    """The loss of each step: each process's own at first, settled now and then to their mean."""
+    """The loss of each step: each process's own at first, settled now and then to their mean.
 
-    def __init__(self, losses: Tensor, done: int) -> None:
-        self._losses = losses
+    ``patience``: so many steps in a row without a finite loss are an error: 1, and more where a loss scaler skips them.
+    """
+
+    def __init__(self, losses: Tensor, done: int, patience: int) -> None:
+        self._losses, self._patience = losses, patience
         self._settled = self._done = done
 
     def add(self, loss: Tensor) -> None:
@@ -250,13 +271,14 @@ class _Losses:
         self._done += 1
 
     def settle(self) -> Tensor:
-        """The losses so far, the same on every process; raises FloatingPointError if the last is not finite."""
+        """The losses so far, the same on every process; raises FloatingPointError if the last are not finite."""
         fresh = self._losses[self._settled : self._done]
         fresh.copy_(mean_over_processes(fresh))
         self._settled = self._done
         losses = self._losses[: self._done]
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(
+        recent = losses[-self._patience :]
+        if len(recent) == self._patience and not bool(recent.isfinite().any()):
+            raise DivergedError(
                 f"the loss is {float(losses[-1])} after {len(losses)} steps; lower lr, lengthen warmup or lower the "
                 "scale"
             )
@@ -300,6 +322,7 @@ def check_training(
             f"batch_size {config.batch_size} does not divide among {processes} processes, at least 2 images to each; "
             f"give a multiple of {processes}"
         )
+    check_workers(config.workers, config.batch_size // processes, dataset.image_shape)
     if processes > 1 and isinstance(head, GIFLoss) and head.tables() and head.vectors and head.vectors.file:
         raise InputError(
             f"each of {processes} processes would move the rows of {head.vectors.file}; load the code vectors without "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 
 from gif.distributed import rank
@@ -78,7 +78,14 @@ def _summary_writer(folder: str | Path | None, done: int) -> Iterator[Report]:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Memory of this process in GB (10^9 bytes): on CUDA the most that tensors took, otherwise what it holds now."""
+    """Memory of this process in GB (10^9 bytes): on CUDA the most that tensors took, otherwise what it holds now.
+
+    NaN where that takes psutil, and it is not installed.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return math.nan
     return psutil.Process().memory_info().rss / 1e9

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gif.data import IdentityDataset, ImageDecoder
+from gif.data.images import some_identities
 from gif.errors import InputError
 from gif.evaluation import Benchmark, Embedder, HeldOutIdentities, IjbFolders, PairFiles
 
@@ -80,5 +81,4 @@ def _some(held_out: IdentityDataset, number: int) -> IdentityDataset:
             f"{number} identities are to validate and {held_out.num_identities} are held out; raise held_out, or lower "
             "validation.identities"
         )
-    order = torch.randperm(held_out.num_identities, generator=torch.Generator().manual_seed(0))
-    return held_out.of_identities(order[:number])
+    return some_identities(held_out, number)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from gif.distributed import rank, wait_for_all, world_size
-from gif.files import atomic_path, check_file, fsync, locate_tensor, seal, writing
+from gif.files import atomic_path, check_file, fsync, seal, writing
 from gif.ownership import check_output, existing, hold
 from gif.resume import claim_folder
 from gif.vectors.spread import SpreadReport, spread_code_vectors
-from gif.vectors.store import FORMAT, CodeVectors
+from gif.vectors.store import CodeVectors
 
 
 def spread_file(
@@ -28,21 +28,23 @@ def spread_file(
     """Copy the code vectors in file ``source`` to ``output`` and spread them there, as `spread_code_vectors` does.
 
     Until then folder ``output`` with suffix .partial holds the copy and its journal, at most 256 MiB and an index of 8
-    bytes a vector: when killed at any moment, the same call continues to the same result. In a process group each
+    bytes a vector: when killed at any moment, the same call continues to the same result, unless ``source`` holds other
+    vectors by now (`CodeVectors.fingerprint`): that is refused, and changes nothing. In a process group each
     process steps its share of the rows, which lie in the one file. The first process calls ``write_report`` before
     ``output`` appears: a run that is killed there has lost nothing.
 
     Raises FileNotFoundError, or ValueError for a bad file, bad options, a folder of another run, or an output that
     cannot be written or that another process has.
     """
-    locate_tensor(source, "vectors", format=FORMAT)
+    given = CodeVectors.load(source, mmap=True)
     folder = output.with_suffix(".partial")
     check_output(output, [folder], [source])
     with hold(output, existing(folder / "journal")):
-        return _spread(source, output, folder, device, write_report, options)
+        return _spread(given, source, output, folder, device, write_report, options)
 
 
 def _spread(
+    given: CodeVectors,
     source: Path,
     output: Path,
     folder: Path,
@@ -54,7 +56,7 @@ def _spread(
     if rank() == 0:
         if journal.exists() and not working.exists():  # killed while this was removed: the output is there
             shutil.rmtree(folder)
-        claim_folder(folder, {"command": "spread", "vectors": str(source.resolve()), **options})
+        claim_folder(folder, {"command": "spread", "vectors": given.fingerprint(), **options})
         if not working.exists():
             check_file(source)
             with atomic_path(working) as temporary:

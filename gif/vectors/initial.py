@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gif.data.encoded import broken_report
+from gif.data.encoded import EncodedImages, check_identities, left_out
 from gif.data.images import IdentityDataset
+from gif.data.shared_memory import check_workers
 from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
 from gif.errors import InputError
@@ -53,14 +54,15 @@ def initial_code_vectors(
         num_workers: processes that read images, for each process that encodes.
         num_identities: m; None takes ``dataset.num_identities``.
         checkpoint: file kept once a minute and on interruption; a later call with the same arguments continues from it
-            to the same result, and removes it when done. Each of several processes keeps its own, named after it
+            to the same result, and removes it when done; with another encoder, other identities or images (see
+            `IdentityDataset.summary`) it is refused. Each of several processes keeps its own, named after it
             (`gif.resume.own_file`).
         keep_checkpoint: leave the checkpoint, with all images done: for whoever saves the result before removing it.
         device: what the process group exchanges tensors on: CUDA for nccl.
 
-    Raises ValueError for bad values, a label outside [0, m), an identity without a readable image, features that are
-    not finite, or a checkpoint of another run; with several processes also for a dataset without ``labels``, or fewer
-    identities than processes.
+    Raises ValueError for bad values, a label outside [0, m), an identity without a readable image (of `EncodedImages`
+    before the work starts: an image of each is read first), features that are not finite, or a checkpoint of another
+    run; with several processes also for a dataset without ``labels``, or fewer identities than processes.
     """
     m = getattr(dataset, "num_identities", None) if num_identities is None else num_identities
     if m is None or m < 1 or batch_size < 1:
@@ -69,13 +71,16 @@ def initial_code_vectors(
             "num_identities where the dataset has none"
         )
     images = len(dataset)  # type: ignore[arg-type]
-    settings = f"{encoder.name} m={m} images={images} batch_size={batch_size}"
+    settings: dict[str, Any] = {"encoder": encoder.name, "m": m, "images": images, "batch_size": batch_size}
     bounds, rows = [0, m], torch.arange(images)
     labels = getattr(dataset, "labels", None)
     if isinstance(labels, Tensor):  # known before the work starts
         _check_labels(labels, m)
         _check_counts(torch.bincount(labels, minlength=m))
-        settings += f" labels={hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}"
+        if isinstance(dataset, IdentityDataset) and checkpoint is not None:
+            settings["data"] = dataset.summary()
+        else:
+            settings["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
         bounds = _shares(labels, m)
         rows = ((labels >= bounds[rank()]) & (labels < bounds[rank() + 1])).nonzero().flatten()
     elif world_size() > 1:
@@ -84,6 +89,10 @@ def initial_code_vectors(
 
     work = UnfinishedWork(None if checkpoint is None else own_file(checkpoint), CHECKPOINT_FORMAT, settings)
     sums = _FeatureSums(begin, end, work.load())
+    if isinstance(dataset, IdentityDataset):
+        check_workers(num_workers, batch_size, dataset.image_shape)
+    if isinstance(dataset, EncodedImages) and sums.images == 0:
+        check_identities(dataset, rows, num_workers)
     batches = rows[sums.images :].split(batch_size) if sums.images < len(rows) else ()
     loader = DataLoader(
         dataset,
@@ -108,11 +117,12 @@ def initial_code_vectors(
             if sums.whole:
                 work.save(sums.state())
             raise
-    if isinstance(dataset, IdentityDataset) and (report := broken_report(dataset)):
+    if isinstance(dataset, IdentityDataset) and (report := left_out(dataset)):
         say(report)
     if keep_checkpoint and len(batches):
         work.save(sums.state())
-    vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)))
+    who = dataset.identities if isinstance(dataset, IdentityDataset) and dataset.num_identities == m else None
+    vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)), identities=who)
     if not keep_checkpoint:
         work.remove()
     return vectors

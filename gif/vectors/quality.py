@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
-from scipy.special import betainc
 from torch import Tensor
 
 from gif.errors import InputError
+from gif.packages import needs
 from gif_kernels import gaussian_potential, max_cosine
 
 SAMPLE = 20_000
@@ -40,6 +39,9 @@ def largest_uniform_cosine(m: int, width: int) -> float:
     Two such points have a cosine above x >= 0 with probability I_{1 - x^2}((d - 1) / 2, 1 / 2) / 2; where C(m, 2) of
     that is ln 2, no pair has with probability 1 / 2. Of two points alone it is 0.
     """
+    with needs("scipy", "judging code vectors"):
+        from scipy.optimize import brentq
+        from scipy.special import betainc
     pairs = m * (m - 1) / 2
 
     def surplus(x: float) -> float:

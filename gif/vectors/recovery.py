@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from gif.errors import InputError
 from gif.files import fsync, load_tensors, remove_temporaries, save_tensors
 from gif.resume import UnfinishedWork
 from gif.vectors.shards import Round, Shards
+from gif.vectors.store import digest_rows
 
 CHECKPOINT_FORMAT = "gif.spread_checkpoint/2"
 JOURNAL_BYTES = 1 << 28  # the journal's size at most, or one round
+SAMPLE = 256  # rows by which a table's file is known again
 
 
 class Recovery(ABC):
@@ -58,7 +60,7 @@ class Recovery(ABC):
 class Copies(Recovery):
     """The table in memory is copied to ``checkpoint``, once a minute and on interruption; None keeps nothing."""
 
-    def __init__(self, shards: Shards, checkpoint: Path | None, settings: str) -> None:
+    def __init__(self, shards: Shards, checkpoint: Path | None, settings: Mapping[str, Any]) -> None:
         self._table = shards.table
         self._kept: dict[str, Tensor] = {}
         self._work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
@@ -107,13 +109,17 @@ class Journal(Recovery):
     newer rounds gives that state. Each process keeps its own rows' values, and all flush after the same rounds.
     """
 
-    def __init__(self, shards: Shards, file: Path, checkpoint: Path, settings: str, round_rows: int) -> None:
+    def __init__(
+        self, shards: Shards, file: Path, checkpoint: Path, settings: Mapping[str, Any], round_rows: int
+    ) -> None:
         self._shards = shards
         self._file = file
         self._folder = checkpoint
         self._work = UnfinishedWork(self._path("state"), CHECKPOINT_FORMAT, settings)
         row_bytes = shards.table.shape[1] * shards.table.itemsize
         self._interval = max(1, JOURNAL_BYTES // (round_rows * row_bytes))
+        rows = len(shards.table)
+        self._sample = torch.arange(0, rows, max(1, rows // SAMPLE))
         self._flushed = 0
         self._forgotten: list[Path] = []
 
@@ -123,6 +129,8 @@ class Journal(Recovery):
         wait_for_all()
         saved = self._work.load()
         finished = least_of_processes(-1 if saved is None else int(saved["finished"]))
+        if saved is not None:
+            self._check_table(saved)
         if saved is not None and finished >= 0:
             losses.copy_(saved["losses"])
         for path in sorted(self._undo_files(), reverse=True):
@@ -167,7 +175,8 @@ class Journal(Recovery):
     def _flush(self, finished: int, losses: Tensor) -> None:
         """Make the table on the disk that after ``finished`` rounds; older values are needed by no process then."""
         fsync(self._file)
-        self._work.save({"losses": losses, "finished": torch.tensor(finished)})
+        sample = self._shards.take(self._sample)
+        self._work.save({"losses": losses, "finished": torch.tensor(finished), "sample": sample})
         wait_for_all()
         for path in self._undo_files():
             if _number(path) < finished:
@@ -175,6 +184,21 @@ class Journal(Recovery):
         while self._forgotten:
             self._forgotten.pop().unlink(missing_ok=True)
         self._flushed = finished
+
+    def _check_table(self, saved: dict[str, Tensor]) -> None:
+        """Raise ValueError, having changed nothing, if undoing would not give the table of the ``saved`` state."""
+        found = self._shards.take(self._sample)
+        for path in sorted(self._undo_files(), reverse=True):
+            if _number(path) >= int(saved["finished"]):
+                old, _ = load_tensors(path, format=CHECKPOINT_FORMAT)
+                place = torch.searchsorted(self._sample, old["rows"]).clamp_max(len(self._sample) - 1)
+                hit = self._sample[place] == old["rows"]
+                found[place[hit]] = old["vectors"][hit].to(found.device)
+        if not torch.equal(found.cpu(), saved["sample"]):
+            raise InputError(
+                f"{self._file} is not the table that {self._folder} continues: other vectors were written there since; "
+                "put that table back, or remove the folder to begin anew"
+            )
 
     def _undo_files(self) -> list[Path]:
         return list(self._folder.glob(f"undo-*.{rank()}.safetensors"))
@@ -191,23 +215,19 @@ def _number(path: Path) -> int:
 
 
 def recovery(
-    shards: Shards, file: Path | None, checkpoint: str | Path | None, settings: str, sample: Tensor, round_rows: int
+    shards: Shards, file: Path | None, checkpoint: str | Path | None, settings: Mapping[str, Any], round_rows: int
 ) -> Recovery:
     """What keeps a run of these ``settings`` in ``checkpoint``: a journal where the table is in ``file``, else copies.
 
-    ``sample``: rows that tell one table in memory from another. ``round_rows``: own rows of a round.
+    ``round_rows``: own rows of a round.
     """
-    settings = f"{settings} processes={world_size()}"
+    settings = {**settings, "processes": world_size()}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and file is not None:
-        return Journal(shards, file, path, f"{settings} file={file.resolve()}", round_rows)
+        return Journal(shards, file, path, {**settings, "file": str(file.resolve())}, round_rows)
     if path is not None and world_size() > 1:
         raise InputError(
             "several processes keep a checkpoint of a table in a file only; give CodeVectors.load(path, mmap=True, "
             "writable=True), or no checkpoint"
         )
-    return Copies(shards, path, f"{settings} start={_digest(sample)}")
-
-
-def _digest(rows: Tensor) -> str:
-    return hashlib.sha256(rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
+    return Copies(shards, path, {**settings, "vectors": None if path is None else digest_rows(shards.table)})

@@ -138,16 +138,48 @@ def rounds_of(subsets: int) -> int:
     return -(-subsets // world_size())
 
 
-def prefetched(rounds: Iterable[Round], load: Callable[[Round], Tensor]) -> Generator[tuple[Round, Tensor], None, None]:
-    """Each round with what ``load`` makes of it, in a thread that is one round ahead.
+def prefetched(
+    rounds: Iterable[Round],
+    load: Callable[[Round], Tensor],
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+) -> Generator[tuple[Round, Tensor], None, None]:
+    """Each round with what ``load`` makes of it on ``device``, in a thread that is one round ahead.
 
     The rounds must share no row: the next one's are read before this one's are written.
+
+    On CUDA a new thread is in the default stream of the first device, whatever stream its maker is in, and would read a
+    table that the maker's stream has yet to write. So ``load`` gets the stream that the caller is in when it asks for
+    the round before: what the caller has queued until then comes first, and rows are made, used and freed in one
+    stream. A caller that is in another stream by the time it takes the rows has that one wait for them.
     """
     with ThreadPoolExecutor(1) as thread:
-        ahead: tuple[Round, Future[Tensor]] | None = None
+        ahead: tuple[Round, Future[_Loaded]] | None = None
         for round in rounds:
-            behind, ahead = ahead, (round, thread.submit(load, round))
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+            behind, ahead = ahead, (round, thread.submit(_Loaded.by, load, round, stream))
             if behind is not None:
-                yield behind[0], behind[1].result()
+                yield behind[0], behind[1].result().taken()
         if ahead is not None:
-            yield ahead[0], ahead[1].result()
+            yield ahead[0], ahead[1].result().taken()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Rows, and the stream that they are made in."""
+
+    rows: Tensor
+    stream: torch.cuda.Stream | None
+
+    @staticmethod
+    def by(load: Callable[[Round], Tensor], round: Round, stream: torch.cuda.Stream | None) -> _Loaded:
+        with torch.cuda.stream(stream):  # nothing where there is none
+            return _Loaded(load(round), stream)
+
+    def taken(self) -> Tensor:
+        """The rows, for use in the stream that the caller is in."""
+        if self.stream is not None and self.rows.is_cuda:
+            current = torch.cuda.current_stream(self.rows.device)
+            if current != self.stream:
+                current.wait_stream(self.stream)
+                self.rows.record_stream(current)  # their memory is not given away before it is done with them
+        return self.rows

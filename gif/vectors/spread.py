@@ -151,10 +151,19 @@ def spread_code_vectors(
     )
     if shards.m < 2:
         raise InputError(f"wanted at least 2 vectors, which push each other apart, got {shards.m}")
-    settings = (
-        f"{vectors} m={shards.m} epochs={epochs} batch={batch} lr={lr} t={t} start={start} "
-        f"neighbor_epochs={neighbor_epochs} neighbors={neighbors} target_gap={target_gap} seed={seed}"
-    )
+    settings = {
+        "table": str(vectors),
+        "m": shards.m,
+        "epochs": epochs,
+        "batch": batch,
+        "lr": lr,
+        "t": t,
+        "start": start,
+        "neighbor_epochs": neighbor_epochs,
+        "neighbors": neighbors,
+        "target_gap": target_gap,
+        "seed": seed,
+    }
     return _Run(
         vectors=vectors,
         shards=shards,
@@ -191,7 +200,7 @@ class _Run:
     target_gap: float | None
     deadline: float | None
     seed: int
-    settings: str
+    settings: dict[str, Any]
 
     def __post_init__(self) -> None:
         m = self.shards.m
@@ -213,9 +222,7 @@ class _Run:
     def run(self, checkpoint: str | Path | None, keep: bool) -> SpreadReport:
         """Continue from the checkpoint, if there is one, to the end."""
         shards, sample = self.shards, sample_rows(self.shards.m)
-        self.recovery = recovery(
-            shards, self.vectors.file, checkpoint, self.settings, shards.sample(sample), max(self.batch, ROWS_A_BLOCK)
-        )
+        self.recovery = recovery(shards, self.vectors.file, checkpoint, self.settings, max(self.batch, ROWS_A_BLOCK))
         self.finished = self.recovery.load(self.record)
         try:
             begin = self.recovery.remember("begin", lambda: shards.sample(sample))
@@ -333,7 +340,7 @@ class _Run:
         if skip >= count:
             return True
         self.finished = first + skip
-        with closing(prefetched(rounds(skip), self.load)) as loaded:
+        with closing(prefetched(rounds(skip), self.load, self.shards.device)) as loaded:
             for round, rows in loaded:
                 if self.deadline is not None and not least_of_processes(time.monotonic() < self.deadline):
                     return False
@@ -372,7 +379,8 @@ class _Run:
         subsets = self.neighbor_order(self.seed).split(self.neighbor_sizes)
         largest = torch.full((1, 1), -torch.inf)
         with _progress("looking for near-duplicates", shards.m) as advance:
-            for round, rows in prefetched(shards.rounds(subsets, 0, 0), lambda round: shards.take(round.rows)):
+            rounds = shards.rounds(subsets, 0, 0)
+            for round, rows in prefetched(rounds, lambda round: shards.take(round.rows), shards.device):
                 subset = shards.collect(round, rows.to(shards.device))
                 for leaf in self.leaves_of(round.subset, subset.device):
                     largest = largest.maximum(max_cosine(subset[leaf])[0].max().cpu())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gif.data.identities import Identities, check_count
 from gif.errors import InputError
-from gif.files import check_mapped, load_tensors, map_tensor, save_tensors
+from gif.files import check_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
+from gif_kernels import checks
 from gif_kernels.rounding import stochastic_round
 
 FORMAT = "gif.code_vectors/1"
 _ROWS_A_BLOCK = 1 << 18
+_DIGEST_BYTES = 1 << 28  # a table up to this is digested whole
+_DIGEST_ROWS = 1 << 13  # and of a larger one so many rows
 
 
 class CodeVectors:
@@ -21,17 +26,21 @@ class CodeVectors:
     Args:
         table: (m, d) float32, bfloat16 or float16. Rows are normalised in place, unless ``normalized`` says they are.
         normalized: the rows already have unit length.
+        identities: whose they are, where that is known; kept in files.
 
     ``table`` stays the very tensor given, where its dtype and layout allow: no second copy of a large table is made.
     ``file`` is where in-place changes of the table go by themselves: None but for a writable memory map.
 
-    Raises ValueError if the table is not (m, d), holds NaN or infinity, or has a row of zeros.
+    Raises ValueError if the table is not (m, d), holds NaN or infinity, has a row of zeros, or there are not as many
+    identities.
     """
 
-    def __init__(self, table: Tensor, *, normalized: bool = False) -> None:
+    def __init__(self, table: Tensor, *, normalized: bool = False, identities: Identities | None = None) -> None:
         if table.ndim != 2 or min(table.shape) < 1 or not table.is_floating_point():
             raise InputError(f"vectors must be (m, d) floating point, got {tuple(table.shape)} {table.dtype}")
+        check_count("vectors", identities, len(table))
         self.table = table.detach()
+        self.identities = identities
         self.file: Path | None = None
         if not normalized:
             for rows in self.table.split(_ROWS_A_BLOCK):
@@ -52,11 +61,14 @@ class CodeVectors:
         Raises FileNotFoundError, or ValueError if the file is truncated, damaged or of another kind.
         """
         if not mmap:
-            tensors, _ = load_tensors(path, format=FORMAT)
+            tensors, metadata = load_tensors(path, format=FORMAT)
             if "vectors" not in tensors:
                 raise InputError(f"{path} has no tensor named vectors; it has {sorted(tensors)}")
-            return cls(tensors["vectors"], normalized=True)
-        vectors = cls(map_tensor(path, "vectors", format=FORMAT, writable=writable), normalized=True)
+            identities = Identities.read(path, tensors, metadata)
+            return cls(tensors["vectors"], normalized=True, identities=identities)
+        table = map_tensor(path, "vectors", format=FORMAT, writable=writable)
+        identities = Identities.map(path, locate_tensor(path, "vectors", format=FORMAT).metadata, format=FORMAT)
+        vectors = cls(table, normalized=True, identities=identities)
         vectors.file = Path(path) if writable else None
         return vectors
 
@@ -67,53 +79,82 @@ class CodeVectors:
         return rows
 
     def save(self, path: str | Path) -> None:
-        """Write the table as safetensors, atomically."""
-        save_tensors(path, {"vectors": self.table}, format=FORMAT)
+        """Write the table, and whose rows they are where that is known, as safetensors, atomically."""
+        who = self.identities
+        names, metadata = ({}, {}) if who is None else (who.tensors(), who.metadata())
+        save_tensors(path, {"vectors": self.table, **names}, format=FORMAT, **metadata)
 
     def lookup(self, labels: Tensor) -> Tensor:
-        """Rows of identities ``labels`` (B,) as (B, d), on the labels' device, in the table's dtype.
+        """Rows of identities ``labels`` (B,), of any integer dtype, as (B, d) on their device, in the table's dtype.
 
-        Raises ValueError for a label outside [0, m). Only the rows asked for are read or moved.
+        Raises TypeError for labels that are not integers, ValueError for another shape or a label outside [0, m). Only
+        the rows asked for are read or moved.
         """
-        self._check(labels)
+        rows = self._rows(labels)
         check_mapped(self.table)
-        return self.table[labels.to(self.table.device)].to(labels.device)
+        return self.table[rows].to(labels.device)
 
     @torch.no_grad()
-    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int = 0) -> None:
+    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int = 0) -> Tensor:
         """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
 
         ``gradient`` (C, d) belongs to the labels row by row; an identity named more than once takes the sum of its
-        gradients. A low-precision table is rounded stochastically, so that small steps survive on average; give a new
+        gradients. A row whose step is not finite stays as it is: one overflow upstream must not outlive the step it
+        spoils. A low-precision table is rounded stochastically, so that small steps survive on average; give a new
         ``seed`` in each step.
 
-        Raises ValueError for a label outside [0, m).
+        Returns how many rows stayed, () int64 on the table's device. Raises TypeError for labels that are not integers,
+        ValueError for another shape or a label outside [0, m).
         """
-        self._check(labels)
+        rows, place = self._rows(labels).unique(return_inverse=True)
         check_mapped(self.table)
-        rows, place = labels.to(self.table.device).unique(return_inverse=True)
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         step = torch.zeros(len(rows), self.width, dtype=dtype, device=self.table.device)
         step.index_add_(0, place, gradient.to(step))
-        moved = torch.nn.functional.normalize(self.table[rows].to(dtype).add_(step, alpha=-lr), dim=1)
-        self.table[rows] = stochastic_round(moved, self.table.dtype, rows, seed)
+        before = self.table[rows]
+        moved = step.mul_(-lr).add_(before)
+        norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+        moves = norm.isfinite() & (norm > 0)  # NaN and infinity anywhere in a row reach its norm
+        moved = stochastic_round(moved.div_(norm), self.table.dtype, rows, seed)
+        self.table[rows] = torch.where(moves, moved, before)
+        return (~moves).sum()
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that follow from the vectors as they are now, and from whose they are.
+
+        They follow from all rows of a table up to 256 MiB, and from 8,192 rows at equal distances of a larger one.
+        """
+        names = self.identities.names.fingerprint if self.identities is not None else ""
+        return hashlib.sha256(f"{digest_rows(self.table)} {names}".encode()).hexdigest()[:16]
 
     @property
     def width(self) -> int:
         """d, the width of a vector."""
         return self.table.shape[1]
 
-    def _check(self, labels: Tensor) -> None:
-        if len(labels):
-            low, high = (int(x) for x in torch.aminmax(labels))
+    def _rows(self, labels: Tensor) -> Tensor:
+        """The labels (B,) as rows of the table, int64 on its device."""
+        every, hint = torch.iinfo(torch.int64), "this table was made for other identities"
+        rows = checks.integer("labels", labels, ("B",), low=every.min, high=every.max, hint=hint, asserted=False)
+        rows = rows.to(self.table.device)
+        if not checks.looks_at_values(rows):
+            checks.require(((rows >= 0) & (rows < len(self))).all(), f"labels must lie in [0, {len(self)}); {hint}")
+        elif len(rows):
+            low, high = (int(x) for x in torch.aminmax(rows))
             if low < 0 or high >= len(self):
-                raise InputError(
-                    f"labels must lie in [0, {len(self)}), got [{low}, {high}]; "
-                    "this table was made for other identities"
-                )
+                raise InputError(f"labels must lie in [0, {len(self)}), got [{low}, {high}]; {hint}")
+        return rows
 
     def __len__(self) -> int:
         return self.table.shape[0]
 
     def __repr__(self) -> str:
         return f"CodeVectors({len(self)} x {self.width}, {self.table.dtype}, {self.table.device})"
+
+
+def digest_rows(table: Tensor) -> str:
+    """16 hexadecimal digits that follow from a ``table`` (m, d), as in `CodeVectors.fingerprint`."""
+    digest = hashlib.sha256(f"{tuple(table.shape)} {table.dtype}".encode())
+    rows = table if table.nbytes <= _DIGEST_BYTES else table[:: max(1, len(table) // _DIGEST_ROWS)]
+    digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -37,7 +37,7 @@ class _CodeContrast(torch.autograd.Function):
         dtype = compute_dtype(embeddings, vectors)
         z, h = embeddings.to(dtype), vectors.to(dtype)
         z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
-        logits = product(z, (h * h_inverse).T, operand).mul_(z_inverse * scale)
+        logits = product(z, (h * h_inverse).T, operand, wide=True).mul_(z_inverse * scale)
         index = targets.clamp(min=0).unsqueeze(1)
         value, slope = margin.value_and_slope(logits.gather(1, index) / scale)
         logits.scatter_(1, index, value * scale)

@@ -9,7 +9,7 @@ from gif_kernels import checks, dispatch
 from gif_kernels.code_contrast import blocked, reference
 from gif_kernels.dispatch import Impl
 from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import operand_dtype
+from gif_kernels.precision import in_range, operand_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
 from gif_kernels.sphere import compute_dtype
 
@@ -93,6 +93,7 @@ def code_contrast_loss(
                 "every label must be among the candidates; add the batch's own identities to them",
             )
     operand = operand_dtype(embeddings, vectors)
+    embeddings, vectors = in_range(embeddings, operand), in_range(vectors, operand)
     with dispatch.full_precision(embeddings.device):
         loss: Tensor = dispatch.implementation(OP, name)(
             embeddings, vectors, targets, competes, margin, float(scale), reduction, operand

@@ -52,11 +52,11 @@ class _TokenMargin(torch.autograd.Function):
         if projections is None:
             u = None
             inverse = inverse_norm(z).view(1, 1, -1)
-            logits = product(w.flatten(0, 1), z.T, operand).view(length, vocab, -1)
+            logits = product(w.flatten(0, 1), z.T, operand, wide=True).view(length, vocab, -1)
         else:
             u = product(z, _flatten(projections).T.to(dtype), operand).view(len(z), length, inner)
             inverse = inverse_norm(u).permute(1, 2, 0)  # (l, 1, B)
-            logits = product(w, u.permute(1, 2, 0), operand)
+            logits = product(w, u.permute(1, 2, 0), operand, wide=True)
         to_logit = inverse * scale
         logits.mul_(to_logit)  # scale times cosine (l, v, B)
 

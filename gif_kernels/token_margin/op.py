@@ -9,7 +9,7 @@ from gif_kernels.code_regression.op import CodeRegression, check_targets, looked
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import operand_dtype
+from gif_kernels.precision import in_range, operand_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
 from gif_kernels.sphere import compute_dtype
 from gif_kernels.token_margin import blocked, reference
@@ -104,6 +104,7 @@ def token_margin_loss(
         embeddings=embeddings, centers=centers, codes=codes, projections=projections, token_weights=token_weights
     )
     operand = operand_dtype(embeddings, centers, projections)
+    embeddings, centers = in_range(embeddings, operand), in_range(centers, operand)
     with dispatch.full_precision(embeddings.device):
         loss: Tensor = dispatch.implementation(OP, name)(
             embeddings, centers, projections, codes, token_weights, targets, target_rows, float(pull), margin,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from gif_kernels import checks
@@ -15,8 +16,13 @@ MovedRows = Callable[[Tensor, float, float], tuple[Tensor, Tensor]]
 
 
 def step_(table: Tensor, index: Tensor, lr: float, t: float, seed: int, moved_rows: MovedRows) -> Tensor:
-    """Move the rows of ``table`` (m, d) that ``index`` (n,) names by ``moved_rows``; returns the loss before, ()."""
+    """Move the rows of ``table`` (m, d) that ``index`` (n,) names by ``moved_rows``; returns the loss before, ().
+
+    A row that would become NaN or infinite stays as it is.
+    """
     rows = checks.floating("the rows of table", table[index], ("n", "d"))
     moved, loss = moved_rows(unit(rows.to(compute_dtype(table))), lr, t)
-    table[index] = stochastic_round(moved, table.dtype, index, seed)
+    norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    moves = norm.isfinite() & (norm > 0)  # a step that overflows the norm leaves a row of zeros
+    table[index] = torch.where(moves, stochastic_round(moved, table.dtype, index, seed), rows)
     return loss

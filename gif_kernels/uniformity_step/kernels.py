@@ -62,7 +62,7 @@ def uniformity_step(
     LOWEST: tl.constexpr,
     BLOCK_D: tl.constexpr,  # >= WIDTH
 ):
-    """h <- normalise(h - rate dL/dh) of one row."""
+    """h <- normalise(h - rate dL/dh) of one row, which stays as it is where that is not finite."""
     i = tl.program_id(0).to(tl.int64)
     i_row = tl.load(p_index + i)
     p_table += i_row * table_stride
@@ -70,11 +70,13 @@ def uniformity_step(
         p_table, p_numerators + i * WIDTH, p_total, rows, splits, slope, WIDTH, COLUMN_STRIDE, BLOCK_D
     )
     b_moved = b_unit - rate * b_gradient
-    b_moved *= inverse_norm(tl.sum(b_moved * b_moved, 0))
+    squares = tl.sum(b_moved * b_moved, 0)
+    b_moved *= inverse_norm(squares)
     o_d = tl.arange(0, BLOCK_D)
     if DIGITS > 0:
         b_moved = _stochastic_round(b_moved, i_row, o_d, mixed_seed, DIGITS, LOWEST)
-    tl.store(p_table + o_d * COLUMN_STRIDE, b_moved, mask=inside(o_d, WIDTH, BLOCK_D))
+    if squares < float("inf"):  # neither infinity nor NaN
+        tl.store(p_table + o_d * COLUMN_STRIDE, b_moved, mask=inside(o_d, WIDTH, BLOCK_D))
 
 
 def step_(table: Tensor, index: Tensor, lr: float, t: float, seed: int) -> Tensor:

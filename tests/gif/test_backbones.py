@@ -1,6 +1,9 @@
 """Backbones: their shapes by name, insightface's weights, files, and the order of colours."""
 
 import json
+import random
+from collections import OrderedDict
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 
 from gif.backbones import BackboneConfig, load_backbone, load_insightface, save_backbone
 from gif.backbones.files import FORMAT
+from gif.errors import InputError
 from gif.files import save_tensors
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
@@ -116,6 +120,59 @@ class TestIResNet:
         again = torch.load(tmp_path / "ours.pt", weights_only=True)
         assert [(name, tuple(t.shape)) for name, t in again.items()] == list(insightface_names(BLOCKS[18], 24, 2))
 
+    def small_state(self):
+        torch.manual_seed(1)
+        shapes = insightface_names(BLOCKS[18], 24, last_map=2)
+        return {name: torch.randn(shape) if shape else torch.tensor(3) for name, shape in shapes}
+
+    @pytest.mark.parametrize("file", ["m.pt", "m.pth", "m.ckpt", "m.pth.tar", "m.bin", "m", "epoch=3-step=9.ckpt"])
+    @pytest.mark.parametrize("old", [False, True])
+    def test_any_suffix(self, tmp_path, file, old):
+        state = self.small_state()
+        torch.save(state, tmp_path / file, _use_new_zipfile_serialization=not old)
+        network, config = load_backbone(tmp_path / file)
+        assert config.name == "iresnet18"
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone."])
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda state: state,
+            lambda state: {"epoch": 1, "state_dict_backbone": state, "state_optimizer": {"state": {0: {"step": 1}}}},
+            lambda state: {"state_dict": state, "head": {"weight": torch.ones(3)}},
+            lambda state: {"model": state, "best": 0.5},
+            lambda state: {"step": 1, "checkpoint": {"net": state}},
+            lambda state: OrderedDict({"state_dict": OrderedDict({**state, "head.weight": torch.ones(2, 3)})}),
+        ],
+    )
+    def test_wrapped_networks_and_whole_checkpoints(self, tmp_path, prefix, wrap):
+        state = self.small_state()
+        torch.save(wrap({prefix + name: tensor for name, tensor in state.items()}), tmp_path / "checkpoint.pt")
+        if prefix != "backbone." and "head.weight" in wrap({}).get("state_dict", {}):
+            pytest.skip("a head beside the network without a name for it: whose weights are they?")
+        network, _ = load_backbone(tmp_path / "checkpoint.pt")
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+    def test_wrappers_within(self, tmp_path):
+        state = self.small_state()
+        torch.save({name.replace("layer2.", "layer2._orig_mod."): x for name, x in state.items()}, tmp_path / "m.pt")
+        assert torch.equal(load_backbone(tmp_path / "m.pt")[0].layer2[0].conv1.weight, state["layer2.0.conv1.weight"])
+
+    @pytest.mark.parametrize("old", [False, True])
+    def test_damaged_files_are_named(self, tmp_path, old):
+        tensors = {"conv1.weight": torch.ones(4, 3, 3, 3), "fc.weight": torch.ones(2, 8), "bn1.bias": torch.ones(3)}
+        torch.save(tensors, tmp_path / "whole.pt", _use_new_zipfile_serialization=not old)
+        whole = (tmp_path / "whole.pt").read_bytes()
+        rng = random.Random(0)
+        path = tmp_path / "m.pt"
+        for _ in range(300):
+            place, cut = rng.randrange(len(whole)), rng.randrange(len(whole))
+            changed = whole[:place] + bytes([rng.randrange(256)]) + whole[place + 1 :]
+            path.write_bytes(whole[:cut] if rng.random() < 0.2 else changed)
+            with pytest.raises(InputError, match=r"m\.pt"):
+                load_backbone(path)
+
     def test_foreign_files(self, tmp_path):
         path = tmp_path / "model.pt"
         with pytest.raises(FileNotFoundError, match=r"no file .*model\.pt"):
@@ -167,6 +224,58 @@ class TestEveryBackbone:
         images = torch.rand(2, config.channels, 32, 32)
         assert found == config
         assert torch.equal(loaded(images), network(images))
+
+
+class Ddp(torch.nn.Module):
+    """What DistributedDataParallel's names look like, without a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+WRAPS = {
+    "compiled": torch.compile,
+    "parallel": torch.nn.DataParallel,
+    "distributed": Ddp,
+    "compiled in distributed": lambda network: Ddp(torch.compile(network)),
+    "distributed in compiled": lambda network: torch.compile(Ddp(network)),
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "averaged parallel": lambda network: torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(network)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_wrapped_network_is_saved_as_itself(tmp_path, wrap):
+    config = SMALL["small"]
+    network = config.build()
+    save_backbone(tmp_path / "plain.safetensors", network, config)
+    save_backbone(tmp_path / "wrapped.safetensors", WRAPS[wrap](network), config)
+    (plain, _), (wrapped, found) = (load_backbone(tmp_path / f"{name}.safetensors") for name in ("plain", "wrapped"))
+    assert found == config and list(plain.state_dict()) == list(wrapped.state_dict())
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in wrapped.state_dict().items())
+
+
+def test_a_compiled_part_is_saved_as_itself(tmp_path):
+    network = BackboneConfig("iresnet18", 8, 3, 16).build()
+    wanted = network.state_dict()
+    network.layer1 = torch.compile(network.layer1)
+    save_backbone(tmp_path / "b.safetensors", network, BackboneConfig("iresnet18", 8, 3, 16))
+    loaded, _ = load_backbone(tmp_path / "b.safetensors")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_files_of_compiled_networks_that_were_written_with_the_wrapper(tmp_path):
+    network = SMALL["small"].build()
+    state = {f"_orig_mod.{name}": tensor for name, tensor in network.state_dict().items()}
+    save_tensors(tmp_path / "old", state, format=FORMAT, config=json.dumps(asdict(SMALL["small"])))
+    assert torch.equal(load_backbone(tmp_path / "old")[0].embed[1].weight, network.embed[1].weight)
+
+
+def test_what_the_config_does_not_build_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"is not what its config builds, a small: \d+ weights differ"):
+        save_backbone(tmp_path / "b.safetensors", SMALL["mobilefacenet"].build(), SMALL["small"])
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_mobilefacenet_has_a_million_parameters():

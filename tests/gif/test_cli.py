@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.run import get_args_parser
 
 from gif import cli
 from gif.backbones import load_backbone
 from gif.codes import IdentityCodes
 from gif.data import IdentityImages, IdentitySplit
+from gif.errors import DivergedError, InputError, MissingFileError, UnavailableError
 from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
@@ -19,18 +21,18 @@ from gif.vectors import CodeVectors
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
 
 
-def tiny_images(identities, seed):
+def tiny_images(identities, seed, first="a"):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(identities).repeat(6)
     patterns = torch.randint(0, 200, (identities, 1, 16, 16), generator=generator)
     noise = torch.randint(0, 55, (len(labels), 1, 16, 16), generator=generator)
-    names = [chr(ord("a") + i) for i in range(identities)]
+    names = [chr(ord(first) + i) for i in range(identities)]
     return IdentityImages((patterns[labels] + noise).to(torch.uint8), labels, names)
 
 
 @pytest.fixture
 def tiny_data(monkeypatch):
-    split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1))
+    split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1, "A"))
     for module in (cli, evaluate_module):
         monkeypatch.setattr(module, "load_data", lambda name, **options: split)
     monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
@@ -252,3 +254,109 @@ class TestErrorsAreOneLine:
         code, printed = gif("vectors", "--output", tmp_path / "v.safetensors")
         assert code == 130 and "nothing was kept" in printed
         assert not list(tmp_path.iterdir())
+
+
+BUGS = [KeyError("label"), ValueError("x"), RuntimeError("a\nb"), TypeError("f"), AssertionError(), OSError(9, "bad")]
+MENDABLE = {
+    "input": (InputError("no such\n  thing"), "error: no such thing"),
+    "missing": (MissingFileError("no file x"), "error: no file x"),
+    "hub": (UnavailableError("cannot load it"), "error: cannot load it"),
+    "diverged": (DivergedError("the loss is nan"), "error: the loss is nan"),
+    "permission": (PermissionError(13, "Permission denied", "/x/y"), "/x/y"),
+    "full disk": (OSError(28, "No space left on device"), "No space left on device"),
+    "by hand": (OSError("x needs 3 GB"), "error: x needs 3 GB"),
+    "memory": (MemoryError(), "error: out of memory (the system gave no more); lower batch_size"),
+    "gpu memory": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        "error: out of memory (CUDA out of memory.",
+    ),
+    "cpu memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "error: out of memory ("),
+    "peer": (RuntimeError("[pair.cc:534] Connection closed by peer"), "error: the processes of this run have lost"),
+    "name": (InputError("no file \udcff.png"), "error: no file \\udcff.png"),
+}
+
+
+class TestWhatIsNotAUsersFault:
+    """A bug is said to be one; what a user can mend is one line, wherever it comes from."""
+
+    @pytest.fixture
+    def raising(self, tiny_data, gif, tmp_path, monkeypatch):
+        """Run a command in which an error comes up; the exit code and what was printed."""
+
+        def run(error, *options):
+            def broken(*_, **__):
+                raise error
+
+            monkeypatch.setattr(cli, "initial_code_vectors", broken)
+            return gif("vectors", "--output", tmp_path / "v.safetensors", *options)
+
+        return run
+
+    @pytest.mark.parametrize("error", BUGS, ids=repr)
+    def test_bugs(self, raising, error, capsys):
+        code, printed = raising(error)
+        assert code == 70 and printed.startswith(f"bug: {type(error).__name__}: ")
+        assert "(test_cli.py, line " in printed and "Please report it" in printed and "--debug" in printed
+        assert len(printed.splitlines()) == 2 and "Traceback" not in printed + capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", MENDABLE)
+    def test_mendable(self, raising, name):
+        error, line = MENDABLE[name]
+        code, printed = raising(error)
+        assert code == 1 and printed.startswith("error: ") and line in printed and len(printed.splitlines()) == 1
+
+    def test_what_a_loaders_worker_raised_is_one_line(self, raising):
+        class Broken(torch.utils.data.Dataset):
+            def __len__(self):
+                return 2
+
+            def __getitem__(self, index):
+                raise InputError("image 7 cannot be read")
+
+        with pytest.raises(InputError) as told:
+            list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+        assert raising(told.value) == (1, "error: image 7 cannot be read\n")
+
+    @pytest.mark.parametrize("error", [InputError("wrong"), KeyError("label")], ids=repr)
+    def test_debug_shows_the_traceback_wherever_it_stands(self, raising, error, gif, tmp_path, capsys):
+        code, printed = raising(error, "--debug")
+        assert code in (1, 70) and ("wrong" in printed or "label" in printed)
+        assert "Traceback (most recent call last)" in (shown := capsys.readouterr().err) and "in broken" in shown
+        assert gif("--debug", "spread", "--vectors", tmp_path / "n", "--output", tmp_path / "x")[0] == 1
+        assert "MissingFileError" in capsys.readouterr().err
+
+    def test_what_is_missing_is_named_as_it_is_given(self, gif, capsys):
+        for command, options in (("train", "--output"), ("spread", "--vectors, --output"), ("data convert", "--input")):
+            code, _ = gif(*command.split())
+            assert code == 2 and f"arguments are required: {options}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+    @pytest.mark.parametrize("command", [["vectors"], ["train", "--head.kind=softmax", *TINY]])
+    def test_a_device_that_is_not_there(self, tiny_data, gif, tmp_path, device, command):
+        option = "--training.device" if command[0] == "train" else "--device"
+        code, printed = gif(*command, option, device, "--output", tmp_path / "x")
+        assert code == 1 and f'device "{device}"' in printed
+        assert not (tmp_path / "x").exists()
+
+
+def test_every_option_goes_through_torchrun(gif, tmp_path):
+    """torchrun looks for short forms of its own options in the whole command line, the module's part included."""
+    torchrun = get_args_parser()
+    for command, options in {
+        "spread": ["--closed_form", "whiten"],
+        "train": ["--training.epochs=1", "--data", "x"],
+    }.items():
+        given = torchrun.parse_args(["-m", "gif.cli", command, *options])
+        assert given.training_script_args == [command, *options]
+    with pytest.raises(SystemExit):
+        torchrun.parse_args(["-m", "gif.cli", "spread", "--start", "whiten"])  # why there is another name
+    CodeVectors(torch.randn(30, 4) + 1).save(tmp_path / "v")
+    outputs = []
+    for option in ("--start", "--closed_form"):
+        for given in ([option, "whiten"], [f"{option}=whiten"]):
+            outputs.append(tmp_path / f"{len(outputs)}.safetensors")
+            assert gif("spread", "--vectors", tmp_path / "v", "--output", outputs[-1], "--epochs=1", *given)[0] == 0
+    tables = [CodeVectors.load(output).table for output in outputs]
+    assert all(torch.equal(table, tables[0]) for table in tables)
+    assert gif("spread", "--vectors", tmp_path / "v", "--output", tmp_path / "n", "--epochs=1")[0] == 0
+    assert not torch.equal(CodeVectors.load(tmp_path / "n").table, tables[0])

@@ -1,6 +1,9 @@
 """Converting data sets, whatever happens on the way, and saying what is in them."""
 
+import os
 import struct
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -12,6 +15,7 @@ from gif.data import convert as convert_module
 from gif.data.convert import convert
 from gif.data.inspection import inspect
 from gif.data.loading import find_data
+from gif.errors import InputError
 from gif.progress import console
 
 FORMATS = ("folder", "rec", "tar")
@@ -130,7 +134,7 @@ def test_drawn_images_become_files(tmp_path, monkeypatch):
     convert("glyphs", tmp_path / "out")
     back = open_data(str(tmp_path / "out"), decoder=ImageDecoder(8, channels=1))
     assert back.names == ["A", "Б"]
-    assert torch.equal(back.__getitems__(list(range(6)))[0], images[[1, 3, 5, 0, 2, 4]])
+    assert torch.equal(back.batch(list(range(6)))[0], images[[1, 3, 5, 0, 2, 4]])
 
 
 def test_errors(faces, tmp_path, jpeg):
@@ -154,6 +158,81 @@ def test_errors(faces, tmp_path, jpeg):
     with pytest.raises(ValueError, match=r"identity '\.\./\.\./elsewhere' cannot name a folder"):
         convert(str(tmp_path / "shards"), tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
+
+
+def folder_called(name, image, root):
+    os.makedirs(os.path.join(os.fsencode(root), name))
+    with open(os.path.join(os.fsencode(root), name, b"0.jpg"), "wb") as file:
+        file.write(image)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_names_that_are_no_line(faces, tmp_path, jpeg, to):
+    """A line break in a name would shift all others in identities.txt: refused before anything is written."""
+    folder_called(b"a\nb", jpeg(), faces)
+    if to == "folder":
+        convert(str(faces), tmp_path / "out", to=to)
+        assert open_data(str(tmp_path / "out")).names == open_data(str(faces)).names
+    else:
+        with pytest.raises(InputError, match=r"identity 'a\\nb' is no line of identities\.txt"):
+            convert(str(faces), tmp_path / "out", to=to)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_names_that_are_no_utf_8(faces, tmp_path, jpeg, to):
+    image = jpeg()
+    folder_called(b"jos\xe9", image, faces)
+    convert(str(faces), tmp_path / "out", to=to)
+    assert contents(tmp_path / "out")["jos\\xe9"] == [image]
+    assert open_data(str(tmp_path / "out")).names == open_data(str(faces)).names
+
+
+def test_names_that_a_folder_cannot_have(faces, tmp_path):
+    convert(str(faces), tmp_path / "rec", to="rec")
+    for names, message in ((".ann\nbob", "'.ann' cannot name a folder"), ("ann\nann", "2 identities are called 'ann'")):
+        (tmp_path / "rec" / "identities.txt").write_text(f"{names}\nx\ny\n")
+        with pytest.raises(InputError, match=message):
+            convert(str(tmp_path / "rec"), tmp_path / "out")
+
+
+def test_what_was_left_out_is_named(faces, tmp_path, gif):
+    for path in (faces / "bob").iterdir():
+        path.write_bytes(b"?")
+    (faces / "eve").mkdir()
+    code, printed = gif("data", "convert", "--input", faces, "--output", tmp_path / "out", "--to", "tar")
+    assert code == 0 and "wrote 13 images of 3 identities" in printed
+    assert "1 identities have no image that could be read and were left out: bob" in printed
+    assert "folders without an image: 1 (eve)" in printed
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_commands_with_names_of_any_bytes(faces, tmp_path, jpeg, encoding):
+    """Each in a process of its own, whose output knows the encoding: nothing fails when the work is done."""
+    folder_called(b"jos\xe9", jpeg(), faces)
+    (faces / "bob" / "new\nline.jpg").write_bytes(b"?")
+    data = ["--data", str(faces), "--held_out", "2"]
+    for arguments in (
+        ["data", "inspect", "--input", str(faces), "--output", str(tmp_path / "report")],
+        ["vectors", *data, "--output", str(tmp_path / "v.safetensors"), "--width", "16"],
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", "gif.cli", *arguments],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+    lines = (tmp_path / "report" / "broken.txt").read_text().splitlines()
+    assert lines == [f"{faces}/bob/new\\nline.jpg", f"{faces}/çan/1.jpg"]
+
+
+def test_vectors_need_an_image_of_each(faces, tmp_path, gif):
+    for path in (faces / "bob").iterdir():
+        path.write_bytes(b"?")
+    data = ("--data", faces, "--held_out", "0")
+    code, printed = gif("vectors", *data, "--output", tmp_path / "v.safetensors", "--width", "16")
+    assert code == 1 and "identities without an image that can be read: 1 (bob)" in printed
+    assert "encoding images" not in printed
 
 
 @pytest.mark.parametrize("workers", [0, 2])

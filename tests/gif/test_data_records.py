@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gif.data import EncodedImages, ImageDecoder, open_data
+from gif.data import EncodedImages, ImageDecoder, left_out, open_data
 from gif.data.records import pack_record, read_record, read_records
 from gif.data.stored import MappedFile
+from gif.errors import InputError
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 JPEG = b"\xff\xd8\xff\xe0"  # how an image begins; what follows is not looked at before decoding
@@ -178,6 +179,103 @@ def test_damage(tmp_path):
         read_records(damaged(part(bytes(8)), None))
     with pytest.raises(FileNotFoundError, match=r"no\.rec"):
         read_records(tmp_path / "no.rec")
+
+
+def cut_index(path, kept):
+    index = path.with_suffix(".idx")
+    lines = index.read_text().splitlines(True)
+    index.write_text("".join(lines[place] for place in kept))
+    return path
+
+
+def test_an_index_cut_short(tmp_path):
+    """insightface's first record says how many images there are; im2rec's files do not: what is left out is named."""
+    path = write(tmp_path, insightface(IMAGES, LABELS))
+    for kept in range(8):
+        with pytest.raises(InputError, match=r"train\.idx (names no record|lacks \d of 7 images)"):
+            read_records(cut_index(path, range(kept)))
+        write(tmp_path, insightface(IMAGES, LABELS))
+    found = read_records(cut_index(path, range(9)))  # without the identities, which are not needed
+    assert everything(found) == IMAGES
+    assert found.passed_over == (f"records that the .idx does not name: 3 ({places(path, [9, 10, 11])})",)
+    path = write(tmp_path, im2rec(IMAGES, LABELS))
+    starts = places(path, [1, 3, 6])
+    found = read_records(cut_index(path, [0, 2, 4, 5]))
+    assert everything(found) == [IMAGES[i] for i in (0, 2, 4, 5)]
+    assert found.passed_over == (f"records that the .idx does not name: 3 ({starts})",)
+    assert left_out(open_data(str(path))) == found.passed_over[0]
+
+
+def places(path, records):
+    offsets = [int(line.split()[1]) for line in path.with_suffix(".idx").read_text().splitlines()]
+    if len(offsets) <= max(records):
+        offsets = record_offsets(path)
+    return ", ".join(f"at byte {offsets[record]:,}" for record in records)
+
+
+def record_offsets(path):
+    content, offsets, at = path.read_bytes(), [], 0
+    while at < len(content):
+        offsets.append(at)
+        length = struct.unpack_from("<II", content, at)[1] & (1 << 29) - 1
+        at += 8 + length + -length % 4
+    return offsets
+
+
+@pytest.mark.parametrize("dialect", [insightface, im2rec])
+def test_a_file_cut_or_filled_anywhere(tmp_path, dialect):
+    """A .rec that lost its end, has zeros there, or more behind it: an error, except in the last record."""
+    path = write(tmp_path, dialect(IMAGES, LABELS))
+    whole = path.read_bytes()
+    last = record_offsets(path)[-1]
+    for place in range(0, len(whole), 4):
+        for damaged in (whole[:place], whole[:place] + bytes(len(whole) - place), whole + bytes(place + 4)):
+            path.write_bytes(damaged)
+            if len(damaged) == len(whole) and place >= last + 8:
+                assert len(read_records(path).labels) == 7
+                continue
+            with pytest.raises(InputError, match=r"train\.(rec|idx)"):
+                read_records(path)
+
+
+def test_indexes_that_are_damaged(tmp_path):
+    path = write(tmp_path, im2rec(IMAGES, LABELS))
+    text = path.with_suffix(".idx").read_text()
+    second = int(text.splitlines()[1].split()[1])
+    for damaged, message in (
+        ("", "names no record"),
+        ("\n", "names no record"),
+        (text[:-1] + "9\n", "truncated"),
+        (text.replace(f"1\t{second}\n", f"1\t{second + 4}\n"), "no record at byte"),
+        (text.replace(f"1\t{second}\n", "1\t0\n"), "two keys of one record"),
+        (text + "9\t99999999999999999999\n", "truncated"),
+        (text + "9\t-1\n", "truncated"),
+        (text + "9\n", "is damaged"),
+    ):
+        path.with_suffix(".idx").write_text(damaged)
+        with pytest.raises(InputError, match=message):
+            read_records(path)
+    path.with_suffix(".idx").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert everything(read_records(path)) == IMAGES
+
+
+def test_identities_that_are_not_there_are_named(tmp_path):
+    path = write(tmp_path, im2rec(IMAGES, [0, 0, 2, 2, 2, 5, 5]))
+    (tmp_path / "property").write_bytes(b"\xef\xbb\xbf7,112,112")
+    (tmp_path / "identities.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(b"n%d\r\n" % i for i in range(7)))
+    found = read_records(path)
+    assert found.names == ["n0", "n2", "n5"]
+    assert found.passed_over == ("identities of `property` without an image: 4 (1, 3, 4, ...)",)
+    (tmp_path / "identities.txt").write_bytes(b"jos\xe9\n" * 7)
+    with pytest.raises(InputError, match=r"identities\.txt is no UTF-8 text"):
+        read_records(path)
+
+
+def test_images_beyond_what_the_first_record_says(tmp_path):
+    path = write(tmp_path, insightface(IMAGES, LABELS, start=5))
+    found = read_records(path)
+    assert everything(found) == IMAGES[:4]
+    assert found.passed_over == ("images whose keys lie beyond those that the first record says: 3 (5, 6, 7)",)
 
 
 def test_a_part_without_an_end(tmp_path):

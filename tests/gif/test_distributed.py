@@ -97,13 +97,14 @@ def network():
     return backbone.append(torch.nn.Linear(16, WIDTH)), GIFLoss(codes, table, WIDTH, vector_lr=0.1)
 
 
-def long_run(rank, *, augment=unchanged, micro=None, checkpoints=None):
+def long_run(rank, *, augment=unchanged, micro=None, checkpoints=None, frozen=False):
     """Twenty steps of 12 images, which begin with rank 0's values; what they lead to."""
     generator = torch.Generator().manual_seed(4)
     images = torch.randint(0, 256, (120, 1, 8, 8), generator=generator).to(torch.uint8)
     data = IdentityImages(images, torch.randint(M, (120,), generator=generator), [str(i) for i in range(M)])
     torch.manual_seed(rank)
     backbone, head = network()
+    backbone.requires_grad_(not frozen)
     config = TrainingConfig(epochs=2, batch_size=12, lr=0.01, save_steps=4, micro_batch_size=micro)
     log = train_network(backbone, head, data, config, augment=augment, checkpoints=checkpoints)
     return {**backbone.state_dict(), **head.state_dict(), "table": head.vectors.table, "losses": log.losses}
@@ -167,6 +168,7 @@ def together(rank, folder):
                 "uneven": uneven(rank),
                 "whole": long_run(rank),
                 "accumulated": long_run(rank, micro=3),
+                "frozen": long_run(rank, frozen=True),
                 "validated": validated_run(rank),
                 "bare head": plain_loop(rank, wrap_head=False),
                 "wrapped head": plain_loop(rank, wrap_head=True),
@@ -216,6 +218,13 @@ def test_two_processes_train_the_weights_of_one(trained_together):
         assert_close(trained_together[rank]["whole"], alone)
     first, second = (trained_together[rank]["whole"] for rank in ("0", "1"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_frozen_backbone_needs_no_exchange(trained_together):
+    alone = long_run(0, frozen=True)
+    assert not torch.equal(alone["table"], network()[1].vectors.table)
+    for rank in ("0", "1"):  # also the values that rank 0 began with
+        assert_close(trained_together[rank]["frozen"], alone)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained_together):

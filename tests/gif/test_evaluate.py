@@ -101,6 +101,22 @@ class TestPairs:
         assert all(is_picture(tmp_path / "out" / name) for name in ("roc.png", "det.png"))
         assert not (tmp_path / "out" / "identification.png").exists()
 
+    @pytest.mark.filterwarnings("error")
+    def test_what_a_number_is_not_is_said(self, gif, model, bins, tmp_path, write_bin):
+        pairs = read_bin(bins / "lfw.bin")
+        order = torch.cat([pairs.issame.nonzero(), (~pairs.issame).nonzero()]).flatten().tolist()
+        images = [pairs.encoded[2 * i + side] for i in order for side in (0, 1)]
+        write_bin(tmp_path / "sorted.bin", images, [bool(pairs.issame[i]) for i in order])
+        code, printed = gif("--model", model, "--pairs", tmp_path / "sorted.bin", "--output", tmp_path / "out")
+        wanted = [
+            "sorted: TAR at FAR 0.001 is not known: 14 impostor pairs resolve 7.1e-02 and above",
+            "sorted: 9 of 10 folds hold genuine pairs alone, or impostor pairs alone",
+        ]
+        assert code == 0 and all(f"warning: {line}" in printed for line in wanted)
+        found = results(tmp_path / "out")
+        assert [note[: len(line)] for note, line in zip(found["settings"]["notes"], wanted, strict=True)] == wanted
+        assert found["pairs"]["sorted"]["folds_of_one_kind"] == 9
+
     def test_files_one_by_one_beside_the_model_and_by_workers(self, gif, model, bins):
         assert gif("--model", model, "--pairs", bins / "lfw.bin")[0] == 0
         alone = results(model.parent)["pairs"]

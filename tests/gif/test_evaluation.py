@@ -1,11 +1,15 @@
 """Judging embeddings: each measure against its definition, written out plainly."""
 
+import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from sklearn.metrics import roc_curve
 
 from gif.evaluation import curves, judge, open_set, plot_roc, rank1, roc, tar_at_far, verify_pairs
 from gif.evaluation.open_set import _Scores
@@ -84,6 +88,31 @@ class TestVerifyPairs:
         assert math.isfinite(verify_pairs(embeddings, issame).accuracy)
         assert np.array_equal(embeddings[2:], before[2:])
 
+    @pytest.mark.parametrize("kind", [np.bool_, np.int8, np.uint8, np.int64, np.float32])
+    def test_truth_values(self, kind):
+        embeddings = np.random.default_rng(1).normal(size=(40, 5))
+        same = np.arange(20) % 2 == 0
+        assert verify_pairs(embeddings, same.astype(kind)).accuracy == verify_pairs(embeddings, same).accuracy
+        for bad in (np.where(same, 1, -1), np.where(same, 2, 0), np.where(same, 1.0, np.nan), np.where(same, "1", "0")):
+            with pytest.raises(ValueError, match="issame must be bool, or 1 for genuine and 0 for impostor pairs, got"):
+                verify_pairs(embeddings, bad)
+            with pytest.raises(ValueError, match="labels must be bool, or 1 for genuine and 0 for impostor pairs, got"):
+                tar_at_far(np.arange(20.0), bad, [0.1])
+        assert verify_pairs(embeddings, torch.tensor(same).int()).one_kind == 0
+
+    def test_folds_of_one_kind_are_told(self):
+        rng = np.random.default_rng(3)
+        embeddings = rng.normal(size=(200, 5))
+        embeddings[1:100:2] += embeddings[:100:2]  # the genuine pairs come first
+        with pytest.warns(UserWarning, match="10 of 10 folds hold genuine pairs alone, or impostor pairs alone"):
+            sorted_by_kind = verify_pairs(embeddings, np.arange(100) < 50)
+        assert sorted_by_kind.one_kind == sorted_by_kind.to_dict()["folds_of_one_kind"] == 10
+        mixed = np.arange(100).reshape(2, 50).T.flatten()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = verify_pairs(embeddings.reshape(100, 2, 5)[mixed].reshape(200, 5), mixed < 50)
+        assert result.one_kind == 0 and set(result.to_dict()) == {"accuracy", "std"}
+
     def test_bad_input(self):
         good = np.ones((20, 3))
         with pytest.raises(
@@ -110,6 +139,7 @@ class TestRoc:
             np.testing.assert_allclose(fpr, (scores[~labels] >= threshold).mean(), **EXACT)
             np.testing.assert_allclose(tpr, (scores[labels] >= threshold).mean(), **EXACT)
 
+    @pytest.mark.filterwarnings("ignore:TAR at FAR")
     def test_tar_by_hand(self):
         expected = {
             0.0: 1 / 3,
@@ -121,6 +151,37 @@ class TestRoc:
         }
         assert tar_at_far(self.SCORES, self.LABELS, list(expected)) == pytest.approx(expected, abs=1e-12)
         assert tar_at_far(torch.tensor(self.SCORES), torch.tensor(self.LABELS), [0.25])[0.25] == pytest.approx(2 / 3)
+
+    def test_insightfaces_point(self):
+        """Four impostors in a row are one line from FPR 0 to 0.8: its end is nearest to 0.5, where TPR is 1."""
+        scores, truth = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], [1, 0, 0, 0, 0, 1, 0]
+        assert tar_at_far(scores, truth, [0.5]) == {0.5: 1.0}
+        assert roc(scores, truth).fpr.tolist() == [0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 1]  # every point is drawn
+
+    @pytest.mark.filterwarnings("ignore:TAR at FAR")
+    @pytest.mark.parametrize("ties", [False, True])
+    @pytest.mark.parametrize("seed", range(40))
+    def test_is_what_scikit_learns_default_and_the_nearest_point_give(self, seed, ties):
+        rng = np.random.default_rng(seed)
+        count = int(rng.integers(3, 60))
+        truth = rng.random(count) < rng.choice([0.1, 0.5, 0.9])
+        truth[:2] = True, False
+        scores = rng.normal(size=count) + truth
+        scores = scores.round(1) if ties else scores
+        fpr, tpr, _ = roc_curve(truth, scores)
+        found = tar_at_far(scores, truth, FARS)
+        for far in FARS:  # from the last point to the first, the first that is nearest
+            nearest = min(range(len(fpr))[::-1], key=lambda i: abs(fpr[i] - far))
+            assert found[far] == tpr[nearest]
+
+    def test_what_the_impostors_do_not_resolve_is_told(self):
+        rng = np.random.default_rng(0)
+        scores, truth = rng.normal(size=120), np.arange(120) < 20
+        with pytest.warns(UserWarning, match=r"FAR 0\.001, 0\.009 is not known: 100 impostor pairs resolve 1\.0e-02"):
+            tar_at_far(scores, truth, [0.001, 0.009, 0.01])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tar_at_far(scores, truth, [0.0, 0.01, 0.1])
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="no genuine pair"):
@@ -160,8 +221,15 @@ class TestRank1:
             rank1(embeddings, torch.arange(4))
         with pytest.raises(ValueError, match=r"wanted embeddings \(n, d\) and labels \(n,\), got \(4, 16\) and \(3,\)"):
             rank1(embeddings, labels[:3])
-        with pytest.raises(TypeError, match="labels must be integers"):
-            rank1(embeddings, labels.float())
+        for bad in (labels.float(), labels > 0):
+            with pytest.raises(TypeError, match="labels must be integers"):
+                rank1(embeddings, bad)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.uint64])
+    def test_every_integer_dtype(self, dtype):
+        embeddings, labels = people([1, 2, 5, 1, 3] * 3, width=6)
+        assert rank1(embeddings, labels.numpy().astype(dtype)) == rank1(embeddings, labels)
+        assert judge(embeddings, labels.numpy().astype(dtype)).to_dict() == judge(embeddings, labels).to_dict()
 
 
 class TestJudge:
@@ -172,6 +240,7 @@ class TestJudge:
             monkeypatch.setattr(open_set, "COLUMNS", 13)
             monkeypatch.setattr(open_set, "PENDING", 50)
 
+    @pytest.mark.filterwarnings("ignore:TAR at FAR")
     @pytest.mark.parametrize("make", [people, signs])
     @pytest.mark.parametrize("sizes", [[2, 1], [1, 1, 2, 1], [3] * 29 + [31], list(range(1, 13)), [1, 60, 1]])
     def test_equals_the_list_of_all_pairs(self, tiles, make, sizes):
@@ -183,6 +252,24 @@ class TestJudge:
             assert judgement.tar == pytest.approx({far: expected[far] for far in fars}, abs=1e-12)
             assert (judgement.genuine, judgement.impostor) == (same.sum(), (~same).sum())
             assert judgement.rank1 == rank1(embeddings, labels)
+
+    @pytest.mark.filterwarnings("ignore:TAR at FAR")
+    @pytest.mark.parametrize("seed", range(20))
+    def test_long_runs_of_impostors(self, tiles, seed):
+        """Few genuine pairs: the curve goes straight on far beyond the rate that is asked for."""
+        embeddings, labels = people([2] * 3 + [1] * 60, width=4, noise=2.0, seed=seed)
+        scores, same = every_pair(embeddings, labels)
+        for far in (0.001, 0.02, 0.3, 0.6):
+            assert judge(embeddings, labels, fars=(far,)).tar == tar_at_far(scores, same, (far,))
+
+    def test_what_the_impostors_do_not_resolve_is_marked(self):
+        judgement = judge(*people([4] * 12))  # 1,056 impostor pairs
+        assert judgement.to_dict()["tar"]["0.0001"] is None and judgement.to_dict()["tar"]["0.001"] is not None
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(judgement.table())
+        text = console.export_text()
+        assert f"{judgement.tar[1e-4]:.4f} ?" in text and f"{judgement.tar[1e-3]:.4f} ?" not in text
+        assert "TAR at FAR 0.0001 is not known: 1,056 impostor pairs" in " ".join(text.split())
 
     def test_identical_embeddings(self, tiles):
         judgement = judge(torch.ones(60, 4), torch.arange(60) // 3)

@@ -1,6 +1,8 @@
 """ONNX, as ONNX Runtime runs it."""
 
 import json
+import logging
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from gif import cli, export
 from gif.backbones import BackboneConfig
+from gif.errors import InputError
 from gif.export import export_onnx
 
 CONFIG = BackboneConfig("small", 16, 3, 16, width=4, color="bgr")
@@ -58,6 +61,41 @@ def test_any_batch_gives_pytorchs_embeddings(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"the ONNX model differs from PyTorch by .*wanted at most 1e-04"):
         export_onnx(other, CONFIG, tmp_path / "bad.onnx")
     assert not (tmp_path / "bad.onnx").exists()
+
+
+class Halves(torch.nn.Module):
+    """Parts a constant, as position embeddings of some of timm's networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.rand(16, 2))
+
+    def forward(self, images):
+        cosine, sine = (self.table * 2).chunk(2, 1)
+        return images.flatten(1)[:, :16] * cosine.flatten() + sine.flatten()
+
+
+def test_the_exporters_insides_are_not_told(tmp_path, caplog, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export_onnx(Halves(), CONFIG, tmp_path / "model.onnx")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert capfd.readouterr() == ("", "")
+    logging.getLogger("mine").warning("still heard")
+    assert "still heard" in caplog.text
+
+
+class Undecided(torch.nn.Module):
+    """Goes one way or another by what it is given, which no graph can."""
+
+    def forward(self, images):
+        return images.flatten(1)[:, :16] if images.sum() > 0 else images.flatten(1)[:, 16:32]
+
+
+def test_what_the_exporter_cannot_translate_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="PyTorch's exporter does not translate this small") as told:
+        export_onnx(Undecided(), CONFIG, tmp_path / "model.onnx")
+    assert len(str(told.value)) < 600 and not (tmp_path / "model.onnx").exists()
 
 
 def test_command_takes_insightfaces_checkpoints(tmp_path, monkeypatch):

@@ -72,3 +72,15 @@ def test_a_table_larger_than_memory_is_mapped(tmp_path, monkeypatch):
     mapped = map_tensor(path, "a", format=FORMAT)
     mapped[rows // 2] = 1.0
     assert mapped[rows // 2].sum() == 1024 and mapped[-1].sum() == 0
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    metadata = {"b": 'quotes " \\ and é', "a": "line\nbreak \x01 \x7f", "c": "", "zażółć": "€ 😀 \u2028"}
+    contents = set()
+    for number in range(12):  # the order of the library's metadata is another each time
+        path = tmp_path / f"{number}.safetensors"
+        save_tensors(path, {"x": torch.arange(3)}, format="gif.test/1", **metadata)
+        tensors, found = load_tensors(path, format="gif.test/1")
+        assert found == {"format": "gif.test/1", **metadata} and tensors["x"].tolist() == [0, 1, 2]
+        contents.add(path.read_bytes())
+    assert len(contents) == 1

@@ -194,7 +194,7 @@ def test_parts_share_one_mapped_file(font_folder: Path, cache_dir: Path, data: I
     for part in (split.train, split.held_out):
         for name in part.names:
             assert torch.equal(images_of(part, name), images_of(data, name))
-        batch, labels = part.__getitems__([3, 0, 5])
+        batch, labels = part.batch([3, 0, 5])
         assert torch.equal(batch, part.images[[3, 0, 5]]) and torch.equal(labels, part.labels[[3, 0, 5]])
         assert torch.equal(torch.cat(list(part.image_batches(7))), part.images)
         assert torch.equal(part[4][0], part.images[4])

@@ -1,14 +1,21 @@
 """The losses a user trains with."""
 
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gif import AngularMargin, CodeVectors, GIFLoss, IdentityCodes, MarginSoftmax
+from gif.integrations import metric_learning
+from gif.integrations.insightface import PartialFC
 from gif.losses import HeadConfig, token_weights
+from gif.losses import gif_loss as gif_loss_module
+from gif_kernels import checks
 
 M, WIDTH, VOCAB = 30, 12, 4
 
@@ -125,6 +132,22 @@ class TestGIFLoss:
         with pytest.raises(ValueError, match=r"embeddings must have shape \(B, 12\), got \(2, 13\)"):
             loss_fn(torch.randn(2, WIDTH + 1), torch.tensor([0, 1]))
 
+    def test_takes_files_by_their_paths(self, codes, vectors, tmp_path):
+        codes.save(tmp_path / "codes.safetensors")
+        vectors.save(tmp_path / "vectors.safetensors")
+        for as_given in (str, Path):
+            paths = [as_given(tmp_path / f"{name}.safetensors") for name in ("codes", "vectors")]
+            loss_fn = GIFLoss(*paths, WIDTH)
+            assert torch.equal(loss_fn.codes.codes, codes.codes)
+            assert torch.equal(loss_fn.vectors.table, vectors.table)
+            assert len(metric_learning.GIFLoss(*paths, WIDTH).loss.codes) == M
+        with pytest.raises(FileNotFoundError, match=r"no file .*none"):
+            GIFLoss(str(tmp_path / "none"), vectors, WIDTH)
+        with pytest.raises(TypeError, match="codes must be IdentityCodes or the path of their file, got CodeVectors"):
+            GIFLoss(vectors, codes, WIDTH)
+        with pytest.raises(TypeError, match="vectors must be CodeVectors or the path of their file, got Tensor"):
+            GIFLoss(codes, vectors.table, WIDTH)
+
     def test_without_regression_needs_no_vectors(self, codes):
         loss_fn = GIFLoss(codes, None, WIDTH, recipe="paper", regression_weight=0)
         assert torch.isfinite(loss_fn(torch.randn(4, WIDTH), torch.arange(4)))
@@ -220,6 +243,210 @@ class TestLiveVectors:
         once.move_(torch.tensor([2]), gradient.sum(0, keepdim=True), lr=0.1)
         thrice.move_(torch.tensor([2, 2, 2]), gradient, lr=0.1)
         torch.testing.assert_close(once.table, thrice.table)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Values are not looked at, as on an accelerator."""
+    monkeypatch.setattr(checks, "looks_at_values", lambda tensor: False)
+
+
+class TestStepsThatAreSkipped:
+    """What a forward pass changes must not outlive an overflow, nor change twice."""
+
+    PIXELS = 20
+
+    def parts(self, codes, dtype=torch.float32, recipe="live"):
+        torch.manual_seed(4)
+        table = CodeVectors(torch.randn(M, WIDTH).to(dtype))
+        return torch.nn.Linear(self.PIXELS, WIDTH), GIFLoss(codes, table, WIDTH, recipe=recipe)
+
+    @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_an_overflow_costs_one_step(self, codes, unchecked, dtype, bad):
+        network, loss_fn = self.parts(codes, dtype)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer = torch.optim.SGD([*network.parameters(), *loss_fn.parameters()], 0.05)
+        losses = []
+        for step in range(8):
+            images, labels = torch.randn(10, self.PIXELS), torch.randint(M, (10,))
+            if step == 3:
+                images[4] = bad
+            before = loss_fn.vectors.table.clone()
+            loss = loss_fn(network(images), labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(loss_fn.vectors.table, before) == (step == 3)
+            losses.append(float(loss.detach()))
+        assert [math.isnan(loss) for loss in losses] == [step == 3 for step in range(8)]
+        assert loss_fn.vectors.table.isfinite().all() and 10 <= int(loss_fn.stayed) <= 30
+        assert all(parameter.isfinite().all() for parameter in loss_fn.parameters())
+
+    @pytest.mark.parametrize("impl", ["reference", "blocked"])
+    def test_no_implementation_poisons_a_row(self, codes, unchecked, impl, monkeypatch):
+        whole = gif_loss_module.code_contrast_loss
+        monkeypatch.setattr(gif_loss_module, "code_contrast_loss", partial(whole, impl=impl))
+        network, loss_fn = self.parts(codes)
+        images = torch.randn(10, self.PIXELS)
+        images[0] = math.inf
+        loss_fn(network(images), torch.arange(10)).backward()
+        assert loss_fn.vectors.table.isfinite().all() and loss_fn.stayed > 0
+
+    def test_only_rows_with_a_finite_step_move(self):
+        table = CodeVectors(torch.eye(5, 6))
+        gradient = torch.ones(5, 6)
+        gradient[1, 2], gradient[2, 0], gradient[3] = math.nan, math.inf, 3e38  # the last overflows the norm
+        stayed = table.move_(torch.tensor([0, 1, 2, 3, 4], dtype=torch.uint8), gradient, lr=1.5)
+        moved = (table.table != torch.eye(5, 6)).any(1)
+        assert moved.tolist() == [True, False, False, False, True] and int(stayed) == 3
+        torch.testing.assert_close(table.table.norm(dim=1), torch.ones(5))
+
+    def test_a_skipped_optimizer_step_alone_undoes_nothing(self, codes):
+        """An overflow of the scaled gradient, in the backward pass: the vectors' own gradient is not scaled."""
+        tables = []
+        for scale in (1.0, 2.0**127):
+            network, loss_fn = self.parts(codes)
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            optimizer = torch.optim.SGD([*network.parameters(), *loss_fn.parameters()], 0.05)
+            before = network.weight.clone()
+            images = torch.randn(10, self.PIXELS, generator=torch.Generator().manual_seed(5))
+            scaler.scale(loss_fn(network(images), torch.arange(10))).backward()
+            scaler.step(optimizer)
+            assert torch.equal(network.weight, before) == (scale > 1)
+            tables.append(loss_fn.vectors.table)
+        assert torch.equal(*tables)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("how", [{"use_reentrant": False}, {"use_reentrant": True}])
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_checkpointing_moves_once(self, codes, how, frozen, dtype):
+        if frozen and how["use_reentrant"]:
+            pytest.skip("nothing before the loss has a gradient, so nothing is repeated")
+        results, calls = [], []
+        for checkpointed in (False, True):
+            network, loss_fn = self.parts(codes, dtype)
+            network.requires_grad_(not frozen)
+            images = torch.randn(10, self.PIXELS, requires_grad=not frozen)
+
+            def forward(images, network=network, loss_fn=loss_fn):
+                calls.append(1)
+                return loss_fn(network(images), torch.arange(10))
+
+            loss = checkpoint(forward, images, **how) if checkpointed else forward(images)
+            loss.backward()
+            results.append((loss_fn.vectors.table, loss_fn.centers.grad, images.grad, network.weight.grad))
+        assert len(calls) == 3  # once, and once more for the checkpoint
+        for plain, repeated in zip(*results, strict=True):
+            assert plain is repeated or torch.equal(plain, repeated)
+        assert not torch.equal(results[0][0], self.parts(codes, dtype)[1].vectors.table)
+
+    def test_a_forward_pass_moves_in_its_backward_pass_and_once(self, codes):
+        network, loss_fn = self.parts(codes)
+        before = loss_fn.vectors.table.clone()
+        loss = loss_fn(network(torch.randn(10, self.PIXELS)), torch.arange(10))
+        assert torch.equal(loss_fn.vectors.table, before)
+        loss.backward(retain_graph=True)
+        once = loss_fn.vectors.table.clone()
+        loss.backward()
+        assert torch.equal(loss_fn.vectors.table, once) and not torch.equal(once, before)
+
+
+INTEGERS = [getattr(torch, name) for name in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")]
+NO_LABELS = {
+    "float": (lambda labels: labels.float(), TypeError, "must be an integer tensor, got torch.float32"),
+    "bool": (lambda labels: labels > 3, TypeError, "must be an integer tensor, got torch.bool"),
+    "column": (lambda labels: labels[:, None], ValueError, r"labels must have shape \(6\), got \(6, 1\)"),
+    "short": (lambda labels: labels[:5], ValueError, r"labels must have shape \(6\), got \(5,\)"),
+    "list": (lambda labels: labels.tolist(), TypeError, "labels must be a torch.Tensor, got list"),
+}
+
+
+def heads(codes, vectors):
+    """Every head, in training and out of it; what is drawn at random is drawn alike."""
+    for recipe in ("live", "paper"):
+        yield f"GIF {recipe}", GIFLoss(codes, CodeVectors(vectors.table.clone()), WIDTH, recipe=recipe)
+    yield "softmax", MarginSoftmax(M, WIDTH)
+    yield "partial_fc", MarginSoftmax(M, WIDTH, sample_rate=0.5)
+    for recipe in ("live", "paper"):
+        table = CodeVectors(vectors.table.clone())
+        yield f"insightface {recipe}", PartialFC(None, WIDTH, M, codes=codes, vectors=table, recipe=recipe)
+        table = CodeVectors(vectors.table.clone())
+        yield f"metric learning {recipe}", metric_learning.GIFLoss(codes, table, WIDTH, recipe=recipe)
+
+
+HEADS = ["GIF live", "GIF paper", "softmax", "partial_fc"]
+HEADS += [f"{library} {recipe}" for library in ("insightface", "metric learning") for recipe in ("live", "paper")]
+
+
+class TestLabels:
+    """A label means the same in every integer dtype, and nothing else is a label."""
+
+    LABELS = torch.tensor([1, 7, 0, 29, 7, 3])
+
+    def head(self, name, codes, vectors):
+        torch.manual_seed(3)
+        head = dict(heads(codes, vectors))[name]
+        torch.manual_seed(3)
+        return head
+
+    def step(self, head, embeddings, labels):
+        z = embeddings.clone().requires_grad_()
+        loss = head(z, labels)
+        loss.backward()
+        inner = getattr(head, "loss", head)
+        return (loss.detach(), z.grad, *([inner.vectors.table] if isinstance(inner, GIFLoss) else []))
+
+    @pytest.mark.parametrize("name", HEADS)
+    @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+    def test_every_integer_dtype(self, codes, vectors, name, dtype):
+        embeddings = torch.randn(6, WIDTH)
+        wanted = self.step(self.head(name, codes, vectors), embeddings, self.LABELS)
+        found = self.step(self.head(name, codes, vectors), embeddings, self.LABELS.to(dtype))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    @pytest.mark.parametrize("name", HEADS)
+    @pytest.mark.parametrize("change", NO_LABELS)
+    def test_what_is_no_label_is_said(self, codes, vectors, name, change):
+        make, error, message = NO_LABELS[change]
+        if name.startswith("metric"):  # the library looks at shapes itself
+            message, error = ".*", Exception
+        if name.startswith("insightface") and change in ("float", "column"):
+            pytest.skip("insightface's loaders give these")
+        head = self.head(name, codes, vectors)
+        with pytest.raises(error, match=message):
+            head(torch.randn(6, WIDTH), make(self.LABELS))
+
+    def test_tables_by_labels(self, codes, vectors):
+        for dtype in INTEGERS:
+            given = self.LABELS.to(dtype)
+            assert torch.equal(vectors.lookup(given), vectors.table[self.LABELS])
+            assert torch.equal(codes.lookup(given), codes.codes[self.LABELS].long())
+            assert torch.equal(codes.siblings(given, 3), codes.siblings(self.LABELS, 3))
+            assert torch.equal(codes.decode(codes.codes.to(dtype)), torch.arange(M))
+        for table in (vectors.lookup, codes.lookup, lambda labels: codes.siblings(labels, 2)):
+            for bad in (self.LABELS.float(), self.LABELS > 3):
+                with pytest.raises(TypeError, match="labels must be an integer tensor"):
+                    table(bad)
+            with pytest.raises(ValueError, match=r"labels must have shape \(B\), got \(6, 1\)"):
+                table(self.LABELS[:, None])
+        with pytest.raises(TypeError, match="codes must be an integer tensor"):
+            codes.decode(codes.codes.float())
+
+    def test_a_label_that_int64_cannot_hold_is_none_to_ignore(self, codes, vectors):
+        wraps = torch.tensor([2**64 - 1, 3], dtype=torch.uint64)
+        for head in (MarginSoftmax(M, WIDTH), GIFLoss(codes, vectors, WIDTH)):
+            with pytest.raises(ValueError, match=r"labels must lie in \["):
+                head(torch.randn(2, WIDTH), wraps)
+
+    def test_whole_numbers_of_insightfaces_loaders(self, codes, vectors):
+        head = self.head("insightface paper", codes, vectors)
+        for bad in (torch.tensor([1.5, 2.0]), torch.tensor([math.nan, 2.0]), torch.tensor([2.0**24, 1.0])):
+            with pytest.raises(ValueError, match="must be whole numbers"):
+                head(torch.randn(2, WIDTH), bad)
+        with pytest.raises(TypeError, match=r"must be an integer tensor, got torch\.float16"):
+            head(torch.randn(2, WIDTH), torch.tensor([1.0, 2.0]).half())
 
 
 class TestMarginSoftmax:

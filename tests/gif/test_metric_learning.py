@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.losses import ArcFaceLoss
-from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer
+from pytorch_metric_learning.reducers import ClassWeightedReducer, DoNothingReducer, MeanReducer
 from pytorch_metric_learning.regularizers import LpRegularizer
 from torch import nn
 
@@ -69,6 +70,19 @@ class TestMetricLearning:
         torch.testing.assert_close(regular(embeddings, labels), expected)
         with pytest.raises(ValueError, match="ref_emb is not supported"):
             self.make()(embeddings, labels, ref_emb=embeddings.clone(), ref_labels=labels)
+
+    def test_arguments_of_the_librarys_base(self, batch):
+        expected = self.make(recipe="paper")(*batch)
+        loss_func = self.make(recipe="paper", collect_stats=True, distance=CosineSimilarity(), reducer=MeanReducer())
+        assert torch.equal(loss_func(*batch), expected)
+        assert loss_func.collect_stats and not self.make(collect_stats=False).collect_stats
+        assert isinstance(self.make().distance, CosineSimilarity)
+        with pytest.raises(TypeError, match="the loss compares by cosine, got distance LpDistance"):
+            self.make(distance=LpDistance())
+        with pytest.raises(TypeError, match="weight_regularizer belong to losses with a weight for each class"):
+            self.make(weight_regularizer=LpRegularizer())
+        with pytest.raises(TypeError, match="temperature: no option of GIFLoss and no field of a recipe"):
+            self.make(temperature=0.1)
 
     @pytest.mark.parametrize("recipe", ["live", "paper"])
     def test_is_the_projects_loss_in_training(self, batch, recipe):

@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -154,6 +156,82 @@ def test_the_next_rounds_rows_are_read_ahead():
             time.sleep(0.001)
         events.append(f"step {round.number}")
     assert events == ["read 0", "read 1", "step 0", "read 2", "step 1", "step 2"]
+
+
+class FakeStream:
+    """A CUDA stream that notes what is queued in it."""
+
+    def __init__(self, name):
+        self.name, self.waited = name, []
+
+    def wait_stream(self, other):
+        self.waited.append(other.name)
+
+
+class FakeRows:
+    """Rows that a GPU holds."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+
+    def __init__(self):
+        self.used_in = []
+
+    def record_stream(self, stream):
+        self.used_in.append(stream.name)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """torch.cuda's streams, as far as they matter: each thread is in the default one until it enters another."""
+    default, inside = FakeStream("default"), threading.local()
+
+    @contextmanager
+    def enter(stream):
+        before = getattr(inside, "stream", default)
+        inside.stream = stream or before
+        yield
+        inside.stream = before
+
+    def current(device):
+        assert device.type == "cuda"
+        return getattr(inside, "stream", default)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    return enter
+
+
+def loads(device, seen):
+    def load(round):
+        seen.append((round.number, torch.cuda.current_stream(torch.device("cuda")).name))
+        return FakeRows()
+
+    rounds = [Round(i, torch.empty(0), [], [], torch.empty(0), i) for i in range(3)]
+    return prefetched(iter(rounds), load, torch.device(device))
+
+
+def test_rows_are_read_in_the_stream_that_the_caller_is_in(streams):
+    seen, mine = [], FakeStream("mine")
+    with streams(mine):
+        taken = [rows for _, rows in loads("cuda:1", seen)]
+    assert seen == [(0, "mine"), (1, "mine"), (2, "mine")]
+    assert not mine.waited and all(not rows.used_in for rows in taken)  # a stream need not wait for itself
+    on_cpu = []
+    with streams(mine):
+        list(loads("cpu", on_cpu))
+    assert on_cpu == [(0, "default"), (1, "default"), (2, "default")]
+
+
+def test_a_caller_that_changed_its_stream_waits_for_the_rows(streams):
+    seen, first, second = [], FakeStream("first"), FakeStream("second")
+    generator = loads("cuda:1", seen)
+    with streams(first):
+        assert not next(generator)[1].used_in  # read in the first, as the round after it
+    with streams(second):
+        assert next(generator)[1].used_in == ["second"]
+        assert second.waited == ["first"]
+        assert not next(generator)[1].used_in
+    assert seen == [(0, "first"), (1, "first"), (2, "second")] and second.waited == ["first"]
 
 
 def test_what_fails_while_reading_ahead_is_raised():

@@ -11,9 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from gif.errors import InputError
 from gif.evaluation import (
+    Identification,
     Ijb,
     IjbFaces,
+    IjbResult,
     PairAccuracy,
     TemplateSums,
     align_face,
@@ -35,6 +38,7 @@ from gif.evaluation import identification as identification_module
 from gif.evaluation import ijb as ijb_module
 from gif.evaluation import templates as templates_module
 from gif.evaluation.alignment import FIVE_POINTS
+from gif.progress import console
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 against float64
 
@@ -263,6 +267,91 @@ def ijb_folder(tmp_path_factory, write_benchmark):
 
 
 class TestIjb:
+    def test_blank_lines_and_byte_order_marks(self, tmp_path, write_benchmark, monkeypatch):
+        """pandas, which the field reads these files with, takes either."""
+        expected = Ijb.read(write_benchmark(tmp_path / "a", "ijbc", ("G1", "G2")), "ijbc")
+        meta = write_benchmark(tmp_path / "b", "ijbc", ("G1", "G2")) / "meta"
+        for path in meta.iterdir():
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\n\r\n \n"[: 3 if path.suffix == ".csv" else 5])
+        monkeypatch.setattr(ijb_module, "_PAIRS_A_BLOCK", 22)  # the blank lines are a block
+        found = Ijb.read(tmp_path / "b", "ijbc")
+        found.check()
+        assert found.files == expected.files and torch.equal(found.landmarks, expected.landmarks)
+        for mine, theirs in ((found.pairs(), expected.pairs()), ([found.probes()], [expected.probes()])):
+            for a, b in zip(mine, theirs, strict=True):
+                assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a, b, strict=True))
+
+    def test_broken_images(self, tmp_path, write_benchmark):
+        """Left out, named, counted: templates are what their other images make them, here by files that lack them."""
+        folder = write_benchmark(tmp_path / "broken", "ijbc", ("G1", "G2"))
+        crops = folder / "loose_crop"
+        (crops / "1.jpg").write_bytes(b"?")
+        (crops / "8.jpg").write_bytes((crops / "8.jpg").read_bytes()[:200])
+        for number in (16, 17, 18):  # all of template 6
+            (crops / f"{number}.jpg").write_bytes(b"")
+        with console.capture() as capture:
+            result = evaluate_ijb(Grey(), Ijb.read(folder, "ijbc"), batch_size=5)
+        assert result.broken == tuple(f"{number}.jpg" for number in (1, 8, 16, 17, 18)) and result.lost == (6,)
+        assert "images that are broken and were left out: 5 (1.jpg, 8.jpg, 16.jpg, ...)" in capture.get()
+        assert "templates without an image, like nobody: 1 (6)" in capture.get()
+        other = write_benchmark(tmp_path / "without", "ijbc", ("G1", "G2"))
+        for file in ("face_tid_mid", "name_5pts_score"):
+            path = other / "meta" / f"ijbc_{file}.txt"
+            gone = tuple(f"{number}.jpg " for number in (1, 8))
+            path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith(gone)))
+        whole = Ijb.read(other, "ijbc")
+        pairs = ((first, second, same) for first, second, same in whole.pairs())
+        kept = [(a[(a != 6) & (b != 6)], b[(a != 6) & (b != 6)], c[(a != 6) & (b != 6)]) for a, b, c in pairs]
+        seen = []
+
+        def spy(templates, blocks, **options):
+            seen.append(templates)
+            return verify_templates(templates, kept, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ijb_module, "verify_templates", spy)
+            for ijb in (Ijb.read(folder, "ijbc"), whole):
+                evaluate_ijb(Grey(), ijb, batch_size=5, protocols=["1:1"])
+        with_broken, without = seen
+        others = with_broken.ids != 6
+        torch.testing.assert_close(with_broken.features[others], without.features[others], rtol=0, atol=1e-6)
+        assert not with_broken.features[~others].any()
+
+    def test_what_is_wrong_with_images_is_found_first(self, tmp_path, write_benchmark):
+        folder = write_benchmark(tmp_path, "ijbc", ("G1", "G2"))
+        for number in (3, 5):
+            (folder / "loose_crop" / f"{number}.jpg").rename(tmp_path / f"{number}")
+        with pytest.raises(FileNotFoundError, match=r"lacks 2 \(3\.jpg, 5\.jpg\) of 36 images"):
+            Ijb.read(folder, "ijbc").check()
+        path = folder / "meta" / "ijbc_name_5pts_score.txt"
+        text = path.read_text()
+        for line in ("2.jpg" + " 7" * 10 + " 0.5", "2.jpg 1 2 3 4 5 6 7 8 9 nan 0.5", "2.jpg 1 2 3 4 5 6 7 8 9 1 inf"):
+            lines = text.splitlines()
+            path.write_text("\n".join([lines[0], line, *lines[2:]]))
+            with pytest.raises(InputError, match=r"landmarks that coincide, .* 1 \(2\.jpg\)"):
+                Ijb.read(folder, "ijbc")
+        path.write_text(text.replace("2.jpg ", "2.jpg x", 1))
+        with pytest.raises(InputError, match="line 2: "):
+            Ijb.read(folder, "ijbc")
+        for crop in (folder / "loose_crop").iterdir():
+            crop.write_bytes(b"?")
+        for number in (3, 5):
+            (folder / "loose_crop" / f"{number}.jpg").write_bytes(b"?")
+        path.write_text(text)
+        with pytest.raises(InputError, match="is a broken image: it is no JPEG"):
+            evaluate_ijb(Grey(), Ijb.read(folder, "ijbc"))
+
+    def test_lists_that_contradict_themselves(self, tmp_path, write_benchmark):
+        meta = write_benchmark(tmp_path, "ijbc", ("G1", "G2")) / "meta"
+        gallery = meta / "ijbc_1N_gallery_G1.csv"
+        gallery.write_text(gallery.read_text() + "1,999,x.jpg\n")
+        with pytest.raises(InputError, match=r"line 5: template 1 is of person 101 and of 999"):
+            Ijb.read(tmp_path, "ijbc").gallery("G1")
+        pairs = meta / "ijbc_template_pair_label.txt"
+        pairs.write_text(pairs.read_text() + "1 2 -1\n")
+        with pytest.raises(InputError, match="a pair is labelled -1, wanted 0 or 1"):
+            list(Ijb.read(tmp_path, "ijbc").pairs())
+
     def test_files(self, ijb_folder, monkeypatch):
         found = Ijb.read(ijb_folder, "ijbc")
         assert found.files[:2] == ["1.jpg", "2.jpg"]
@@ -326,9 +415,23 @@ class TestIjb:
         plot_identification(result.identification, tmp_path / "identification.png")
         for picture in ("det", "identification"):
             assert (tmp_path / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
-        assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["1:N"]["G1"]["mated"] == 2
+        assert "60 impostor pairs resolve 1.7e-02" in " ".join(text.split()) and "?" in text
+        found = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert found["1:N"]["G1"]["mated"] == 2
+        assert found["1:1"]["tar"]["0.01"] is None and found["1:1"]["tar"]["0.1"] == result.verification.tar[0.1]
         with pytest.raises(ValueError, match="no curve to draw"):
             plot_identification({}, tmp_path / "none.png")
+
+    def test_the_mean_of_ranks_pools_the_probes(self):
+        def gallery(rank1, mated, tpir):
+            return Identification({1: rank1}, {0.01: tpir}, mated, 5, None)
+
+        result = IjbResult(None, {"G1": gallery(0.1, 300, 0.2), "G2": gallery(0.106, 100, 0.4)})
+        table = identification_table({"IJB-C": result})
+        cells = [list(column.cells) for column in table.columns]
+        assert cells[0][-1] == "IJB-C mean"
+        assert cells[1][-1] == "10.15"  # (30 + 10.6) of 400; alike they would be 10.30
+        assert cells[2][-1] == "30.00"
 
     def test_one_protocol_needs_its_files_alone(self, tmp_path, write_benchmark):
         folder = write_benchmark(tmp_path, "ijbb", ("S1", "S2"))
@@ -350,6 +453,9 @@ class TestIjb:
 
         damage("ijbc_template_pair_label.txt", "1 3 0\n", "1 3\n")
         with pytest.raises(ValueError, match=r"pair_label\.txt, after line 0: .*wanted 'template template 0\|1'"):
+            list(Ijb.read(tmp_path, "ijbc").pairs())
+        damage("ijbc_template_pair_label.txt", "1 3\n", "1 3 -1\n")
+        with pytest.raises(ValueError, match=r"_label\.txt, after line 0: label -1; wanted 'template template 0\|1'"):
             list(Ijb.read(tmp_path, "ijbc").pairs())
         damage("ijbc_1N_probe_mixed.csv", "4,102,", "four,102,")
         with pytest.raises(ValueError, match=r"probe_mixed\.csv, line 3: .*wanted 'template,person"):

@@ -14,13 +14,15 @@ from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages
 from gif.data.augment import RandomAffine, normalize_pixels
-from gif.evaluation import embed
+from gif.errors import InputError
+from gif.evaluation import embed, judge
 from gif.losses import MarginSoftmax
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
 from gif.training.health import health, summary
 from gif.training.order import EpochOrder, begin_epoch
+from gif_kernels import checks
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
@@ -101,12 +103,130 @@ def test_moved_rows_are_marked():
     assert changed.sum() > 2 and not (changed & ~head.moved).any() and head.moved.sum() <= 6
 
 
+class Overflowing(torch.nn.Module):
+    """A backbone in which an image overflows, in float16 as on an accelerator, in each of ``steps`` in training."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.network, self.steps, self.step = BACKBONE.build(), steps, 0
+
+    def forward(self, images):
+        self.step += self.training
+        if self.training and self.step in self.steps:
+            images = images.clone()
+            images[1] = math.inf
+        return self.network(images)
+
+
+def train_overflowing(dataset, monkeypatch, steps, precision="fp16"):
+    monkeypatch.setattr(checks, "looks_at_values", lambda tensor: False)
+    torch.manual_seed(0)
+    backbone = Overflowing(steps)
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
+    head = GIFLoss(codes, CodeVectors(torch.randn(8, 16)), 16)
+    config = TrainingConfig(epochs=4, batch_size=32, precision=precision)  # 20 steps
+    return train(backbone, head, dataset, config, augment=unchanged), backbone, head
+
+
+@pytest.mark.parametrize("step", [3, 10])  # 10: a step whose loss is looked at
+def test_an_overflow_outlives_its_step_nowhere(dataset, monkeypatch, step):
+    log, backbone, head = train_overflowing(dataset, monkeypatch, {step})
+    assert [i + 1 for i, loss in enumerate(log.losses) if not loss.isfinite()] == [step]
+    assert all(value.isfinite().all() for value in weights(backbone, head).values())
+    assert head.vectors.table.isfinite().all() and int(head.stayed) == 8
+    assert embed(backbone, dataset).isfinite().all()
+
+
+def test_what_never_recovers_is_an_error(dataset, monkeypatch):
+    with pytest.raises(FloatingPointError, match="the loss is nan after 10 steps; lower lr") as told:
+        train_overflowing(dataset, monkeypatch, set(range(1, 20)))
+    assert isinstance(told.value, InputError)
+    with pytest.raises(FloatingPointError, match="the loss is nan after 10 steps"):  # nothing skips a step here
+        train_overflowing(dataset, monkeypatch, {10}, precision="fp32")
+
+
 @pytest.mark.parametrize("options", [{"optimizer": "adamw", "lr": 0.01}, {"schedule": "polynomial"}])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_every_way_to_train_learns(dataset, options, precision):
     config = TrainingConfig(epochs=6, batch_size=32, precision=precision, channels_last=True, **options)
     log = train(*fresh(), dataset, config, augment=unchanged)
     assert log.losses[-5:].mean() < 0.6 * log.losses[:5].mean()
+
+
+class Watched(torch.nn.Module):
+    """Notes which dtype autocast has when ``head`` computes, which is no head of this project."""
+
+    def __init__(self, head, seen):
+        super().__init__()
+        self.head, self.seen = head, seen
+
+    def forward(self, embeddings, labels):
+        enabled = torch.is_autocast_enabled("cpu")
+        self.seen.append(torch.get_autocast_dtype("cpu") if enabled else torch.float32)
+        loss = self.head(embeddings, labels)
+        assert loss.dtype == torch.float32
+        return loss
+
+
+def watched_kind(kind, seen):
+    """``kind`` with a forward pass that is watched."""
+
+    class Own(kind):
+        def forward(self, *arguments, **options):
+            return Watched.forward(self, *arguments, **options)
+
+        def head(self, *arguments, **options):
+            return super().forward(*arguments, **options)
+
+    Own.seen = seen
+    return Own
+
+
+def softmax_head(kind=MarginSoftmax):
+    torch.manual_seed(2)
+    return kind(8, 16, scale=16.0)
+
+
+def gif_head(kind=GIFLoss):
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
+    vectors = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    return kind(codes, CodeVectors(vectors), 16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_products_of_own_heads_are_in_the_training_s_precision(dataset, precision, dtype):
+    config = TrainingConfig(epochs=1, batch_size=32, precision=precision)
+    for kind, build in ((GIFLoss, gif_head), (MarginSoftmax, softmax_head)):
+        seen = []
+        train(BACKBONE.build(), build(watched_kind(kind, seen)), dataset, config, augment=unchanged)
+        assert seen == [dtype] * 5
+    seen = []
+    train(BACKBONE.build(), Watched(gif_head(), seen), dataset, config, augment=unchanged)
+    assert seen == [torch.float32] * 5  # of another head nobody knows what it would lose
+
+
+@pytest.mark.parametrize("head", [gif_head, softmax_head], ids=["gif", "softmax"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_narrow_operands_train_as_float32_does(dataset, precision, head):
+    """The backbone is in the same precision both times; `Watched` keeps the head in float32."""
+    found = []
+    for wrap in (lambda inner: inner, lambda inner: Watched(inner, [])):
+        torch.manual_seed(0)
+        backbone, inner = BACKBONE.build(), head()
+        config = TrainingConfig(epochs=8, batch_size=32, lr=0.01, precision=precision)
+        losses = train(backbone, wrap(inner), dataset, config, augment=unchanged).losses
+        found.append((losses, judge(embed(backbone, dataset), dataset.labels).tar[1e-3]))
+    (narrow, narrow_tar), (exact, exact_tar) = found
+    assert not torch.equal(narrow, exact)
+    rounding = 2**-9 if precision == "bf16" else 2**-12
+    assert abs(narrow[0] - exact[0]) < 16 * rounding  # logits are 16 times a cosine of rounded operands
+    # five steps carry the difference on; later ones of so few images would differ by one bit's difference as well
+    torch.testing.assert_close(narrow[:5], exact[:5], rtol=32 * rounding, atol=0)
+    assert narrow[-10:].mean() < 0.1 * narrow[0] and exact[-10:].mean() < 0.1 * exact[0]
+    assert exact_tar > 0.98 and narrow_tar > 0.98
 
 
 def test_workers_read_the_same_images(dataset):
@@ -172,6 +292,8 @@ class TestHealth:
         measures = {"token accuracy/1": 0.5, "token accuracy/2": 0.25, "code accuracy": 0.1}
         assert summary(measures) == "tokens 50/25 %, codes 10%"
         assert summary({"cosine to own": 0.5, "cosine to impostor": 0.25}) == "own 0.50, impostor 0.25"
+        assert summary({"code vectors stayed": 0.0}) == ""
+        assert summary({"code vectors stayed": 1200.0}) == "1,200 code vectors stayed"
         assert summary({}) == ""
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from gif_kernels import precision
-from gif_kernels.precision import add_products, operand_dtype, product
+from gif_kernels import code_contrast_loss, precision, token_margin_loss
+from gif_kernels.precision import add_products, in_range, operand_dtype, product
 
 LARGE = (160, 256, 272)  # of a size that oneDNN may take
 OPERANDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -95,6 +96,61 @@ def test_the_dtype_of_operands():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert operand_dtype(single, None) == torch.bfloat16
         assert operand_dtype(single, double) == torch.float64
+
+
+def test_wide_results_are_not_rounded_by_a_cpu_s_own_product(monkeypatch):
+    """Which rounds 64 times a cosine to 0.1, at a relative 2^-9."""
+    monkeypatch.setattr(precision, "_NATIVE_ON_CPU", {torch.bfloat16})
+    left, right = matrix(40, 300), matrix(300, 24)
+    rounded = left.bfloat16().float() @ right.bfloat16().float()
+    assert torch.equal(product(left, right, torch.bfloat16, wide=True), rounded)
+    assert (product(left, right, torch.bfloat16) - rounded).abs().max() > 2**-10 * rounded.abs().max()
+
+
+# ---- float16's range
+
+
+def losses() -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Losses of rows and of centres that do not depend on either's length."""
+    codes, labels, projections = torch.tensor([[0, 2], [1, 0], [3, 1]]), torch.tensor([0, 7, 3]), torch.randn(2, 16, 16)
+    return [
+        lambda z, w: token_margin_loss(z, w.view(2, 4, 16), codes),
+        lambda z, w: token_margin_loss(z, w.view(2, 4, 16), codes, projections=projections / 4),
+        lambda z, w: code_contrast_loss(z, w, labels),
+    ]
+
+
+@pytest.mark.parametrize("power", [-120, -30, -10, 14, 30, 100])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["tokens", "projected tokens", "contrast"])
+def test_length_is_lost_to_float16_and_direction_is_not(which, power):
+    """Rows and centres times a power of two: the same loss, bit by bit, and gradients over it."""
+    loss_of = losses()[which]
+    z, w = torch.randn(3, 16), torch.randn(8, 16)
+    found = []
+    for factor in (1.0, 2.0**power):
+        rows, centers = (factor * z).requires_grad_(), (factor * w).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = loss_of(rows, centers)
+        loss.backward()
+        assert loss.isfinite() and rows.grad.isfinite().all() and rows.grad.any()
+        found.append((loss.detach(), rows.grad * factor, centers.grad * factor))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    exact = loss_of(z.double(), w.double())
+    assert abs(found[0][0] - exact) < 64 * 4 * 2**-11 * (which + 1)  # s times what three roundings do to a cosine
+
+
+def test_in_range():
+    rows = torch.tensor([[3.0, -70_000.0], [0.0, 0.0], [1e-38, 1e-39], [torch.nan, 1.0], [0.75, 0.1]])
+    found = in_range(rows, torch.float16)
+    largest = found.abs().amax(1)
+    assert largest[[0, 2, 4]].ge(0.5).all() and largest[[0, 2, 4]].lt(1).all()
+    assert not found[1].any() and found[3, 0].isnan()
+    scale = found[[0, 2, 4], 0] / rows[[0, 2, 4], 0]
+    assert torch.equal(scale, scale.log2().round().exp2())
+    assert in_range(rows, torch.bfloat16) is rows and in_range(rows, torch.float32) is rows
+    assert in_range(rows.half(), torch.float16).dtype == torch.float16
+    assert in_range(rows.bfloat16(), torch.float16).dtype == torch.bfloat16
 
 
 def test_compiled_as_eager(onednn):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gif_kernels import dispatch, uniformity_step_
+from gif_kernels import checks, dispatch, uniformity_step_
 from gif_kernels.rounding import stochastic_round
 
 kernels = pytest.importorskip("gif_kernels.uniformity_step.kernels", reason="Triton is not installed")
@@ -105,6 +105,16 @@ def test_writes_through_a_view():
     assert changed[1, ::2].any() and changed[5, ::2].any()
     changed[1, ::2] = changed[5, ::2] = False
     assert not changed.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_moves_nothing(bad, monkeypatch):
+    monkeypatch.setattr(checks, "looks_at_values", lambda tensor: False)
+    table = torch.randn(6, 5)
+    table[4, 2] = bad
+    before = table.clone()
+    uniformity_step_(table, torch.tensor([0, 2, 4, 5]), lr=0.1, impl="triton")
+    assert torch.equal(table.nan_to_num(7), before.nan_to_num(7))
 
 
 def test_a_row_of_zeros_stays():

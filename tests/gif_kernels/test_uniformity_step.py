@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gif_kernels import gaussian_potential, uniformity_step_
+from gif_kernels import checks, gaussian_potential, uniformity_step_
 from gif_kernels.gaussian_potential import blocked as potential
 from gif_kernels.rounding import stochastic_round, uniform
 from gif_kernels.uniformity_step import blocked
@@ -48,6 +48,26 @@ def test_moves_the_named_rows_and_no_other(n, t, impl, dtype, monkeypatch, agree
     assert torch.equal(table[untouched], before[untouched])
     # unit rows, but for rounding
     assert (table[index].double().norm(dim=1) - 1).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_moves_nothing(impl, bad, monkeypatch):
+    """As on an accelerator, where nobody looks for NaN: every row of the subset would become NaN, for good."""
+    monkeypatch.setattr(checks, "looks_at_values", lambda tensor: False)
+    table = torch.randn(6, 5)
+    table[4, 2] = bad
+    before = table.clone()
+    loss = uniformity_step_(table, torch.tensor([0, 2, 4, 5]), lr=0.1, impl=impl)
+    assert loss.isnan() and torch.equal(table.nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16], ids=str)
+def test_every_integer_dtype_names_rows(impl, dtype):
+    table = torch.randn(6, 5)
+    index, wanted = torch.tensor([1, 5, 3]), table.clone()
+    uniformity_step_(wanted, index, lr=0.1, impl=impl)
+    uniformity_step_(table, index.to(dtype), lr=0.1, impl=impl)
+    assert torch.equal(table, wanted)
 
 
 def test_the_rate_is_per_vector(impl):
