@@ -80,20 +80,24 @@ TILES = {
         ("sm_80", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=3),
         ("sm_86", 2): Tile(rows=16, columns=256, width=64, warps=8, stages=2),
         ("sm_100", 2): Tile(rows=32, columns=256, width=32, warps=8, stages=3),
+        ("sm_120", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2),
+        ("sm_100", 4): Tile(rows=16, columns=256, width=16, warps=8, stages=2),
         ("gfx942", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2),
     },
     "cosine_backward": {
         ("sm_90", 2): Tile(rows=64, columns=128, width=128, warps=8, stages=2, source=H100),
         ("sm_80", 2): Tile(rows=64, columns=128, width=64, warps=8, stages=2),
+        ("sm_120", 2): Tile(rows=64, columns=64, width=64, warps=8, stages=2),
         ("gfx942", 2): Tile(rows=32, columns=128, width=64, warps=4, stages=1),
         ("sm_80", 4): Tile(rows=32, columns=64, width=64, warps=8, stages=1),
         ("gfx942", 4): Tile(rows=32, columns=64, width=32, warps=4, stages=2),
     },
     "gaussian_potential_pairs": {
         ("sm_90", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3, source=H100),
-        ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
+        ("sm_80", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
+        ("sm_100", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=128, columns=128, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
         ("gfx942", 4): Tile(rows=64, columns=64, width=32, warps=8, stages=2),
@@ -151,7 +155,6 @@ FUSED_POTENTIAL = {
     "sm_90": {
         256: Tile(rows=128, columns=64, width=128, warps=8, stages=2),
         512: Tile(rows=64, columns=64, width=256, warps=8, stages=2, source=H100),
-        640: Tile(rows=64, columns=32, width=128, warps=8, stages=2),
     },
     "sm_100": {384: Tile(rows=128, columns=32, width=128, warps=8, stages=2)},
 }
