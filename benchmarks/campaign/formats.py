@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -196,6 +197,12 @@ def _told(reading: Reading) -> Judgement:
     if broken and "broken" not in found.told:
         return "silent", f"{len(broken)} broken images, and it said {told!r}"
     if len(found.images) == len(wanted.images):
+        if (
+            _lines(reading.folder) != _lines(reading.whole)
+            and found.told == wanted.told
+            and found.names != wanted.names
+        ):
+            return "silent", f"names moved to other identities; it said {told!r}"
         others = [
             (one, other)
             for one, other in zip(wanted.images, found.images, strict=True)
@@ -210,6 +217,11 @@ def _told(reading: Reading) -> Judgement:
     if _ends_early(wanted, found, reading.folder):
         return "not promised", "zeros in place of the last samples of a padded archive"
     return "silent", f"{len(found.images)} images for {len(wanted.images)}, {len(invented)} invented; it said {told!r}"
+
+
+def _lines(folder: Path) -> list[int]:
+    """How many lines there are in lists of names."""
+    return [path.read_bytes().count(b"\n") for path in folder.rglob("identities.txt")]
 
 
 def _ends_early(wanted: _Images, found: _Images, folder: Path) -> bool:
@@ -282,7 +294,7 @@ def _well_formed(reading: Reading) -> Judgement:
 
 def _pairs(folder: Path) -> Any:
     pairs = read_pairs(folder / "pairs.txt", folder / "faces")
-    return [(str(one.relative_to(folder)), str(other.relative_to(folder)), same) for one, other, same in pairs]
+    return [(*(os.path.relpath(path, folder) for path in pair[:2]), pair[2]) for pair in pairs]
 
 
 def _images_bin(path: Path) -> None:
