@@ -392,6 +392,12 @@ def _run(arguments: Sequence[str]) -> None:
                 message = begin + required + ", ".join(map(_option, keys.split(", ")))
             super().error(message, ex)
 
+        def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
+            try:
+                return super().parse_path(cfg_path, *arguments, **options)
+            except UnicodeDecodeError as error:
+                raise InputError(f"{cfg_path} is no UTF-8 text ({error}); write the config as UTF-8") from error
+
     auto_cli(
         COMMANDS,
         args=_arguments(arguments),

@@ -438,3 +438,23 @@ class TestDamage:
         (tmp_path / "vectors" / ".000000099-all.safetensors.4194305.tmp").write_bytes(b"half")
         run(tmp_path)
         assert {path.name for path in tmp_path.rglob("*") if path.name.startswith(".")} == set()
+
+
+def test_a_changed_bit_in_pytorchs_archive_is_found(tmp_path):
+    """PyTorch itself reads on."""
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(300)}, path)
+    whole = path.read_bytes()
+    assert load_pytorch(path)["a"].sum() == 300
+    for place in (whole.index(torch.ones(1).numpy().tobytes() * 9), whole.rindex(b"PK\x05\x06") + 4):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=r"w\.pt is damaged"):
+            load_pytorch(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(300)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_pytorch(path)["a"].sum() == 300

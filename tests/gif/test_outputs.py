@@ -361,6 +361,18 @@ class TestChecksums:
         path.write_bytes(whole)
         assert torch.equal(load_tensors(path, format=FORMAT)[0]["a"], wanted[0]["a"])
 
+    def test_a_checksum_whose_name_is_damaged_too(self, tmp_path):
+        path = tmp_path / "x.safetensors"
+        save_tensors(path, {"a": torch.arange(6.0)}, format=FORMAT, identities="0" * 64)
+        whole = path.read_bytes()
+        for place in range(whole.index(b"checksum"), whole.index(b"checksum") + len(b"checksum")):
+            changed = bytearray(whole)
+            changed[place] ^= 0x08
+            changed[-1] ^= 0x08
+            path.write_bytes(changed)
+            with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
+                load_tensors(path, format=FORMAT)
+
     @pytest.mark.parametrize("change", ["insert", "append", "shorten", "swap"])
     def test_bytes_inserted_or_lost(self, tmp_path, monkeypatch, change):
         monkeypatch.setattr(files, "CHECKED_WHEN_MAPPED", 0)  # as a table of many GB
