@@ -123,9 +123,9 @@ def read_shards(pattern: str) -> Labelled:
             passed_over.append(f"{NAMES_ALONE}: {others}")
     source = ShardImages(files, found["shards"], found["offsets"], found["lengths"])
     if Path(pattern).is_dir():
-        others = {path.name for path in folder.iterdir()} - {file.path.name for file in files} - {IDENTITIES}
-        if others:
-            passed_over.append(f"passed over beside the shards: {Tally.of(sorted(others))}")
+        beside = {path.name for path in folder.iterdir()} - {file.path.name for file in files} - {IDENTITIES}
+        if beside:
+            passed_over.append(f"passed over beside the shards: {Tally.of(sorted(beside))}")
     return Labelled(source, found["labels"], names, tuple(passed_over))
 
 
