@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from pathlib import Path
 from textwrap import shorten
@@ -14,8 +15,8 @@ from gif.files import existing_file
 
 _REASON_CHARACTERS = 300  # of torch's message, which may name every object
 _READ_BYTES = 1 << 24
-_DAMAGES = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError)
-"""What zipfile raises of damaged archives: a flipped bit says that a member is encrypted, for instance."""
+_DAMAGES = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
+"""What zipfile raises of damaged archives: a flipped bit says that a member is encrypted, or lies before the file."""
 
 
 def load_pytorch(path: str | Path) -> Any:
@@ -47,7 +48,7 @@ def check_pytorch(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             _check_members(path, archive)
     except _DAMAGES as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
         raise InputError(f"{path} is damaged ({error}); save the state dict again") from error
 

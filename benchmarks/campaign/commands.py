@@ -22,14 +22,14 @@ from gif.faults import MENDABLE_CODE
 from gif.vectors.shards import Shards
 
 KILLS, RIVALS = "kills", "two commands"
-IDENTITIES, WIDTH = 30, 8
+IDENTITIES, IMAGES_EACH, WIDTH = 20, 3, 8
 _MOST_KILLS = 3  # of one command, until it is let to its end
 _FIRST_WORD = "is being written by process"
 _WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "campaign.write")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _TRAIN = (
     "train --held_out=0 --backbone.image_size=16 --backbone.width=4 --backbone.embedding_size=8 "
-    "--training.epochs=2 --training.batch_size=32 --training.save_steps=2 --training.keep=2"
+    "--training.epochs=2 --training.batch_size=20 --training.save_steps=2 --training.keep=2"
 )
 COMMANDS: dict[str, str] = {
     "vectors": "vectors --data=DATA --held_out=0 --width=8 --image_size=16 --batch_size=16 --output=o.safetensors",
@@ -64,7 +64,7 @@ def kinds(source: Path) -> list[Kind]:
 def write_inputs(source: Path) -> None:
     """A folder of images, code vectors and codes; and what each command makes of them when nothing disturbs it."""
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(256, (IDENTITIES, 4, 16, 16, 3), generator=generator).to(torch.uint8)
+    pixels = torch.randint(256, (IDENTITIES, IMAGES_EACH, 16, 16, 3), generator=generator).to(torch.uint8)
     for identity, images in enumerate(pixels):
         (source / "data" / f"{identity:02d}").mkdir(parents=True)
         for number, image in enumerate(images):
@@ -117,6 +117,7 @@ def start(
         with (folder.parent / f"{folder.name}.log{log}").open("wb") as printed:
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # whatever they were
         os.chdir(folder)
         os.environ["XDG_CACHE_HOME"] = str(folder.parent / "cache")
         torch.set_num_threads(1)

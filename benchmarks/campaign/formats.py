@@ -221,7 +221,7 @@ def _told(reading: Reading) -> Judgement:
 
 def _lines(folder: Path) -> list[int]:
     """How many lines there are in lists of names."""
-    return [path.read_bytes().count(b"\n") for path in folder.rglob("identities.txt")]
+    return [path.read_bytes().removesuffix(b"\n").count(b"\n") for path in folder.rglob("identities.txt")]
 
 
 def _ends_early(wanted: _Images, found: _Images, folder: Path) -> bool:

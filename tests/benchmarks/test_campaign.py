@@ -25,7 +25,7 @@ def few(monkeypatch):
     monkeypatch.setattr(planted, "OTHERS", ())
     monkeypatch.setattr(damaged, "kinds", lambda folder, kinds=damaged.kinds: kinds(folder)[:-1])  # the cache's index
     monkeypatch.setattr(
-        commands, "COMMANDS", {name: commands.COMMANDS[name] for name in ("spread in a file", "convert to tar")}
+        commands, "COMMANDS", {name: commands.COMMANDS[name] for name in ("spread in a file", "tokenize")}
     )
 
 
@@ -69,7 +69,6 @@ def test_what_is_executed_is_found(few, monkeypatch, tmp_path):
 
 
 def test_what_is_lost_is_found(few, monkeypatch, tmp_path):
-    """A file that is written through a map, and never brought to an end."""
     monkeypatch.setattr(commands, "_differences", lambda whole, folder: "o is another")
     assert run(tmp_path, "--parts", "kills") == 1
     assert {record.outcome for record in Records(tmp_path / FILE).all} == {"lost"}

@@ -446,9 +446,13 @@ def test_a_changed_bit_in_pytorchs_archive_is_found(tmp_path):
     torch.save({"a": torch.ones(300)}, path)
     whole = path.read_bytes()
     assert load_pytorch(path)["a"].sum() == 300
-    for place in (whole.index(torch.ones(1).numpy().tobytes() * 9), whole.rindex(b"PK\x05\x06") + 4):
+    weight, disks = whole.index(torch.ones(9).numpy().tobytes()), whole.rindex(b"PK\x06\x07") + 16
+    for place, flip in ((weight, 2), (disks, 2), (0, None)):
         changed = bytearray(whole)
-        changed[place] ^= 1
+        if flip is None:
+            del changed[place + 200]
+        else:
+            changed[place] ^= flip
         path.write_bytes(changed)
         with pytest.raises(InputError, match=r"w\.pt is damaged"):
             load_pytorch(path)
