@@ -6,12 +6,15 @@ RUN_DIR ?= runs/quickstart
 BENCH_DIR ?= runs/bench
 GPU_DIR ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
 GPU_SECONDS ?= 420
+CAMPAIGN_DIR ?= runs/campaign
+SEED ?= 0
+MINUTES ?= 10
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 SAVED ?= runs/bench/saved.json
 AOT_DIR ?= runs/aot
 TRITONS ?= 3.5.0 3.6.0 newest
 
-.PHONY: quickstart test lint bench bench-full bench-compare gpu aot-matrix clean
+.PHONY: quickstart test lint bench bench-full bench-compare gpu campaign aot-matrix clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -55,6 +58,10 @@ $(AOT_DIR)/triton-%/triton: | $(VENV)/.installed
 # Everything that a GPU can say, in minutes, without installing anything: see docs/gpu.md.
 gpu:
 	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --output $(GPU_DIR)
+
+# Damaged files, kills before each write, two commands on one output, planted code: by SEED, for MINUTES; it goes on where it was.
+campaign: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.campaign --seed $(SEED) --minutes $(MINUTES) --output $(CAMPAIGN_DIR)
 
 clean:
 	rm -rf $(VENV) runs

@@ -43,7 +43,7 @@ from gif.ownership import check_output, existing, hold
 from gif.packages import needs
 from gif.planning import plan
 from gif.progress import say
-from gif.resume import claim_folder, own_file
+from gif.resume import WHO, claim_folder, own_file
 from gif.training import (
     AUGMENTATIONS,
     AugmentationName,
@@ -296,7 +296,7 @@ def train_command(
         split = load_data(data, held_out=held_out, decoder=decoder)
         images = split.train
         who = images.identities
-        if (before := output / "identities.safetensors").exists():
+        if (before := output / WHO).exists():
             require_same_names(f"the run in {output}", Identities.load(before), "the data set", who)
         validate = validation.open(split.held_out, decoder, workers=training.workers, device=own)
         torch.manual_seed(training.seed)
@@ -319,7 +319,7 @@ def train_command(
                 "augmentation": augmentation,
             }
             claim_folder(output, settings)
-            who.save(output / "identities.safetensors")
+            who.save(output / WHO)
         wait_for_all()
         log = train(
             network,
@@ -391,6 +391,12 @@ def _run(arguments: Sequence[str]) -> None:
             if required:
                 message = begin + required + ", ".join(map(_option, keys.split(", ")))
             super().error(message, ex)
+
+        def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
+            try:
+                return super().parse_path(cfg_path, *arguments, **options)
+            except UnicodeDecodeError as error:
+                raise InputError(f"{cfg_path} is no UTF-8 text ({error}); write the config as UTF-8") from error
 
     auto_cli(
         COMMANDS,

@@ -306,6 +306,8 @@ _READ_BYTES = 1 << 24
 _CHECKSUM = "checksum"
 _CHECKSUM_KEY = b'"checksum":"'  # cannot stand in a text of the header: quotes are escaped there
 _UNSEALED = "0" * 2 * hashlib.sha256().digest_size
+_MISNAMED = re.compile(rb'\{"__metadata__":\{"(?!checksum").{8}":"[^"\\]{%d}"' % len(_UNSEALED), re.DOTALL)
+"""The first entry of a header is what a checksum is but for its name: a damaged byte in it makes no file unchecked."""
 
 
 @dataclass(frozen=True)
@@ -391,7 +393,7 @@ def _read_header(path: Path) -> _Header:
     checksum, place = metadata.pop(_CHECKSUM, None), _checksum_place(text)
     if checksum is not None and place is not None and len(checksum) == len(_UNSEALED):
         text = text[:place] + _UNSEALED.encode() + text[place + len(_UNSEALED) :]
-    elif checksum is not None:
+    elif checksum is not None or _MISNAMED.match(text):
         raise DamagedFileError(f"{path} is damaged: its checksum cannot be read; copy or make it again")
     return _Header(prefix + text, entries, metadata, None if checksum == _UNSEALED else checksum)
 

@@ -18,6 +18,7 @@ from gif.files import is_temporary, load_tensors, read_json, remove_temporaries,
 SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
 RECORD = "settings.json"  # of what a folder belongs to
+WHO = "identities.safetensors"  # whom the run in it is trained on
 _SHOWN = 80  # characters of settings that cannot be read
 
 
@@ -105,7 +106,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def unclaim(folder: Path) -> None:
     """Remove a ``folder`` that holds a claim and nothing else: of a run that failed before it had done anything."""
-    if folder.is_dir() and all(path.name == RECORD or _is_left_over(path) for path in folder.iterdir()):
+    if folder.is_dir() and all(path.name in (RECORD, WHO) or _is_left_over(path) for path in folder.iterdir()):
         shutil.rmtree(folder)
 
 

@@ -129,7 +129,10 @@ def tile(kernel: str, operand: torch.dtype, architecture: str) -> Tile:
     An architecture without a row of its own takes that of one whose tiles it shares: see `SHARES_TILES_OF`.
     """
     table, size = TILES[kernel], operand.itemsize
-    return next(table[name, size] for name in _lenders(architecture) if (name, size) in table)
+    for name in _lenders(architecture):
+        if (name, size) in table:
+            return table[name, size]
+    raise KeyError(f"{kernel} has no tile for operands of {size} bytes")
 
 
 def _lenders(architecture: str) -> Iterator[str]:

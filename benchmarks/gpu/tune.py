@@ -84,6 +84,14 @@ def _tokens(draw: Draw, rows: int) -> Iterator[Case]:
         yield Case(token_margin_loss, f"B {batch}", arguments, ("embeddings", "centers"))
 
 
+def _wide_tokens(draw: Draw, rows: int) -> Iterator[Case]:
+    length, vocab, width = (2, 3, 16) if draw.tiny else (4, MAX_VOCAB, 512)
+    batch = min(rows, 1024)
+    arguments = {"embeddings": draw.randn(batch, width), "centers": draw.randn(length, vocab, width)}
+    arguments["codes"] = draw.randint(vocab, batch, length)
+    yield Case(token_margin_loss, f"B {batch}, {vocab} centres", arguments, ("embeddings", "centers"))
+
+
 def _pairs(draw: Draw, rows: int, sizes: tuple[int, ...] = (8192,)) -> Iterator[Case]:
     for m in dict.fromkeys(min(rows, x) for x in sizes):
         rows_of = draw.randn(m, 512) + 0.3
@@ -118,6 +126,7 @@ TASKS = (
     Task("token_margin_forward", 4, _tokens),
     Task("cosine_backward", 4, _tokens),
     Task("code_regression", 4, _regression),
+    Task("token_margin_forward_wide", 2, _wide_tokens),
     Task("nearest_centroid", 4, _nearest),
     Task("max_cosine", 4, _largest),
 )

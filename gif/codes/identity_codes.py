@@ -137,7 +137,8 @@ class IdentityCodes:
         The next, the one before, the second next and so on, around the ends; with few identities some may repeat.
         """
         index = self._index(labels, low=0)
-        steps = torch.tensor([(i // 2 + 1) * (-1) ** i for i in range(count)], dtype=torch.int64, device=index.device)
+        turn = torch.arange(count, device=index.device)
+        steps = (turn // 2 + 1) * (1 - turn % 2 * 2)
         place = (self._rank[index].long()[:, None] + steps) % len(self)
         return self._order[place].long().to(labels.device)
 

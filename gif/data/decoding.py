@@ -102,11 +102,11 @@ def decode(
 
     Raises BrokenImageError.
     """
+    with needs("pillow", "reading images"):
+        from PIL import Image
     if suffix(encoded) == ".png":
         encoded = _without_texts(encoded)
     _check_pixels(_declared(encoded), max_pixels)
-    with needs("pillow", "reading images"):
-        from PIL import Image
     try:
         with Image.open(BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as stored:
             _check_pixels(stored.size, max_pixels)
@@ -123,6 +123,8 @@ def decode(
 
 def check_max_pixels(max_pixels: int) -> None:
     """Raise ValueError unless an image may have so many pixels: at least 1, at most what Pillow opens."""
+    if 1 <= max_pixels <= MAX_PIXELS:  # the usual case, which needs no Pillow
+        return
     with needs("pillow", "reading images"):
         from PIL import Image
     most = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -75,7 +75,7 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
         """What a DataLoader asks for: the readable images (c, h, w) of some, each with its label ()."""
-        return _Pairs(zip(*self.batch(indices), strict=True))
+        return _Pairs(zip(*self.batch(indices), strict=True), self.image_shape)
 
     @abstractmethod
     def broken(self, indices: Tensor) -> Tensor:
@@ -130,16 +130,21 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         part.origin, part.splits = self.origin, self.splits
         return part
 
-    def collate(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def collate(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """A DataLoader's batch, as `batch` gives it: images (k, c, h, w) and labels (k,); k may be 0."""
-        if not len(pairs):
-            return torch.empty(0, *self.image_shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        if isinstance(pairs, _Pairs) and not len(pairs):
+            return torch.empty(0, *pairs.image_shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         images, labels = zip(*pairs, strict=True)
         return torch.stack(images), torch.stack(labels)
 
 
 class _Pairs(list[tuple[Tensor, Tensor]]):
     """Images with their labels; where there are none, whoever wants the first is told why."""
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]], image_shape: tuple[int, int, int]) -> None:
+        super().__init__(pairs)
+        self.image_shape = image_shape
 
     def __getitem__(self, place: Any) -> Any:
         if not len(self):

@@ -11,6 +11,7 @@ from gif.files import existing_file, write_text
 
 PROPERTY = "property"
 IDENTITIES = "identities.txt"
+NAMES_ALONE = f"names in {IDENTITIES} of nobody with an image"
 NAMED = 3  # of many, in a message
 
 
@@ -98,16 +99,21 @@ class Property:
         write_text(path, f"{self.identities},{self.height},{self.width}\n")
 
 
-def read_names(folder: Path, numbers: list[int]) -> list[str]:
-    """Names of the identities with these numbers: lines of ``folder``/identities.txt, or else the numbers themselves.
+def read_names(folder: Path, numbers: list[int]) -> tuple[list[str], Tally]:
+    """Names of the identities with these numbers: lines of ``folder``/identities.txt, or else the numbers themselves;
+    and the names there that none of them has.
 
-    Raises ValueError where the file has no such line.
+    Raises ValueError where the file has no such line, or not as many as ``property`` beside it says.
     """
     path = folder / IDENTITIES
     if not path.exists():
-        return [str(number) for number in numbers]
+        return [str(number) for number in numbers], Tally()
     names = read_text(path).split("\n")
     names = names[:-1] if names[-1] == "" else names
     if numbers and max(numbers) >= len(names):
         raise InputError(f"{path} names {len(names)} identities, none of them {max(numbers)}; remove or correct it")
-    return [names[number] for number in numbers]
+    if (beside := path.with_name(PROPERTY)).exists() and (said := Property.read(beside).identities) != len(names):
+        raise InputError(f"{path} names {len(names)} identities, and {PROPERTY} says {said}; remove or correct either")
+    given = set(numbers)
+    others = (name for number, name in enumerate(names) if number not in given)
+    return [names[number] for number in numbers], Tally.of(others)

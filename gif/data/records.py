@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gif.data.encoded import Labelled
-from gif.data.listing import NAMED, PROPERTY, Property, Tally, printable, read_names
+from gif.data.listing import NAMED, NAMES_ALONE, PROPERTY, Property, Tally, printable, read_names
 from gif.data.stored import MappedFile, PackedStrings, cached_index, fingerprint
 from gif.errors import InputError
 from gif.progress import progress
@@ -115,7 +115,9 @@ def read_records(path: str | Path) -> Labelled:
         without = np.setdiff1d(np.arange(min(limit, len(numbers) + NAMED)), numbers.numpy())[:NAMED]
         nobody = Tally(limit - len(numbers), [str(label) for label in without])
         passed_over.append(f"identities of `property` without an image: {nobody}")
-    names = read_names(file.path.parent, numbers.tolist())
+    names, others = read_names(file.path.parent, numbers.tolist())
+    if others.number and not beside.exists():
+        passed_over.append(f"{NAMES_ALONE}: {others}")
     return Labelled(RecordImages(file, found["offsets"]), labels, names, tuple(passed_over))
 
 

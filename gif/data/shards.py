@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gif.data.decoding import SUFFIXES
 from gif.data.encoded import Labelled
-from gif.data.listing import IDENTITIES, Tally, is_foreign, printable, read_names
+from gif.data.listing import IDENTITIES, NAMES_ALONE, Tally, is_foreign, printable, read_names
 from gif.data.stored import MappedFile, PackedStrings, cached_index, fingerprint
 from gif.errors import InputError, MissingFileError
 from gif.packages import needs
@@ -115,15 +115,17 @@ def read_shards(pattern: str) -> Labelled:
     files = [MappedFile.find(path) for path in find_shards(pattern)]
     found = cached_index(INDEX_FORMAT, files, lambda: _find_images(files))
     names = list(PackedStrings(found["names"], found["name_ends"]))
+    passed_over = list(PackedStrings(found["passed_over"], found["passed_over_ends"]))
     folder = files[0].path.parent
     if (folder / IDENTITIES).exists() and all(map(_is_number, names)):
-        names = read_names(folder, [int(name) for name in names])
+        names, others = read_names(folder, [int(name) for name in names])
+        if others.number:
+            passed_over.append(f"{NAMES_ALONE}: {others}")
     source = ShardImages(files, found["shards"], found["offsets"], found["lengths"])
-    passed_over = list(PackedStrings(found["passed_over"], found["passed_over_ends"]))
     if Path(pattern).is_dir():
-        others = {path.name for path in folder.iterdir()} - {file.path.name for file in files} - {IDENTITIES}
-        if others:
-            passed_over.append(f"passed over beside the shards: {Tally.of(sorted(others))}")
+        beside = {path.name for path in folder.iterdir()} - {file.path.name for file in files} - {IDENTITIES}
+        if beside:
+            passed_over.append(f"passed over beside the shards: {Tally.of(sorted(beside))}")
     return Labelled(source, found["labels"], names, tuple(passed_over))
 
 

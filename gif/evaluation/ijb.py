@@ -173,6 +173,7 @@ class Ijb:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             rows = csv.reader(lines)
             try:
+                next(rows, None)
                 for row in filter(None, rows):
                     template, person = int(row[0]), int(row[1])
                     if people.setdefault(template, person) != person:

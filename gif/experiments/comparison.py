@@ -148,10 +148,3 @@ def show(columns: Sequence[str], rows: Rows, title: str) -> None:
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in arrays.items()}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it, and the run is made again") from error

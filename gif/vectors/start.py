@@ -37,7 +37,9 @@ def closed_form(shards: Shards, start: Start) -> Tensor:
     covariance = moments[1:] - mean.T @ mean
     ridge = RIDGE * covariance.trace() / d
     values, axes = torch.linalg.eigh(covariance)
-    return torch.cat([mean, axes * (values.clamp_min(0) + ridge).rsqrt() @ axes.T])
+    spread = values.clamp_min(0) + ridge
+    scales = torch.where(spread > 0, spread.rsqrt(), 0)  # rows that are all the same spread nowhere
+    return torch.cat([mean, axes * scales @ axes.T])
 
 
 def apply(transform: Tensor, rows: Tensor) -> Tensor:

@@ -106,18 +106,16 @@ class CodeVectors:
         Returns how many rows stayed, () int64 on the table's device. Raises TypeError for labels that are not integers,
         ValueError for another shape or a label outside [0, m).
         """
-        rows, place = self._rows(labels).unique(return_inverse=True)
+        gradient = gradient.to(self.table.device, torch.promote_types(gradient.dtype, torch.float32))
+        rows, step, once = _summed(self._rows(labels), gradient)
         check_mapped(self.table)
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        step = torch.zeros(len(rows), self.width, dtype=dtype, device=self.table.device)
-        step.index_add_(0, place, gradient.to(step))
         before = self.table[rows]
         moved = step.mul_(-lr).add_(before)
         norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
         moves = norm.isfinite() & (norm > 0)  # NaN and infinity anywhere in a row reach its norm
         moved = stochastic_round(moved.div_(norm), self.table.dtype, rows, seed)
         self.table[rows] = torch.where(moves, moved, before)
-        return (~moves).sum()
+        return (~moves.squeeze(1) & once).sum()
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that follow from the vectors as they are now, and from whose they are.
@@ -158,3 +156,23 @@ def digest_rows(table: Tensor) -> str:
     rows = table if table.nbytes <= _DIGEST_BYTES else table[:: max(1, len(table) // _DIGEST_ROWS)]
     digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (k,) of a table, the sum of the gradients (C, d) of each, and which of them stand for the first time.
+
+    On a CPU without repeats. On an accelerator, where the host would wait for their number, with them: each repeat has
+    the whole sum, so it is the same row that is written twice. Sums have a fixed order.
+    """
+    if checks.looks_at_values(rows):
+        distinct, place = rows.unique(return_inverse=True)
+        sums = gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, place, gradient)
+        return distinct, sums, torch.ones_like(distinct, dtype=torch.bool)
+    ordered, order = rows.sort(stable=True)
+    numbers = torch.arange(len(rows), device=rows.device)
+    begins = torch.ones_like(ordered, dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    first = order[torch.where(begins, numbers, 0).cummax(0).values]
+    place = torch.empty_like(order).scatter_(0, order, first)
+    sums = torch.zeros_like(gradient).index_put_((place,), gradient, accumulate=True)
+    return rows, sums[place], place == numbers

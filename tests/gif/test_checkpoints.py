@@ -438,3 +438,27 @@ class TestDamage:
         (tmp_path / "vectors" / ".000000099-all.safetensors.4194305.tmp").write_bytes(b"half")
         run(tmp_path)
         assert {path.name for path in tmp_path.rglob("*") if path.name.startswith(".")} == set()
+
+
+def test_a_changed_bit_in_pytorchs_archive_is_found(tmp_path):
+    """PyTorch itself reads on."""
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(300)}, path)
+    whole = path.read_bytes()
+    assert load_pytorch(path)["a"].sum() == 300
+    weight, disks = whole.index(torch.ones(9).numpy().tobytes()), whole.rindex(b"PK\x06\x07") + 16
+    for place, flip in ((weight, 2), (disks, 2), (0, None)):
+        changed = bytearray(whole)
+        if flip is None:
+            del changed[place + 200]
+        else:
+            changed[place] ^= flip
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=r"w\.pt is damaged"):
+            load_pytorch(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(300)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_pytorch(path)["a"].sum() == 300

@@ -360,3 +360,9 @@ def test_every_option_goes_through_torchrun(gif, tmp_path):
     assert all(torch.equal(table, tables[0]) for table in tables)
     assert gif("spread", "--vectors", tmp_path / "v", "--output", tmp_path / "n", "--epochs=1")[0] == 0
     assert not torch.equal(CodeVectors.load(tmp_path / "n").table, tables[0])
+
+
+def test_a_config_that_is_no_text(gif, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\x80\x04")
+    code, printed = gif("codes", "inspect", "--config", tmp_path / "config.yaml")
+    assert code == 1 and "config.yaml is no UTF-8 text" in printed

@@ -429,7 +429,9 @@ class TestShards:
             assert data.batch([4, 0, 2, 3])[0][:, 0, 0, 0].tolist() == [4, 0, 2, 3]
         assert isinstance(data, EncodedImages) and data.place(3).startswith(f"{tmp_path}/010.tar, image at byte 512")
         (tmp_path / "identities.txt").write_text("".join(f"name {i}\n" for i in range(11)))
-        assert open_data(str(tmp_path)).names == ["name 2", "name 3", "name 10"]
+        data = open_data(str(tmp_path))
+        assert data.names == ["name 2", "name 3", "name 10"]
+        assert "names in identities.txt of nobody with an image: 8 (name 0, name 1, name 4, ...)" in left_out(data)
         (tmp_path / "identities.txt").write_text("only one\n")
         with pytest.raises(ValueError, match="names 1 identities, none of them 10"):
             open_data(str(tmp_path))

@@ -266,6 +266,12 @@ def test_identities_that_are_not_there_are_named(tmp_path):
     found = read_records(path)
     assert found.names == ["n0", "n2", "n5"]
     assert found.passed_over == ("identities of `property` without an image: 4 (1, 3, 4, ...)",)
+    (tmp_path / "identities.txt").write_bytes(b"n\n" * 8)
+    with pytest.raises(InputError, match=r"identities\.txt names 8 identities, and property says 7"):
+        read_records(path)
+    (tmp_path / "property").unlink()
+    (passed_over,) = read_records(path).passed_over
+    assert passed_over == "names in identities.txt of nobody with an image: 5 (n, n, n, ...)"
     (tmp_path / "identities.txt").write_bytes(b"jos\xe9\n" * 7)
     with pytest.raises(InputError, match=r"identities\.txt is no UTF-8 text"):
         read_records(path)

@@ -21,8 +21,9 @@ TINY_CLIP = {
 }
 TINY_TIMM = "test_vit.r160_in1k"  # 64 wide
 
-# A resize by PIL and one by torch round differently by a grey level at most here: 1/255, over a std of 0.22.
-PREPROCESSING_TOLERANCE = 1 / 255 / 0.22
+# PIL and torch round between and after the two passes of a resize: mostly by a grey level differently, seldom by two.
+# A level is 1/255, over a std of 0.22.
+PREPROCESSING_TOLERANCE = 2 / 255 / 0.22
 
 
 def images(n, channels=3, height=20, width=20):

@@ -124,7 +124,7 @@ def test_files_that_are_missing_foreign_truncated_or_tampered_with(tmp_path):
     whole = path.read_bytes()
     for size in (0, 7, 50, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match=r"damaged|truncated"):
             IdentityCodes.load(path)
     ours = {"format": "gif.identity_codes/1", "vocab_size": "20"}
     twice = tokens_u8.clone()

@@ -191,7 +191,7 @@ def test_broken_images_are_left_out(tmp_path, png, num_workers):
     assert "3 of 12 images are broken and were left out" in capture.get()
     for i in (2, 3):
         (tmp_path / "1" / f"{i}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 of 3 identities have no image \(first: 1\)"):
+    with pytest.raises(ValueError, match=r"identities without an image that can be read: 1 \(1\)"):
         initial_code_vectors(data, Projection(), batch_size=5)
 
 

@@ -93,7 +93,7 @@ NEEDS = {
     "from gif.backbones import BackboneConfig; BackboneConfig(name='vit').build()": "timm",
     "from gif.plotting import figure; figure()": "matplotlib",
     "from gif.progress import new_table; new_table()": "rich",
-    "from gif.cli import main, auto_cli; auto_cli()": "jsonargparse",
+    "from gif.cli import _run; _run([])": "jsonargparse",
 }
 
 

@@ -455,7 +455,7 @@ class TestIjb:
         with pytest.raises(ValueError, match=r"pair_label\.txt, after line 0: .*wanted 'template template 0\|1'"):
             list(Ijb.read(tmp_path, "ijbc").pairs())
         damage("ijbc_template_pair_label.txt", "1 3\n", "1 3 -1\n")
-        with pytest.raises(ValueError, match=r"_label\.txt, after line 0: label -1; wanted 'template template 0\|1'"):
+        with pytest.raises(ValueError, match=r"_label\.txt, after line 0: a pair is labelled -1, wanted 0 or 1"):
             list(Ijb.read(tmp_path, "ijbc").pairs())
         damage("ijbc_1N_probe_mixed.csv", "4,102,", "four,102,")
         with pytest.raises(ValueError, match=r"probe_mixed\.csv, line 3: .*wanted 'template,person"):

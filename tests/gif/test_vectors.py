@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import hyp0f1
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gif import resume
+from gif.codes import IdentityCodes
 from gif.vectors import CodeVectors, judge_vectors, largest_uniform_cosine, spread_code_vectors, uniform_optimum
 from gif.vectors import spread as spread_module
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
@@ -207,3 +209,32 @@ class TestSpread:
         report = spread_code_vectors(CodeVectors(table), epochs=0)
         assert "neighbor_epochs" in str(report) and report.largest_after == pytest.approx(1)
         assert "neighbor_epochs" not in str(spread_code_vectors(CodeVectors(torch.randn(50, 64)), epochs=1))
+
+
+class TestWithoutWaiting:
+    """On an accelerator a step reads nothing that the host would wait for."""
+
+    def test_repeated_rows_move_as_on_a_cpu(self, monkeypatch):
+        table, labels, gradient = torch.randn(20, 8), torch.tensor([3, 5, 3, 0, 19, 5, 3]), torch.randn(7, 8)
+        gradient[4, 2] = torch.nan
+        expected, given = CodeVectors(table.clone()), CodeVectors(table.clone())
+        assert expected.move_(labels, gradient, 0.1) == 1
+        monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)
+        assert given.move_(labels, gradient, 0.1) == 1
+        assert torch.equal(given.table, expected.table)
+
+    def test_no_value_is_read(self):
+        codes = IdentityCodes(torch.tensor([[i // 5, i % 5] for i in range(20)]), 5)
+        codes.siblings(torch.tensor([0]), 2)  # the order of the codes is there
+        with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+            for name in ("codes", "_order", "_rank"):
+                setattr(codes, name, fake.from_tensor(getattr(codes, name)).to("cuda"))
+            vectors = CodeVectors(torch.empty(20, 8, device="cuda", dtype=torch.bfloat16), normalized=True)
+            labels = torch.empty(6, device="cuda", dtype=torch.int64)
+            assert codes.lookup(labels).shape == (6, 2)
+            assert codes.siblings(labels, 3).shape == (6, 3)
+            assert vectors.lookup(labels).shape == (6, 8)
+            stayed = vectors.move_(labels, torch.empty(6, 8, device="cuda"), 0.1, seed=3)
+            assert stayed.device.type == "cuda"
+            with pytest.raises(DataDependentOutputException):
+                stayed.item()
