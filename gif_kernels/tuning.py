@@ -18,7 +18,7 @@ H100 = "measured, NVIDIA H100 80GB HBM3, 2026-11-26"
 INTERPRETED = "sm_80"
 """The architecture whose tiles a CPU interprets."""
 SHARES_TILES_OF = {
-    "sm_86": "sm_80",  # 99 KiB of shared memory, where sm_80 has 163
+    "sm_86": "sm_80",
     "sm_89": "sm_86",
     "sm_90": "sm_80",
     "sm_100": "sm_80",
@@ -77,10 +77,8 @@ TILES = {
         ("gfx942", 4): Tile(rows=32, columns=32, width=32, warps=4, stages=2),
     },
     "token_margin_forward_wide": {
-        ("sm_80", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=3),
-        ("sm_86", 2): Tile(rows=16, columns=256, width=64, warps=8, stages=2),
+        ("sm_80", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=2),
         ("sm_100", 2): Tile(rows=32, columns=256, width=32, warps=8, stages=3),
-        ("sm_120", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=3),
         ("gfx942", 2): Tile(rows=32, columns=256, width=64, warps=8, stages=2),
         ("sm_80", 4): Tile(rows=16, columns=256, width=32, warps=8, stages=2),
         ("sm_100", 4): Tile(rows=16, columns=256, width=16, warps=8, stages=2),
