@@ -117,7 +117,7 @@ def start(
         with (folder.parent / f"{folder.name}.log{log}").open("wb") as printed:
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # whatever they were
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115 (until it ends)
         os.chdir(folder)
         os.environ["XDG_CACHE_HOME"] = str(folder.parent / "cache")
         torch.set_num_threads(1)

@@ -118,9 +118,9 @@ def read_shards(pattern: str) -> Labelled:
     passed_over = list(PackedStrings(found["passed_over"], found["passed_over_ends"]))
     folder = files[0].path.parent
     if (folder / IDENTITIES).exists() and all(map(_is_number, names)):
-        names, others = read_names(folder, [int(name) for name in names])
-        if others.number:
-            passed_over.append(f"{NAMES_ALONE}: {others}")
+        names, unseen = read_names(folder, [int(name) for name in names])
+        if unseen.number:
+            passed_over.append(f"{NAMES_ALONE}: {unseen}")
     source = ShardImages(files, found["shards"], found["offsets"], found["lengths"])
     if Path(pattern).is_dir():
         beside = {path.name for path in folder.iterdir()} - {file.path.name for file in files} - {IDENTITIES}

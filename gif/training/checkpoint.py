@@ -98,6 +98,8 @@ class Checkpoints:
         state.validations = dict(progress["validations"])
         for name, journal in state.tables.items():
             journal.load(progress["tables"][name])
+        if rank() == 0:
+            self._remove_old(state.tables)  # which a run that was killed here, at its last step, has left
         return _part(tensors, f"random.{rank()}.")
 
     def load_best(self, backbone: nn.Module) -> int:

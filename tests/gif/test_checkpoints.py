@@ -122,6 +122,22 @@ def test_killed_by_the_system_it_continues_bit_by_bit(whole, tmp_path):
     assert_same(run(tmp_path, seed=1), whole)
 
 
+def test_killed_before_the_last_ones_are_removed_they_are_removed_later(tmp_path, monkeypatch):
+    def files_in(folder):
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Checkpoints, "_remove_old", lambda self, _: interrupt() if names(self.folder)[-1].endswith("15") else None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed")
+    assert files_in(tmp_path / "killed") != files_in(tmp_path / "whole")
+    run(tmp_path / "killed")
+    assert files_in(tmp_path / "killed") == files_in(tmp_path / "whole")
+
+
 def test_a_finished_run_trains_no_more(whole, tmp_path):
     run(tmp_path)
     assert_same(run(tmp_path, stop_at=1, seed=1), whole)
