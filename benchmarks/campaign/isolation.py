@@ -60,8 +60,9 @@ class Isolated:
         return process, ours
 
     def _end(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
+        for kill in (os.killpg, os.kill):  # with what it has started; it has no group yet where it has just begun
+            with suppress(ProcessLookupError):
+                kill(self._process.pid, signal.SIGKILL)
         self._process.join()
         self._pipe.close()
 
