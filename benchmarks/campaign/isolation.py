@@ -62,6 +62,7 @@ class Isolated:
     def _end(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
+        self._process.kill()  # which may not have come to lead a group yet
         self._process.join()
         self._pipe.close()
 
