@@ -24,7 +24,7 @@ from gif.vectors.shards import Shards
 KILLS, RIVALS = "kills", "two commands"
 IDENTITIES, IMAGES_EACH, WIDTH = 20, 3, 8
 _MOST_KILLS = 3  # of one command, until it is let to its end
-_FIRST_WORD = "is being written by process"
+_TOLD = "is being written by "
 _WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "campaign.write")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _TRAIN = (
@@ -209,7 +209,8 @@ def _rival(source: Path, name: str, random: Random, folder: Path) -> Found:
     os.kill(first, signal.SIGCONT)
     ended = finish(first, folder, "1")
     what = f"the first stopped before write {at}; the second ended with {second.code}, the first with {ended.code}"
-    told = second.code == MENDABLE_CODE and f"{_FIRST_WORD} {first}" in second.printed
+    whom = (f"process {first}", "another process")  # the latter between the lock and the word in it
+    told = second.code == MENDABLE_CODE and any(f"{_TOLD}{who}" in second.printed for who in whom)
     if ended.code not in (0, MENDABLE_CODE) or not (told or second.code == 0):
         return Found("traceback", f"{what}: {second.printed[-500:]} / {ended.printed[-500:]}")
     if ended.code and second.code:

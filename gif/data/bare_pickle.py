@@ -25,6 +25,7 @@ _FEW_VALUES = 1 << 20  # of any file
 _BYTES_A_VALUE = 16  # of a larger one: an encoded image has hundreds of bytes, and a few dozen opcodes
 _LONGEST_NUMBER = 20  # digits, of 64 bits and a sign
 _LARGEST_NUMBER = 8  # bytes
+_SHOWN = 80  # characters of a name, in a message
 _NUMBERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"b1"}
 
 
@@ -71,6 +72,11 @@ def type_name(value: Any) -> str:
         return value.name
     names = {Array: "ndarray", _DType: "dtype", _Name: "function"}
     return names.get(type(value), type(value).__name__)
+
+
+def _shown(text: str) -> str:
+    """Text of a file as it may stand in a message: short, and in one line that controls no terminal."""
+    return text[:_SHOWN].encode("unicode_escape").decode("ascii")
 
 
 class _Interpreter:
@@ -211,7 +217,7 @@ class _Interpreter:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise InputError(f"it refers to a {type_name(module)} by a {type_name(name)}: it is damaged")
         if (module, name) not in _NAMES:
-            raise InputError(f"it refers to {module}.{name}, which images and truth values do not need")
+            raise InputError(f"it refers to {_shown(f'{module}.{name}')}, which images and truth values do not need")
         self._push(_Name(_NAMES[module, name]))
 
     def _name_in_lines(self) -> None:
@@ -228,7 +234,7 @@ class _Interpreter:
                 self._spend(data=len(text))
                 self._push(text.encode("latin-1"))
             case "encode", (str(), codec):
-                raise InputError(f"the codec {codec} is not allowed")
+                raise InputError(f"the codec {_shown(str(codec))} is not allowed")
             case "bytearray", (bytes(data),):
                 self._push(data)
             case "reconstruct", (_Name("ndarray"), tuple(), str() | bytes()):

@@ -173,16 +173,25 @@ class Ijb:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
             rows = csv.reader(lines)
             try:
-                next(rows, None)
-                for row in filter(None, rows):
-                    template, person = int(row[0]), int(row[1])
-                    if people.setdefault(template, person) != person:
-                        raise InputError(f"template {template} is of person {people[template]} and of {person}")
+                for line, row in enumerate(rows, 1):
+                    if rows.line_num != line:
+                        raise InputError(f"the quotation in line {line} does not end")
+                    if line == 1:
+                        _check_header(row)
+                    elif row:
+                        template, person = int(row[0]), int(row[1])
+                        if people.setdefault(template, person) != person:
+                            raise InputError(f"template {template} is of person {people[template]} and of {person}")
             except (ValueError, IndexError, csv.Error) as error:
                 raise InputError(f"{path}, line {rows.line_num}: {error}; wanted 'template,person,...'") from error
         if not people:
             raise InputError(f"{path} names no template; copy it again")
         return torch.tensor(list(people)), torch.tensor(list(people.values()))
+
+
+def _check_header(row: Sequence[str]) -> None:
+    if row and row[0].strip().isdecimal():
+        raise InputError(f"it begins with {','.join(row)[:80]!r}, wanted a header, which is no row")
 
 
 class IjbFaces(Dataset[tuple[Tensor, int]]):

@@ -338,3 +338,10 @@ def test_a_broken_image_is_named(tmp_path, png):
         list(pairs.batches(2, ImageDecoder(4)))
     with pytest.raises(BrokenImageError, match=r"of 4 images are broken: 1 \(image 1 of pair 1\)"):
         pairs.check(ImageDecoder(4))
+
+
+def test_a_name_in_a_file_controls_no_terminal(tmp_path):
+    (tmp_path / "p.bin").write_bytes("cos\x1b[2J\r\x85".encode() + b"x" * 5000 + b"\nsystem\n.")
+    with pytest.raises(InputError, match=r"refers to os\\x1b\[2J\\r\\x85x+, which") as raised:
+        read_bin(tmp_path / "p.bin")
+    assert len(str(raised.value).splitlines()) == 1 and len(str(raised.value)) < 500

@@ -443,6 +443,19 @@ class TestIjb:
         with pytest.raises(FileNotFoundError, match=r"ijbb_1N_probe_mixed\.csv"):
             evaluate_ijb(Grey(), Ijb.read(folder, "ijbb"), protocols=["1:N"])
 
+    def test_lists_of_people_lose_no_row(self, tmp_path, write_benchmark):
+        """A quotation that does not end takes the rows after it in; a list without a header loses its first."""
+        path = write_benchmark(tmp_path, "ijbc", ("G1", "G2")) / "meta" / "ijbc_1N_gallery_G1.csv"
+        header, *people = path.read_text().splitlines()
+        for lines, message in (
+            ([header.replace("FILE", '"FILE'), *people], "the quotation in line 1 does not end"),
+            ([header, '1,101,"a.jpg', *people[1:]], "the quotation in line 2 does not end"),
+            (people, "line 1: it begins with '1,101,a.jpg', wanted a header"),
+        ):
+            path.write_text("\n".join(lines) + "\n")
+            with pytest.raises(InputError, match=message):
+                Ijb.read(tmp_path, "ijbc").gallery("G1")
+
     def test_damaged_files(self, tmp_path, write_benchmark):
         meta = write_benchmark(tmp_path, "ijbc", ("G1", "G2")) / "meta"
 
