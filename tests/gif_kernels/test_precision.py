@@ -120,7 +120,7 @@ def losses() -> list[Callable[[Tensor, Tensor], Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("power", [-120, -30, -10, 14, 30, 70])  # of 100 a small gradient is no normal float32
+@pytest.mark.parametrize("power", [-70, -30, -10, 14, 30, 70])  # beyond, small numbers are no normal float32
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["tokens", "projected tokens", "contrast"])
 def test_length_is_lost_to_float16_and_direction_is_not(which, power):
     """Rows and centres times a power of two: the same loss, bit by bit, and gradients over it."""
