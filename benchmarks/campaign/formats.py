@@ -272,7 +272,7 @@ _LINES = {
     "ijbc_name_5pts_score.txt": r"\s*\S+(\s+[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?){11}\s*",
     "ijbc_template_pair_label.txt": r"\s*[+-]?\d+\s+[+-]?\d+\s+[+-]?[01]\s*|\s*#.*",
     "ijbc_1N_.*": r'"?\s*[+-]?\d+\s*"?,"?\s*[+-]?\d+\s*"?(,.*)?',
-    "pairs.txt": r"[^\t]+\t[^\t]+\t[01]|.*\s\d+\s*|\s*",
+    "pairs.txt": r"[^\t]+\t[^\t]+\t[01]|.*\s\d+\s*|[\d\s]*",
 }
 """Lines that are what they should be: another digit, or a line less, and no reader can see it."""
 
