@@ -138,7 +138,7 @@ def wait_for_all() -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError unless ``device`` is a name of PyTorch's, and a GPU that it names is there."""
+    """Raise ValueError unless ``device`` is a name of PyTorch's, and what it names is there and can be used."""
     try:
         kind = torch.device(device)
     except RuntimeError as error:
@@ -148,6 +148,10 @@ def check_device(device: str) -> None:
             f'device "{device}" was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs; look at the driver '
             'and at CUDA_VISIBLE_DEVICES, or give "cpu"'
         )
+    try:
+        torch.empty(1, device=kind)
+    except (RuntimeError, AssertionError) as error:  # of another kind, or torch was built without
+        raise InputError(f'device "{device}" cannot be used ({error}); gif doctor says which there are') from error
 
 
 @contextmanager

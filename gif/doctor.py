@@ -17,7 +17,6 @@ PACKAGES = (
     "torchvision",
     "triton",
     "numpy",
-    "safetensors",
     "open_clip_torch",
     "timm",
     "scipy",

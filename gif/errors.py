@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from textwrap import shorten
 
 from gif_kernels.errors import InputError
 
@@ -14,7 +15,15 @@ __all__ = [
     "MissingFileError",
     "OutputError",
     "UnavailableError",
+    "in_short",
 ]
+
+_CHARACTERS = 300
+
+
+def in_short(error: BaseException) -> str:
+    """What a library says of an error, in one line, cut short: it may list every weight, or a whole graph."""
+    return shorten(str(error), _CHARACTERS)
 
 
 class MissingFileError(InputError, FileNotFoundError):

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from gif.backbones import BackboneConfig, load_backbone
-from gif.errors import InputError
+from gif.errors import InputError, in_short
 from gif.files import atomic_path
 from gif.packages import needs
 from gif.progress import say
@@ -25,7 +24,6 @@ from gif.progress import say
 INPUT, OUTPUT = "images", "embeddings"
 CONFIG_KEY = "gif.backbone"
 OPSET = 18
-REASON_CHARACTERS = 300  # of the exporter's message, which may hold a whole graph
 BATCHES = (1, 2, 5)  # that are compared
 TOLERANCE = 1e-4
 """Largest difference of an entry of a unit embedding: float32 sums in another order, through a hundred layers."""
@@ -78,10 +76,9 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        reason = shorten(str(error.__cause__ or error), REASON_CHARACTERS)
         raise InputError(
-            f"PyTorch's exporter does not translate this {config.name} ({reason}); export another network, or this one "
-            "with another version of PyTorch"
+            f"PyTorch's exporter does not translate this {config.name} ({in_short(error.__cause__ or error)}); export "
+            "another network, or this one with another version of PyTorch"
         ) from error
     assert program is not None  # it is for dynamo=False
     proto = program.model_proto

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from gif.errors import InputError
 
-MENDABLE_CODE, INTERRUPTED_CODE, BUG_CODE = 1, 130, 70  # 70: EX_SOFTWARE of sysexits
+MENDABLE_CODE, BUG_CODE = 1, 70  # 70: EX_SOFTWARE of sysexits
 _OF_THE_MACHINE = {  # disks and limits; not every system has each
     getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ENOMEM", "EMFILE", "ENFILE")
 }

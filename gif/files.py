@@ -1,4 +1,9 @@
-"""How this project writes and reads files: whole or not at all, with a checksum, and never a pickle."""
+"""How this project writes and reads files: whole or not at all, with a checksum, and never a pickle.
+
+Tensors are in the safetensors format, which its own library reads too: a test holds them to that. They are written
+here because that library writes neither in a stream, as tables larger than memory need, nor a checksum that covers the
+header; they are read here because of a damaged header it says nothing that its owner could act on.
+"""
 
 from __future__ import annotations
 
@@ -406,6 +411,8 @@ def _location(entry: dict[str, Any], metadata: dict[str, str]) -> TensorLocation
         raise ValueError(f"shape or place {numbers}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - begin} bytes for shape {shape}")
+    if math.prod(filter(None, shape)) > sys.maxsize:  # of no elements, and yet of no tensor's size
+        raise ValueError(f"shape {shape}")
     return TensorLocation(begin, tuple(shape), dtype, metadata)
 
 
@@ -441,10 +448,16 @@ def check_mapped(tensor: Tensor) -> None:
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return
     pages = _MAPPED.get(tensor.untyped_storage().data_ptr())
-    if pages is not None and pages.size() < len(pages):
+    if pages is not None:
+        check_length(pages.path, pages, len(pages))
+
+
+def check_length(path: Path, pages: mmap.mmap, length: int) -> None:
+    """Raise DamagedFileError if a mapped file has fewer than ``length`` bytes by now: to look there is a bus error."""
+    if (size := pages.size()) < length:
         raise DamagedFileError(
-            f"{pages.path} was shortened while it was in use: {pages.size():,} bytes, {len(pages):,} when it was "
-            "opened; copy or make it again, and leave it alone while a command reads it"
+            f"{path} was shortened while it was in use: {size:,} bytes, {length:,} when it was opened; copy or make it "
+            "again, and leave it alone while a command reads it"
         )
 
 

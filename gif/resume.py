@@ -91,8 +91,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     record = folder / RECORD
     if record.exists():
-        read_json(record)
-        if other := differences(record.read_text(encoding="utf-8"), json.dumps(settings, indent=2)):
+        if other := differences(json.dumps(read_json(record)), json.dumps(settings)):
             raise InputError(
                 f"{folder} holds a run with other settings ({other}; all of them are in {record}); give the settings "
                 "and the input it had to continue it, or another --output"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import zipfile
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 
-from gif.errors import InputError
+from gif.errors import InputError, in_short
 from gif.files import existing_file
 
-_REASON_CHARACTERS = 300  # of torch's message, which may name every object
 _READ_BYTES = 1 << 24
 _DAMAGES = (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError)
 """What zipfile raises of damaged archives: a flipped bit says that a member is encrypted, or lies before the file."""
@@ -32,8 +30,9 @@ def load_pytorch(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
-        reason = shorten(str(error), _REASON_CHARACTERS)
-        raise InputError(f"{path} is damaged or more than tensors ({reason}); save the state dict alone") from error
+        raise InputError(
+            f"{path} is damaged or more than tensors ({in_short(error)}); save the state dict alone"
+        ) from error
 
 
 def check_pytorch(path: Path) -> None:

@@ -53,9 +53,8 @@ class _RowGradients(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        (gradients,) = (
-            ctx.saved_tensors
-        )  # first: a checkpointed forward pass is repeated here, and must find all as it was
+        # first: a checkpointed forward pass is repeated here, and must find all as it was
+        (gradients,) = ctx.saved_tensors
         if ctx.then is not None:
             ctx.then()
             ctx.then = None

@@ -1,8 +1,7 @@
 """What the losses over cosines share in Triton: margins, gathered rows, the reduction, and gradients through cosines.
 
 A row x and a centre w meet in c = (x / ||x||) . (w / ||w||). A loss leaves dloss/dc, the slopes (B, T, N), for each of
-T rows a sample and N centres a row; from there both gradients are the same for every loss. Choices in
-token_margin/README.md.
+T rows a sample and N centres a row; from there both gradients follow. Choices in token_margin/README.md.
 """
 
 from __future__ import annotations

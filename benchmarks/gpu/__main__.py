@@ -25,7 +25,7 @@ from benchmarks.gpu.plan import NO_DEVICE, STAGES, Stage, limit
 from benchmarks.gpu.records import ENDED, FILE, ROOT, Recorder, environment, read_records, screen
 
 NEEDED = (
-    *("torch", "triton", "numpy", "safetensors", "rich", "scipy", "matplotlib", "fontTools", "PIL", "joblib"),
+    *("torch", "triton", "numpy", "rich", "scipy", "matplotlib", "fontTools", "PIL", "joblib"),
     *("filelock", "psutil", "pynvml", "pytest"),
 )
 """By the stages."""

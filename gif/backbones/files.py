@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from gif.backbones.config import BackboneConfig
 from gif.backbones.iresnet import BLOCKS, WIDTHS
 from gif.backbones.shapes import STRIDE
 from gif.data.identities import Identities
-from gif.errors import InputError
+from gif.errors import InputError, in_short
 from gif.files import existing_file, load_tensors, save_tensors
 from gif.weights import load_pytorch
 
@@ -28,7 +27,6 @@ PYTORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02")  # a zip archive, and a pickle
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DataParallel and DistributedDataParallel, torch.compile, FSDP and checkpointing put into parameters' names."""
 FIRST_CONVOLUTION, LAST_LAYER = "conv1.weight", "fc.weight"  # of an IResNet
-_CHARACTERS = 300  # of a library's message, which may list every weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +179,7 @@ def _filled(path: str | Path, config: BackboneConfig, tensors: dict[str, Tensor]
         backbone = config.build()
         backbone.load_state_dict(tensors)
     except (RuntimeError, TypeError) as error:
-        reason = shorten(str(error), _CHARACTERS)
-        raise InputError(f"{path} does not fit the backbone it names ({reason}); another version wrote it") from error
+        raise InputError(
+            f"{path} does not fit the backbone it names ({in_short(error)}); another version wrote it"
+        ) from error
     return backbone.eval()

@@ -10,6 +10,7 @@ from torch import Tensor
 from gif.codes.balanced import block_floats
 from gif.codes.identity_codes import LARGEST_VOCAB, IdentityCodes, check_code_space, code_length
 from gif.codes.tree import ALIGNMENTS, Alignment, Cutting, root
+from gif.distributed import check_device
 from gif.errors import InputError
 from gif.progress import progress
 from gif.resume import UnfinishedWork
@@ -137,12 +138,8 @@ def working_device(table: Tensor, device: str | torch.device | None) -> torch.de
     if device == "auto":
         fits = torch.cuda.is_available() and not _lacking(table, torch.device("cuda"))
         return torch.device("cuda" if fits else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}, wanted cpu, cuda or auto") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {chosen} and no GPU is there, or its driver is missing; take cpu or auto")
+    check_device(str(device))
+    chosen = torch.device(device)
     if chosen.type == "cuda" and (lacking := _lacking(table, chosen)):
         raise InputError(f"{tuple(table.shape)} vectors of {table.dtype} {lacking} on {chosen}; take cpu, or float16")
     return chosen

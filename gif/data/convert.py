@@ -113,7 +113,7 @@ class PngImages:
         return f"image {row}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr(list(self._images.names)).encode()).hexdigest()[:32]
+        return self._images.names.fingerprint[:32]
 
 
 def _write(

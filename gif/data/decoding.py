@@ -128,10 +128,12 @@ def check_max_pixels(max_pixels: int) -> None:
     with needs("pillow", "reading images"):
         from PIL import Image
     most = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
-    if max_pixels < 1 or (most is not None and max_pixels > most):
+    if max_pixels < 1:
+        raise InputError(f"max_pixels must be at least 1, got {max_pixels:,}; {MAX_PIXELS:,} are the default")
+    if most is not None and max_pixels > most:
         raise InputError(
-            f"max_pixels must be from 1 to {most:,}, got {max_pixels:,}; Pillow opens no more unless "
-            "PIL.Image.MAX_IMAGE_PIXELS is raised"
+            f"max_pixels must be at most {most:,}, which Pillow opens, got {max_pixels:,}; give fewer, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
         )
 
 

@@ -15,6 +15,7 @@ from gif.data.identities import Names
 from gif.data.images import IdentityDataset
 from gif.data.listing import Tally
 from gif.data.shared_memory import check_workers, shared_flags
+from gif.data.workers import leave_signals_to_the_command
 from gif.errors import InputError
 from gif.progress import progress
 
@@ -173,7 +174,8 @@ def check_identities(data: EncodedImages, indices: Tensor, workers: int = 0) -> 
     left = indices
     while len(left):
         labels, of_label = data.labels[left].unique(return_inverse=True)
-        first = left[len(left) - 1 - _last_places(of_label.flip(0), len(labels))]
+        places = torch.full(labels.shape, len(left))
+        first = left[places.scatter_reduce_(0, of_label, torch.arange(len(left)), "amin")]
         read_all(data, first, workers, "looking at an image of each identity")
         unread = data.broken(first)
         left = left[torch.isin(data.labels[left], labels[unread]) & ~torch.isin(left, first)]
@@ -185,11 +187,6 @@ def check_identities(data: EncodedImages, indices: Tensor, workers: int = 0) -> 
         )
 
 
-def _last_places(numbers: Tensor, count: int) -> Tensor:
-    """Where each of the numbers in [0, count), which are all there, comes last."""
-    return torch.zeros(count, dtype=torch.int64).scatter_reduce_(0, numbers, torch.arange(len(numbers)), "amax")
-
-
 def read_all(data: EncodedImages, indices: Tensor, workers: int, description: str) -> None:
     """Decode some images (k,), so that `EncodedImages.broken` knows of each."""
     check_workers(workers, _BATCH, data.image_shape)
@@ -199,6 +196,7 @@ def read_all(data: EncodedImages, indices: Tensor, workers: int, description: st
         batch_sampler=(batch.tolist() for batch in batches),
         num_workers=workers,
         collate_fn=data.collate,
+        worker_init_fn=leave_signals_to_the_command,
         generator=torch.Generator(),
     )
     with progress(description, len(indices), "images") as advance:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,14 +75,10 @@ def read_folder(path: str | Path) -> Labelled:
             f"no folder below {root} holds images ({', '.join(SUFFIXES)}); wanted one folder an identity{found}"
         )
     if len(set(names)) < len(names):
-        raise InputError(f"two folders below {root} are both called {_repeated(names)!r} as UTF-8; rename one")
+        ((name, _),) = Counter(names).most_common(1)
+        raise InputError(f"two folders below {root} are both called {name!r} as UTF-8; rename one")
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor(counts))
     return Labelled(source, labels, names, walk.passed_over())
-
-
-def _repeated(names: list[str]) -> str:
-    seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
 
 
 def _leads_to(entry: os.DirEntry[str], itself: Callable[..., bool], what_it_links: Callable[[str], bool]) -> bool:

@@ -35,10 +35,7 @@ class Names(PackedStrings):
     @classmethod
     def of(cls, strings: Iterable[str]) -> Names:
         """The strings packed, or as they are if they are packed names; numbers as their digits."""
-        if isinstance(strings, Names):
-            return strings
-        packed = cls.pack(map(str, strings))
-        return cls(packed.data, packed.ends)
+        return strings if isinstance(strings, Names) else cls.pack(map(str, strings))
 
     def __getitem__(self, index: int | slice) -> Any:
         """A name, or a list of some."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from gif.data.identities import DIGEST_BYTES, Identities, Names
 from gif.errors import InputError
+from gif_kernels import checks
 
 SPLIT_BY = "BLAKE2b of each name"  # raise it to refuse runs whose identities were split in another way
 _SAMPLE = 8192  # images that tell one data set from another
@@ -38,20 +39,19 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         origin: the data set's name or path, where it was opened by one.
         splits: how many splits this part is the outcome of.
 
-    Raises ValueError where shapes disagree, a label is outside [0, len(names)) or a row outside [0, N).
+    Raises TypeError for labels or rows that are not integers, ValueError where shapes disagree, a label is outside
+    [0, len(names)) or a row outside [0, N).
     """
 
     origin = ""
     splits = 0
 
     def __init__(self, labels: Tensor, names: Sequence[str], rows: Tensor | None, stored: int) -> None:
-        rows = torch.arange(stored) if rows is None else rows.long()
+        rows = torch.arange(stored) if rows is None else rows
         if labels.shape != rows.shape:
             raise InputError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
-        _check_range("labels", labels, len(names), "number the identities from 0")
-        _check_range("rows", rows, stored, "name images that there are")
-        self._rows = rows
-        self.labels = labels.long()
+        self.labels = _whole_numbers("labels", labels, len(names), "number the identities from 0")
+        self._rows = _whole_numbers("rows", rows, stored, "name images that there are")
         self.names = Names.of(names)
 
     @property
@@ -276,6 +276,11 @@ def check_held_out(held_out: float) -> None:
         )
 
 
-def _check_range(what: str, values: Tensor, end: int, advice: str) -> None:
+def _whole_numbers(what: str, values: Tensor, end: int, advice: str) -> Tensor:
+    """``values``, integers of any dtype in [0, end), as int64."""
+    if values.dtype not in checks.INTEGER:
+        raise TypeError(f"{what} must be an integer tensor, got {values.dtype}; convert it")
+    values = values.long()
     if len(values) and not (int(values.min()) >= 0 and int(values.max()) < end):
         raise InputError(f"{what} must lie in [0, {end}), got [{int(values.min())}, {int(values.max())}]; {advice}")
+    return values

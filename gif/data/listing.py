@@ -34,6 +34,11 @@ class Tally:
         if len(self.first) < NAMED:
             self.first.append(printable(name))
 
+    def add_all(self, others: Tally) -> None:
+        """Those that follow."""
+        self.number += others.number
+        self.first = [*self.first, *others.first][:NAMED]
+
     @property
     def names(self) -> str:
         """The first names, and whether there are more."""

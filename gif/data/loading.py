@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from gif.data.folder import read_folder
 from gif.data.glyphs import all_glyphs
 from gif.data.glyphs_80k import all_glyphs_80k
 from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, check_held_out, split_identities
+from gif.data.listing import as_utf8
 from gif.data.records import read_records
 from gif.data.shards import COMPRESSED, read_shards
 from gif.errors import InputError
@@ -91,7 +91,7 @@ def open_data(
         on_broken=on_broken,
         passed_over=found.passed_over,
     )
-    images.origin = os.fsencode(Path(data).resolve()).decode(errors="replace")  # it goes into files, as UTF-8
+    images.origin = as_utf8(str(Path(data).resolve()))  # it goes into files
     return images
 
 

@@ -252,14 +252,13 @@ def _scan(file: MappedFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _heads(file: MappedFile, offsets: NDArray[np.int64]) -> dict[str, NDArray]:
     """Of the record at each offset: its label float32, whether it is empty, without image, and where it ends."""
-    raw = np.memmap(file.path, np.uint8, "r")
     found: dict[str, list[NDArray]] = {"label": [], "empty": [], "end": []}
     order = offsets.argsort()  # the file is read once from front to back
     with progress("reading labels", len(offsets), "records") as advance:
         for begin in range(0, len(offsets), _BLOCK):
             some = offsets[order[begin : begin + _BLOCK]]
             places = np.minimum(some[:, None] + np.arange(_HEAD.itemsize), file.size - 1)
-            heads = raw[places].view(_HEAD)[:, 0]
+            heads = np.frombuffer(file.pages(), np.uint8)[places].view(_HEAD)[:, 0]
             kind, length = heads["lrec"] >> _LENGTH_BITS, (heads["lrec"] & _LONGEST).astype(np.int64)
             whole = (heads["magic"] == MAGIC) & (kind == _WHOLE) & (length >= _HEADER.size)
             whole &= some + _PART.size + length <= file.size

@@ -140,7 +140,7 @@ class _Shard:
     offsets: Tensor
     lengths: Tensor
     identities: list[str]
-    passed_over: dict[str, list[str]]
+    passed_over: dict[str, Tally]
 
 
 def cpu_count() -> int:
@@ -155,9 +155,12 @@ def _find_images(files: list[MappedFile]) -> dict[str, Tensor]:
         from joblib import Parallel, delayed
     jobs = max(1, min(cpu_count(), len(files) // _SHARDS_A_PROCESS))
     shards: list[_Shard] = []
+    reasons = _no_tallies()
     with progress("looking into shards", len(files), "shards") as advance:
         for shard in Parallel(jobs, return_as="generator")(delayed(_read_shard)(file) for file in files):
             shards.append(shard)
+            for reason, tally in shard.passed_over.items():
+                reasons[reason].add_all(tally)
             advance(1)
     identities = [name for shard in shards for name in shard.identities]
     if not identities:
@@ -166,11 +169,7 @@ def _find_images(files: list[MappedFile]) -> dict[str, Tensor]:
     names = sorted(set(identities), key=int if numeric else None)
     numbers = {name: number for number, name in enumerate(names)}
     packed = PackedStrings.pack(names)
-    passed_over = PackedStrings.pack(
-        f"{reason}: {tally}"
-        for reason in shards[0].passed_over
-        if (tally := Tally.of(name for shard in shards for name in shard.passed_over[reason])).number
-    )
+    passed_over = PackedStrings.pack(f"{reason}: {tally}" for reason, tally in reasons.items() if tally.number)
     return {
         "shards": torch.arange(len(files)).repeat_interleave(torch.tensor([len(shard.offsets) for shard in shards])),
         "offsets": torch.cat([shard.offsets for shard in shards]),
@@ -183,21 +182,25 @@ def _find_images(files: list[MappedFile]) -> dict[str, Tensor]:
     }
 
 
+def _no_tallies() -> dict[str, Tally]:
+    return {_NO_IMAGES: Tally(), _FOREIGN_FILES: Tally(), _LABELS_ALONE: Tally()}
+
+
 def _read_shard(file: MappedFile) -> _Shard:
-    passed_over: dict[str, list[str]] = {_NO_IMAGES: [], _FOREIGN_FILES: [], _LABELS_ALONE: []}
+    passed_over = _no_tallies()
     used = []
     for member in _members(file):
         if any(map(is_foreign, member.path.parts)):
-            passed_over[_FOREIGN_FILES].append(str(member.path))
+            passed_over[_FOREIGN_FILES].add(str(member.path))
         elif member.path.suffix.lower() not in (*SUFFIXES, *_LABELS):
-            passed_over[_NO_IMAGES].append(str(member.path))
+            passed_over[_NO_IMAGES].add(str(member.path))
         else:
             used.append(member)
     offsets, lengths, identities = [], [], []
     for key, kinds in _samples(used):
         images = [place for kind, place in kinds.items() if f".{kind}".endswith(SUFFIXES)]
         if not images:
-            passed_over[_LABELS_ALONE].append(key)
+            passed_over[_LABELS_ALONE].add(key)
             continue
         identity = _identity(file, key, kinds)
         for offset, length in images:

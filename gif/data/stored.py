@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import torch
 from filelock import FileLock
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gif.data.cache import cache_folder
 from gif.errors import InputError, OutputError
-from gif.files import existing_file, load_tensors, save_tensors
+from gif.files import check_length, existing_file, load_tensors, save_tensors
 from gif.progress import say
 
 OPEN_FILES = 256  # of each process, so that thousands of shards do not use up its descriptors
@@ -47,15 +48,13 @@ class MappedFile:
             raise InputError(
                 f"{self.path} is truncated: {self.size:,} bytes, wanted {offset + length:,}; copy or make it again"
             )
-        if not length:
-            return b""
+        return self.pages()[offset : offset + length] if length else b""
+
+    def pages(self) -> mmap.mmap:
+        """The memory map of all of it. Raises ValueError where the file was shortened since it was found."""
         pages = _map(self)
-        if (size := pages.size()) < self.size:  # to look behind its end would be a bus error
-            raise InputError(
-                f"{self.path} was shortened while it was in use: {size:,} bytes, {self.size:,} when it was opened; "
-                "copy or make it again, and leave it alone while a command reads it"
-            )
-        return pages[offset : offset + length]
+        check_length(self.path, pages, self.size)
+        return pages
 
 
 @lru_cache(maxsize=OPEN_FILES)
@@ -76,7 +75,7 @@ class PackedStrings(Sequence[str]):
         self.data, self.ends = data, ends
 
     @classmethod
-    def pack(cls, strings: Iterable[str]) -> PackedStrings:
+    def pack(cls, strings: Iterable[str]) -> Self:
         data, ends = bytearray(), array("q")
         for string in strings:
             data += string.encode("utf-8", "surrogateescape")

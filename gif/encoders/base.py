@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gif.errors import InputError, UnavailableError
+from gif.errors import InputError, UnavailableError, in_short
 from gif.packages import needs
 
 Precision = Literal["fp32", "bf16"]
-_REASON_CHARACTERS = 300  # of a library's message, which may list every weight
 
 
 class Encoder(Protocol):
@@ -138,7 +136,7 @@ def loading(what: str, file: Path | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # pickle's, safetensors', the hub's and its HTTP client's: they share no other class
-        reason = shorten(str(error), _REASON_CHARACTERS)
+        reason = in_short(error)
         if file is None:
             raise UnavailableError(
                 f"cannot load {what} from its hub; check the network, or download the weights elsewhere and give the "

@@ -103,7 +103,9 @@ def _unseen(
     another data set was trained on, they may be others: that is said, and they are judged.
     """
     if trained_on is None:
-        say(f"{model} does not say whom it was trained on: whether any of those judged were among them is not known")
+        _say_once(
+            f"{model} does not say whom it was trained on: whether any of those judged were among them is not known"
+        )
         return images, 0
     seen = torch.isin(images.names.digests(), trained_on.digests)
     count = int(seen.sum())
@@ -114,7 +116,7 @@ def _unseen(
         f"trained on ({quote_some(images.names, seen.numpy())})"
     )
     if overlap == "drop":
-        say(f"{told}: they are left out")
+        _say_once(f"{told}: they are left out")
         return images.of_identities((~seen).nonzero().flatten()), 0
     numbers = all(name.isdecimal() for name in images.names.where(seen))
     elsewhere = numbers and trained_on.data != images.origin
@@ -123,8 +125,14 @@ def _unseen(
             f"{told}, and the judgement would not be one of identities never seen; give the data and the held_out of "
             "training, or --overlap drop to leave them out, or --overlap keep where they are others or it is meant so"
         )
-    say(f"{told}: unless they are others, this is no judgement of identities never seen")
+    _say_once(f"{told}: unless they are others, this is no judgement of identities never seen")
     return images, count
+
+
+def _say_once(text: str) -> None:
+    """Of what all processes know alike, the first speaks."""
+    if rank() == 0:
+        say(text)
 
 
 def write_outcomes(outcomes: Sequence[Outcome], folder: Path, settings: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from gif.data.augment import normalize_pixels
 from gif.data.images import IdentityDataset
 from gif.data.shared_memory import check_workers
+from gif.data.workers import leave_signals_to_the_command
 from gif.distributed import gather_rows, rank, world_size
 from gif.errors import InputError
 from gif.progress import progress
@@ -61,18 +62,20 @@ class Embedder:
 
         ``backbone`` takes images (B, c, h, w) in [-1, 1]. torch's default generator is left as it is.
 
-        Raises ValueError where there are fewer images than processes, or the shared memory is too small for workers.
+        Raises ValueError where there are fewer images than processes, none of a share can be read, or the shared memory
+        is too small for workers.
         """
         check_workers(self.workers, self.batch_size, images.image_shape)
         if len(images) < world_size():
             raise InputError(f"{description}: {len(images)} images for {world_size()} processes; start fewer")
-        own = range(rank(), len(images), world_size())
+        own, read = range(rank(), len(images), world_size()), 0
         loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             images,  # type: ignore[arg-type]  # a Dataset in all but name
             self.batch_size,
             sampler=own,
             num_workers=self.workers,
             collate_fn=_collate,
+            worker_init_fn=leave_signals_to_the_command,
             generator=torch.Generator(),
         )
         with evaluating(backbone, self.device) as network, progress(description, len(own), "images") as advance:
@@ -80,6 +83,9 @@ class Embedder:
                 if len(numbers):
                     yield numbers, embed_batch(network, batch.to(self.device), flip=self.flip)
                     advance(len(numbers))
+                    read += len(numbers)
+        if not read:
+            raise InputError(f"{description}: none of {len(own):,} images can be read; replace them")
 
     def all_shares(self, backbone: nn.Module, images: NumberedImages, description: str) -> tuple[Tensor, Tensor]:
         """What all processes embedded, on the CPU of each: numbers (n,), ascending, and embeddings (n, d).

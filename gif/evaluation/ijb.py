@@ -289,8 +289,8 @@ def evaluate_ijb(
     Broken images are left out, named and counted: a template is then what its others make it, and one without any
     others is zero, like nobody.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, or where none of a batch of at least 8
-    images can be read.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, or where none of a process's images can
+    be read, or of a batch of at least 8.
     """
     ijb.check(protocols)
     embedder = Embedder(flip, batch_size, workers, device)
@@ -332,10 +332,6 @@ def _leave_out(
     ijb = faces.ijb
     if not broken.any():
         return []
-    if broken.all():
-        raise InputError(
-            f"none of the {len(broken):,} images in {ijb.folder / 'loose_crop'} can be read; copy them again"
-        )
     rest = torch.isin(ijb.template_ids, ijb.template_ids[broken]) & ~broken
     others = None
     if rest.any():

@@ -27,6 +27,7 @@ from gif.evaluation.verification import (
     FOLDS,
     Roc,
     check_fars,
+    known,
     require_both,
     resolution,
     tar_at,
@@ -69,10 +70,9 @@ class Judgement:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curve, fit for JSON: NaN, and TAR at a FAR that nobody can know, become None."""
-        low = unresolved(list(self.tar), self.impostor)
         return {
             "rank1": self.rank1,
-            "tar": {f"{far:g}": None if far in low else tar for far, tar in self.tar.items()},
+            "tar": known(self.tar, self.impostor),
             "pair_accuracy": None if math.isnan(self.pair_accuracy) else self.pair_accuracy,
             "pair_std": None if math.isnan(self.pair_std) else self.pair_std,
             "genuine": self.genuine,

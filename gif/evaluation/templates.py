@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from gif.distributed import sum_over_processes
 from gif.errors import InputError
 from gif.evaluation.identification import whole_numbers
-from gif.evaluation.verification import Roc, check_fars, roc, tar_at, thin, truth_values, turns, unresolved
+from gif.evaluation.verification import Roc, check_fars, known, roc, tar_at, thin, truth_values, turns
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """The false-accept rates IJB results are given at."""
@@ -40,7 +40,10 @@ class Templates:
     features: Tensor
 
     def rows(self, ids: ArrayLike | Tensor) -> Tensor:
-        """Which row of ``features`` each of ``ids`` (n,) is, (n,) int64. Raises ValueError for an unknown template."""
+        """Which row of ``features`` each of ``ids`` (n,) is, (n,) int64.
+
+        Raises TypeError unless they are integers, ValueError for an unknown template.
+        """
         wanted = whole_numbers("ids", ids).contiguous()
         rows = torch.searchsorted(self.ids, wanted).clamp_(max=len(self.ids) - 1)
         unknown = self.ids[rows] != wanted
@@ -66,7 +69,7 @@ class TemplateSums:
 
     Memory is a vector of float64 for each template, and a few numbers for each image.
 
-    Raises ValueError where shapes disagree, or a weight is NaN or infinite.
+    Raises TypeError for ids that are not integers, ValueError where shapes disagree, or a weight is NaN or infinite.
     """
 
     def __init__(
@@ -103,9 +106,9 @@ class TemplateSums:
 
     def gather(self, device: str | torch.device) -> None:
         """Add up what the processes of a group have, each some images; ``device`` suits the group. Alone: nothing."""
-        if self._sums is not None:
-            self._times = sum_over_processes(self._times.to(device)).cpu()
-            self._sums = sum_over_processes(self._sums.to(device)).cpu()
+        assert self._sums is not None  # each process added some
+        self._times = sum_over_processes(self._times.to(device)).cpu()
+        self._sums = sum_over_processes(self._sums.to(device)).cpu()
 
     def leave_out(self, images: Tensor, others: TemplateSums | None) -> Tensor:
         """Make the templates of some images (n,) bool, which were not added, of their other images alone.
@@ -150,7 +153,7 @@ def template_features(
 
     Returns vectors in the order of their template ids, float64 where the features are, else float32.
 
-    Raises ValueError where shapes disagree, or for NaN or infinity.
+    Raises TypeError for ids that are not integers, ValueError where shapes disagree, or for NaN or infinity.
     """
     vectors = torch.as_tensor(features)
     sums = TemplateSums(template_ids, media_ids, faceness)
@@ -172,9 +175,7 @@ class TemplateVerification:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curve, fit for JSON: None is the TAR at a FAR that the impostor pairs do not resolve."""
-        low = unresolved(list(self.tar), self.impostor)
-        tar = {f"{far:g}": None if far in low else value for far, value in self.tar.items()}
-        return {"tar": tar, "genuine": self.genuine, "impostor": self.impostor}
+        return {"tar": known(self.tar, self.impostor), "genuine": self.genuine, "impostor": self.impostor}
 
 
 def verify_templates(

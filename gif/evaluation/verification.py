@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,6 +151,12 @@ def turns(curve: Roc, genuine: int, impostor: int) -> Roc:
 def unresolved(fars: Sequence[float], impostors: int) -> list[float]:
     """Which false-accept rates above 0 are below one of ``impostors`` pairs, so that no threshold has them."""
     return [far for far in fars if 0 < far * impostors < 1 - RATE_ROUNDING]
+
+
+def known(tar: Mapping[float, float], impostors: int) -> dict[str, float | None]:
+    """TAR at each FAR, fit for JSON: None where ``impostors`` pairs do not resolve the FAR."""
+    low = unresolved(list(tar), impostors)
+    return {f"{far:g}": None if far in low else share for far, share in tar.items()}
 
 
 def resolution(fars: Sequence[float], impostors: int) -> str:

@@ -108,7 +108,7 @@ def _as_loaders_give_them(labels: Tensor) -> Tensor:
         labels = labels.squeeze(1)
     if labels.dtype not in (torch.float32, torch.float64):
         return labels
-    whole = (labels == labels.trunc()) & (labels.abs() * torch.finfo(labels.dtype).eps < 1)
+    whole = (labels == labels.trunc()) & (labels.abs() * torch.finfo(labels.dtype).eps < 2)
     checks.require(whole.all(), f"labels in {labels.dtype} must be whole numbers that it tells apart; give int64")
     return labels.long()
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gif.distributed import first_decides, gather_objects, rank, wait_for_all
-from gif.errors import DamagedFileError, InputError, MissingFileError
+from gif.errors import DamagedFileError, InputError, MissingFileError, in_short
 from gif.files import check_file, fsync, load_tensors, read_metadata, remove_temporaries, save_tensors
 from gif.progress import say
 from gif.training.journal import TableJournal
@@ -25,7 +24,6 @@ from gif.training.journal import TableJournal
 FORMAT = "gif.training_state/2"
 STATE = "state.safetensors"
 _PICKLED = (".metadata", "progress.safetensors")  # of version 1, which torch.distributed.checkpoint wrote
-_REASON_CHARACTERS = 300  # of torch's message, which may list every weight
 
 
 @dataclass
@@ -79,8 +77,10 @@ class Checkpoints:
         damaged are named and removed, as are those after the one that is restored.
 
         Raises DamagedFileError, and removes nothing, where there are checkpoints and none is whole; InputError if it is
-        of a run with another number of steps, of another network, or of a version that kept pickles.
+        of a run with another number of steps, of another network, or of a version that kept pickles, or where the
+        model's state is not tensors alone, which `save` could not write.
         """
+        _model_state(state)
         place = first_decides(lambda: self._newest_whole(state.tables))
         if place is None:
             return {}
@@ -123,45 +123,36 @@ class Checkpoints:
         for left in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(left, ignore_errors=True)
         damaged: dict[Path, DamagedFileError | MissingFileError] = {}
-        whole = [place for place in reversed(self._places()) if self._is_whole(place, damaged)]
-        newest = next((place for place in whole if self._has_tables(place, tables, damaged)), None)
+        newest: Path | None = None
+        for place in reversed(self._places()):
+            try:
+                files = self._check(place)
+                if newest is None:
+                    for name, journal in tables.items():
+                        journal.check(files[name])
+                    newest = place
+            except (DamagedFileError, MissingFileError) as error:
+                damaged[place] = error
         if newest is None and damaged:
             first = next(iter(damaged.values()))
             raise DamagedFileError(
                 f"{first}: no checkpoint in {self.folder} is whole; remove that folder to begin anew"
             ) from first
-        for place, error in damaged.items():
-            if place not in whole or (newest is not None and place > newest):
-                say(f"{error}: {place.name} is removed, and the run continues from {newest and newest.name}")
-                _remove(place)
+        for place, reason in damaged.items():
+            say(f"{reason}: {place.name} is removed, and the run continues from {newest and newest.name}")
+            _remove(place)
         return newest
 
-    def _is_whole(self, place: Path, damaged: dict[Path, DamagedFileError | MissingFileError]) -> bool:
+    def _check(self, place: Path) -> dict[str, list[str]]:
+        """The journals' files that a checkpoint names; raises unless its own file is whole."""
         if not (place / STATE).exists() and any((place / name).exists() for name in _PICKLED):
             raise InputError(
                 f"{place} is a checkpoint of an older version, which kept it as a pickle, and a pickle is not read; "
                 f"finish the run with the version that began it, or remove {self.folder} to begin anew"
             )
-        try:
-            check_file(place / STATE)
-            _read_progress(place)
-        except (DamagedFileError, MissingFileError) as error:
-            damaged[place] = error
-        return place not in damaged
-
-    def _has_tables(
-        self,
-        place: Path,
-        tables: Mapping[str, TableJournal],
-        damaged: dict[Path, DamagedFileError | MissingFileError],
-    ) -> bool:
-        files = _read_progress(place)["tables"]
-        try:
-            for name, journal in tables.items():
-                journal.check(files[name])
-        except (DamagedFileError, MissingFileError) as error:
-            damaged[place] = error
-        return place not in damaged
+        check_file(place / STATE)
+        files: dict[str, list[str]] = _read_progress(place)["tables"]
+        return files
 
     def _write(self, state: TrainingState, random: list[dict[str, Tensor]]) -> None:
         place = self.folder / f"step-{state.step:09d}"
@@ -176,7 +167,7 @@ class Checkpoints:
             "tables": {name: journal.save(state.step) for name, journal in state.tables.items()},
             "validations": list(state.validations.items()),
         }
-        tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in _model_state(state).items()}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
         tensors |= {f"random.{of}.{kind}": value for of, kinds in enumerate(random) for kind, value in kinds.items()}
         tensors["losses"] = state.losses
@@ -225,6 +216,14 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
+def _model_state(state: TrainingState) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = state.model.state_dict()
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"the state of {name} is a {type(value).__name__}; checkpoints keep tensors alone")
+    return tensors
+
+
 def _optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What the optimizer keeps of each parameter: tensors by parameter.key, and what is no tensor by parameter and key.
 
@@ -270,9 +269,8 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = shorten(str(error), _REASON_CHARACTERS)
         raise InputError(
-            f"{place} is of another backbone or head ({reason}); give the same arguments, or another folder"
+            f"{place} is of another backbone or head ({in_short(error)}); give the same arguments, or another folder"
         ) from error
 
 

@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader
 from gif.data.augment import RandomAffine, normalize_pixels
 from gif.data.images import IdentityDataset
 from gif.data.shared_memory import check_workers
-from gif.distributed import broadcast_buffers, least_of_processes, mean_over_processes, rank, replicate, world_size
+from gif.data.workers import leave_signals_to_the_command
+from gif.distributed import (
+    broadcast_buffers,
+    check_device,
+    least_of_processes,
+    mean_over_processes,
+    rank,
+    replicate,
+    world_size,
+)
 from gif.errors import DivergedError, InputError, Interrupted
 from gif.losses import GIFLoss, MarginSoftmax
 from gif.ownership import hold
@@ -31,7 +40,7 @@ from gif.training.journal import TableJournal
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, begin_epoch
 from gif.training.statistics import RunningStatistics
-from gif.training.stop import StopRequest, leave_signals_to_the_trainer
+from gif.training.stop import StopRequest
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
@@ -310,10 +319,7 @@ def check_training(
     head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, *, tensorboard: str | Path | None = None
 ) -> None:
     """Raise ValueError where data, device, batch, processes and packages do not fit, as `train` does, before work."""
-    try:
-        torch.empty(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # no driver, or torch was built without
-        raise InputError(f"device {config.device} cannot be used: {error}; gif doctor says which there are") from error
+    check_device(config.device)
     if len(dataset) < config.batch_size:
         raise InputError(f"the data set has {len(dataset)} images, fewer than a batch of {config.batch_size}")
     processes = world_size()
@@ -366,7 +372,7 @@ def _loader(
         num_workers=config.workers,
         collate_fn=dataset.collate,
         pin_memory=config.device == "cuda",
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=leave_signals_to_the_command,
         generator=torch.Generator().manual_seed(loader_seed),
     )
 

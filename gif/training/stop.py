@@ -8,11 +8,11 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from gif.data.workers import SIGNALS
 from gif.distributed import gather_objects, rank, world_size
 from gif.errors import Interrupted
 from gif.progress import say
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO = 3.0  # seconds in which a signal may come again through a launcher
 
 
@@ -63,9 +63,3 @@ class StopRequest:
     def _restore(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """In a process that reads images: a Ctrl-C or a scheduler's SIGTERM goes to all, and must not end it before."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

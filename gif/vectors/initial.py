@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from gif.data.encoded import EncodedImages, check_identities, left_out
 from gif.data.images import IdentityDataset
 from gif.data.shared_memory import check_workers
+from gif.data.workers import leave_signals_to_the_command
 from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
 from gif.errors import InputError
@@ -100,6 +101,7 @@ def initial_code_vectors(
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collate", None),
         pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=leave_signals_to_the_command,
     )
     with progress("encoding images", len(rows) - sums.images, "images") as advance:
         try:

@@ -153,7 +153,9 @@ class CodeVectors:
 def digest_rows(table: Tensor) -> str:
     """16 hexadecimal digits that follow from a ``table`` (m, d), as in `CodeVectors.fingerprint`."""
     digest = hashlib.sha256(f"{tuple(table.shape)} {table.dtype}".encode())
-    rows = table if table.nbytes <= _DIGEST_BYTES else table[:: max(1, len(table) // _DIGEST_ROWS)]
+    rows = table
+    if table.nbytes > _DIGEST_BYTES and len(table) > _DIGEST_ROWS:
+        rows = table[torch.linspace(0, len(table) - 1, _DIGEST_ROWS, dtype=torch.float64).long().to(table.device)]
     digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 

@@ -162,14 +162,12 @@ def _softmax_constants(count: int, bend: str, straight_through: bool) -> dict[st
     return {"BEND": bend, "STRAIGHT_THROUGH": straight_through, "BLOCK_N": block, "num_warps": warps}
 
 
-def _forward_outputs(
-    embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for the losses (B,), and, empty unless ``save``, for what the backward pass takes."""
+def _forward_outputs(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the losses (B,), and, empty unless ``save``, for the weights (B, C)."""
     batch, count = len(embeddings), len(vectors)
     losses = torch.empty(batch, dtype=torch.float32, device=embeddings.device)
     weights = torch.empty((batch, count) if save else (0, 0), dtype=gradient_dtype(operand), device=embeddings.device)
-    return losses, weights, losses.new_empty(batch if save else 0), losses.new_empty(count if save else 0)
+    return losses, weights
 
 
 def _forward(
@@ -189,7 +187,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss and share of a row (see `reduced`), and what `_backward` takes: dloss/dcosine over both norms and the scale
     (B, C), 1 / norm of the rows (B,) and of the vectors (C,); empty unless ``save``."""
-    losses, weights, *_ = _forward_outputs(embeddings, vectors, operand, save)
+    losses, weights = _forward_outputs(embeddings, vectors, operand, save)
     targets = targets.contiguous()
     row_inverse, vector_inverse = inverse_norms(embeddings, operand), inverse_norms(vectors, operand)
     if len(embeddings):
@@ -266,8 +264,9 @@ def _(
     operand: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    losses, *saved = _forward_outputs(embeddings, vectors, operand, save)
-    return *reduced_like(losses, reduction), *saved
+    losses, weights = _forward_outputs(embeddings, vectors, operand, save)
+    batch, count = (len(embeddings), len(vectors)) if save else (0, 0)
+    return *reduced_like(losses, reduction), weights, losses.new_empty(batch), losses.new_empty(count)
 
 
 @_backward_op.register_fake

@@ -46,6 +46,7 @@ FUSED_UP_TO = 2048
 """Columns up to which the fused launch is used: blocks take the same time on an H100 there, but a dozen launches, for
 which an eager step waits."""
 GROUP = 8
+"""Blocks of rows whose programs run together, and find each other's columns in the cache."""
 ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
 """Whether PyTorch adds a product of bfloat16 to float32 sums; before, a product has memory of its own first."""
 

@@ -75,7 +75,7 @@ def uniformity_step(
     o_d = tl.arange(0, BLOCK_D)
     if DIGITS > 0:
         b_moved = _stochastic_round(b_moved, i_row, o_d, mixed_seed, DIGITS, LOWEST)
-    if squares < float("inf"):  # neither infinity nor NaN
+    if (squares > 0) & (squares < float("inf")):  # nor NaN
         tl.store(p_table + o_d * COLUMN_STRIDE, b_moved, mask=inside(o_d, WIDTH, BLOCK_D))
 
 

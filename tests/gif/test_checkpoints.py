@@ -446,6 +446,19 @@ class TestDamage:
         with pytest.raises(InputError, match="of another backbone or head"):
             train(wider, fresh()[1], dataset(), CONFIG, checkpoints=tmp_path)
 
+    def test_a_state_that_is_not_tensors_is_said_before_work(self, tmp_path):
+        class Counting(MarginSoftmax):
+            def get_extra_state(self):
+                return {"count": 3}
+
+            def set_extra_state(self, state):
+                pass
+
+        backbone = fresh()[0]
+        with pytest.raises(InputError, match=r"the state of head\._extra_state is a dict"):
+            train(backbone, Counting(8, 16), dataset(), CONFIG, checkpoints=tmp_path)
+        assert not list(tmp_path.iterdir())
+
     def test_unfinished_checkpoints_of_killed_runs_are_removed(self, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, stop_at=8)

@@ -1,7 +1,9 @@
 """RecordIO, on files made here from the byte layout with struct alone."""
 
+import os
 import pickle
 import struct
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -236,6 +238,20 @@ def test_a_file_cut_or_filled_anywhere(tmp_path, dialect):
                 continue
             with pytest.raises(InputError, match=r"train\.(rec|idx)"):
                 read_records(path)
+
+
+def test_a_file_that_is_shortened_while_labels_are_read(tmp_path, monkeypatch):
+    """To look behind its end would be a bus error."""
+    path = write(tmp_path, im2rec(IMAGES, LABELS))
+
+    @contextmanager
+    def shorten(description, total, unit):
+        os.truncate(path, 8)
+        yield lambda n: None
+
+    monkeypatch.setattr("gif.data.records.progress", shorten)
+    with pytest.raises(InputError, match=r"train\.rec was shortened while it was in use: 8 bytes"):
+        read_records(path)
 
 
 def test_indexes_that_are_damaged(tmp_path):

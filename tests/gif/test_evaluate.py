@@ -9,6 +9,7 @@ import torch
 
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages, ImageDecoder, open_data, read_bin
+from gif.errors import InputError
 from gif.evaluation import (
     Embedder,
     HeldOutIdentities,
@@ -218,6 +219,15 @@ class TestHeldOut:
         found = HeldOutIdentities(data).judge(backbone, Embedder(flip=True, batch_size=5))
         expected = judge(embed_images(backbone, images.split(4), flip=False), data.labels)
         assert found.numbers == expected.to_dict() and backbone.training
+
+    def test_no_image_that_can_be_read(self, tmp_path):
+        """Fewer than a batch of eight, of which all being broken is an error by itself."""
+        for name in ("ann", "bob"):
+            (tmp_path / name).mkdir()
+            for number in range(2):
+                (tmp_path / name / f"{number}.png").write_bytes(b"?")
+        with pytest.raises(InputError, match="embedding: none of 4 images can be read"):
+            embed(TINY.build(), open_data(str(tmp_path), decoder=ImageDecoder(16)))
 
     def test_nobody_to_judge(self):
         images = torch.zeros(4, 1, 16, 16, dtype=torch.uint8)

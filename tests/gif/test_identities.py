@@ -57,7 +57,7 @@ def someone(*numbers):
 class TestNames:
     def test_is_a_sequence_of_strings(self):
         names = Names.of(NAMES)
-        assert list(names) == NAMES and names == NAMES and names == NAMES and len(names) == len(NAMES)
+        assert list(names) == NAMES and names == NAMES and names == tuple(NAMES) and len(names) == len(NAMES)
         assert names[0] == "anna" and names[-1] == NAMES[-1] and names[1:3] == NAMES[1:3] and "bob" in names
         assert names.index("bob") == 1 and Names.of(names) is names and names + names == NAMES * 2
         assert names != NAMES[:-1] and names != [*NAMES[:-1], "g"] and Names.of(range(3)) == ["0", "1", "2"]

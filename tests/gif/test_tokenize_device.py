@@ -1,5 +1,7 @@
 """Cutting codes on an accelerator, as far as a machine without one can tell: few operations, no waiting, same codes."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -133,9 +135,10 @@ class TestDevice:
     def test_without_a_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert working_device(self.table, "auto").type == "cpu"
-        with pytest.raises(ValueError, match=r"device is cuda and no GPU is there.*take cpu or auto"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(ValueError, match=r'device "cuda" was asked for, and PyTorch sees 0 GPUs'):
             tokenize(self.table, vocab_size=V, device="cuda")
-        with pytest.raises(ValueError, match="unknown device 'gpu', wanted cpu, cuda or auto"):
+        with pytest.raises(ValueError, match='unknown device "gpu"'):
             tokenize(self.table, vocab_size=V, device="gpu")
         expected = tokenize(self.table, vocab_size=V).codes
         for device in ("auto", "cpu", torch.device("cpu")):
@@ -143,6 +146,7 @@ class TestDevice:
 
     def test_a_gpu_with_and_without_room(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(import_module("gif.codes.tokenize"), "check_device", lambda device: None)
         table = torch.empty(64_000_000, 512, dtype=torch.bfloat16, device="meta")
         for free, place in ((80 << 30, "cuda"), (60 << 30, "cpu")):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
@@ -156,6 +160,6 @@ class TestDevice:
         code, printed = gif(*run, "--device", "auto")
         assert code == 0, printed
         assert len(IdentityCodes.load(tmp_path / "c.safetensors")) == 500
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match="no GPU is there"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(ValueError, match="PyTorch sees 0 GPUs"):
             tokenize_command(tmp_path / "v.safetensors", tmp_path / "d.safetensors", device="cuda")
