@@ -291,7 +291,7 @@ def train_command(
         raise InputError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
     kept = Checkpoints(output / "checkpoints").newest
     with process_group(training.device) as own, hold(output, kept):
-        code_table = None if codes is None else IdentityCodes.load(codes)
+        code_table = None if codes is None else IdentityCodes.load(codes, mmap=True)
         decoder = ImageDecoder(backbone.image_size, backbone.channels, max_pixels=max_pixels)
         split = load_data(data, held_out=held_out, decoder=decoder)
         images = split.train

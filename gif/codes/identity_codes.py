@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gif.codes.code_table import CodeTable, number_of, largest_bucket
 from gif.codes.extend import place_newcomers
 from gif.codes.segments import offsets_of
 from gif.data.identities import Identities, check_count
-from gif.errors import InputError
-from gif.files import load_tensors, save_tensors
+from gif.errors import DamagedFileError, InputError
+from gif.files import load_tensors, map_tensor, read_metadata, save_tensors
 from gif.vectors.store import CodeVectors
 from gif_kernels import checks
 
 FORMAT = "gif.identity_codes/1"
 LARGEST_VOCAB = 256  # a token is one byte
 _LARGEST_KEY = torch.iinfo(torch.int64).max
+_FINGERPRINT = "fingerprint"
 _ROWS_A_BLOCK = 1 << 22
 
 
@@ -29,7 +31,7 @@ class IdentityCodes:
     """Codes of m identities: l tokens each, every token in [0, v), all codes distinct (METHOD: c^y).
 
     Args:
-        codes: (m, l) integers; kept as uint8, the very tensor where it is one.
+        codes: (m, l) integers, or the table of them that was read from a file.
         vocab_size: v, in [2, 256]; v^l must fit int64.
         centroids: unit vectors of the tree's nodes where `tokenize` made the codes: tensor j is (nodes, d), a row for
             each prefix of j + 1 tokens in use, in increasing order of the prefixes. May stop at any level.
@@ -37,7 +39,7 @@ class IdentityCodes:
             a child from its parent.
         identities: whose they are, where that is known; kept in files.
 
-    Besides the codes it holds 4 bytes an identity: their order; and 4 more from the first call of `siblings` on.
+    It holds a `CodeTable`, 8 bytes an identity where v^l <= 2^32, or none where that lies in a memory map.
 
     Raises TypeError if the codes are not an integer tensor, ValueError if a token is out of range, two identities share
     a code, or the centroids, directions or identities do not belong to the codes.
@@ -45,7 +47,7 @@ class IdentityCodes:
 
     def __init__(
         self,
-        codes: Tensor,
+        codes: Tensor | CodeTable,
         vocab_size: int,
         *,
         centroids: Sequence[Tensor] | None = None,
@@ -53,28 +55,34 @@ class IdentityCodes:
         identities: Identities | None = None,
     ) -> None:
         _check_vocab_size(vocab_size)
-        for rows in codes.split(_ROWS_A_BLOCK) if isinstance(codes, Tensor) and codes.ndim else (codes,):
-            hint = "give the vocab_size the codes were made with"
-            checks.integer("codes", rows, ("m", "l"), low=0, high=vocab_size, hint=hint)
-        check_code_space(vocab_size, codes.shape[1])
-        check_count("codes", identities, len(codes))
-        self.codes = codes.to(torch.uint8)
         self.vocab_size = vocab_size
         self.centroids = tuple(centroids or ())
         self.directions = directions
         self.identities = identities
-        keys, order = self._keys(self.codes).sort(stable=True)
-        self._check_distinct(keys, order)
-        self._check_centroids(keys)
+        if isinstance(codes, CodeTable):
+            self.table = codes
+            check_count("codes", identities, len(codes))
+        else:
+            for rows in codes.split(_ROWS_A_BLOCK) if isinstance(codes, Tensor) and codes.ndim else (codes,):
+                hint = "give the vocab_size the codes were made with"
+                checks.integer("codes", rows, ("m", "l"), low=0, high=vocab_size, hint=hint)
+            check_code_space(vocab_size, codes.shape[1])
+            check_count("codes", identities, len(codes))
+            self.table = CodeTable.of(codes, vocab_size)
+            self._check_distinct_and_centroids()
         self._check_directions()
-        self._order = order.to(_index_dtype(len(self)))
 
     @classmethod
-    def load(cls, path: str | Path) -> IdentityCodes:
+    def load(cls, path: str | Path, *, mmap: bool = False) -> IdentityCodes:
         """Read codes from ``path``.
+
+        ``mmap`` leaves them on disk and reads what is asked for; a file of an earlier version, which has no order of
+        the codes in it, is read whole. Of a mapped file the centroids are left out.
 
         Raises FileNotFoundError, or ValueError if the file is truncated, damaged or of another kind.
         """
+        if mmap and (mapped := cls._map(path)) is not None:
+            return mapped
         tensors, metadata = load_tensors(path, format=FORMAT)
         if "codes" not in tensors or not metadata.get("vocab_size", "").isdecimal():
             raise InputError(f"{path} has no codes or no vocab_size; make it again with IdentityCodes.save")
@@ -87,12 +95,29 @@ class IdentityCodes:
             identities=Identities.read(path, tensors, metadata),
         )
 
+    @classmethod
+    def _map(cls, path: str | Path) -> IdentityCodes | None:
+        """The codes with their tables left in the file; None where it has no order of them."""
+        metadata = read_metadata(path, format=FORMAT)
+        if _FINGERPRINT not in metadata:
+            return None
+        v = int(metadata["vocab_size"])
+        codes, order, starts = (map_tensor(path, name, format=FORMAT) for name in ("codes", "order", "starts"))
+        fits = codes.ndim == 2 and codes.dtype == torch.uint8 and order.shape == codes.shape[:1]
+        if not fits or starts.ndim != 1 or len(starts) < 2 or [int(starts[0]), int(starts[-1])] != [0, len(order)]:
+            raise DamagedFileError(f"{path} is damaged: its tables do not belong together; make it again")
+        table = CodeTable(codes, order, starts, v, codes.shape[1], largest_bucket(starts))
+        found = cls(table, v, identities=Identities.map(path, metadata, format=FORMAT))
+        found.fingerprint = metadata[_FINGERPRINT]
+        return found
+
     def save(self, path: str | Path) -> None:
-        """Write codes, centroids and directions where there are any, and whose they are, as safetensors, atomically."""
-        tensors = {"codes": self.codes} | {_centroids(level): rows for level, rows in enumerate(self.centroids)}
+        """Write codes, their order, centroids and directions if there are any, and whose they are, atomically."""
+        tensors = {"codes": self.codes, "order": self.table.order, "starts": self.table.starts}
+        tensors |= {_centroids(level): rows for level, rows in enumerate(self.centroids)}
         if self.directions is not None:
             tensors["directions"] = self.directions
-        metadata = {"vocab_size": str(self.vocab_size)}
+        metadata = {"vocab_size": str(self.vocab_size), _FINGERPRINT: self.fingerprint}
         if self.identities is not None:
             tensors |= self.identities.tensors()
             metadata |= self.identities.metadata()
@@ -104,7 +129,7 @@ class IdentityCodes:
         Raises TypeError for labels that are not integers, ValueError for another shape or a label outside [-1, m).
         """
         index = self._index(labels, low=-1, hint=" (-1 marks a row to ignore)")
-        rows = self.codes[index.clamp_min(0)].long()
+        rows = self.table.tokens(index.clamp_min(0))
         return rows.masked_fill((index < 0)[:, None], -1).to(labels.device)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -115,21 +140,15 @@ class IdentityCodes:
         every = torch.iinfo(torch.int64)
         hint = "give rows of tokens"
         tokens = checks.integer("codes", codes, ("n", self.length), low=every.min, high=every.max, hint=hint)
-        tokens = tokens.to(self.codes.device)
-        wanted = self._keys(tokens)
-        place = torch.zeros_like(wanted)  # of codes that are smaller: a binary search, so that no keys need be kept
-        for step in (1 << bit for bit in reversed(range(len(self).bit_length()))):
-            further = place + step
-            inside = further <= len(self)
-            smaller = self._keys(self.codes[self._order[torch.where(inside, further, 1) - 1]]) < wanted
-            place = torch.where(inside & smaller, further, place)
-        identities = self._order[place.clamp_max(len(self) - 1)].long()
+        tokens = tokens.to(self.table.numbers.device)
+        wanted = number_of(tokens, self.vocab_size)
+        identities = self.table.at(self.table.smaller(wanted).clamp_max(len(self) - 1))
         valid = ((tokens >= 0) & (tokens < self.vocab_size)).all(1)
-        return torch.where(valid & (self._keys(self.codes[identities]) == wanted), identities, -1).to(codes.device)
+        return torch.where(valid & (self.table.number(identities) == wanted), identities, -1).to(codes.device)
 
     def prefixes(self, tokens: int) -> Tensor:
         """The first ``tokens`` tokens of each code as a number in base v, (m,) int64: its node at that depth."""
-        return self._keys(self.codes[:, :tokens])
+        return number_of(self.codes[:, :tokens], self.vocab_size)
 
     def siblings(self, labels: Tensor, count: int) -> Tensor:
         """Neighbours in the order of the codes, which share the longest prefixes: (B, count) int64 for labels (B,).
@@ -139,16 +158,37 @@ class IdentityCodes:
         index = self._index(labels, low=0)
         turn = torch.arange(count, device=index.device)
         steps = (turn // 2 + 1) * (1 - turn % 2 * 2)
-        place = (self._rank[index].long()[:, None] + steps) % len(self)
-        return self._order[place].long().to(labels.device)
+        place = (self.table.smaller(self.table.number(index))[:, None] + steps) % len(self)
+        return self.table.at(place).to(labels.device)
 
     def nodes(self, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tree's nodes of ``depth`` tokens: identities by code (m,), offsets (n + 1,), paths (n,).
 
         Node i holds identities[offsets[i]:offsets[i + 1]]; its path is a number in base v, as in `prefixes`.
         """
-        paths, sizes = self._keys(self.codes[:, :depth][self._order]).unique_consecutive(return_counts=True)
-        return self._order, offsets_of(sizes), paths
+        below = self.vocab_size ** (self.length - depth)
+        paths, sizes = (self._ordered() // below).unique_consecutive(return_counts=True)
+        return self.table.order, offsets_of(sizes), paths
+
+    @property
+    def codes(self) -> Tensor:
+        """All codes, (m, l) uint8: of a table in memory a new tensor, of one in a memory map what lies there."""
+        return self.table.codes()
+
+    def to(self, device: torch.device | str) -> IdentityCodes:
+        """These codes with their table on ``device``, where lookups then wait for nothing; these if it is there."""
+        table = self.table.to(device)
+        if table is self.table:
+            return self
+        moved = IdentityCodes(
+            table,
+            self.vocab_size,
+            centroids=self.centroids,
+            directions=self.directions,
+            identities=self.identities,
+        )
+        moved.fingerprint = self.fingerprint
+        return moved
 
     @property
     def free(self) -> int:
@@ -182,17 +222,20 @@ class IdentityCodes:
                 "the tree is full; make new codes with a larger length or vocab_size (gif.tokenize with slack)"
             )
         tokens, centroids = place_newcomers(
-            self._keys(self.codes[self._order]), table, self.vocab_size, self.length, self.centroids,
+            self._ordered(), table, self.vocab_size, self.length, self.centroids,
             self.directions, seed,
         )  # fmt: skip
-        codes = torch.cat([self.codes, tokens.to(self.codes.device)])
+        codes = torch.cat([self.codes, tokens.to(self.table.numbers.device)])
         return IdentityCodes(
             codes, self.vocab_size, centroids=centroids, directions=self.directions, identities=everybody
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of m, l, v and the codes: what a checkpoint records to know its codes again."""
+        """SHA-256 (hex) of m, l, v and the codes: what a checkpoint records to know its codes again.
+
+        Of codes in a memory map it is what their file says, which was found when they were written.
+        """
         digest = hashlib.sha256(f"{len(self)},{self.length},{self.vocab_size};".encode())
         digest.update(self.codes.cpu().contiguous().numpy().data)
         return digest.hexdigest()
@@ -200,10 +243,10 @@ class IdentityCodes:
     @property
     def length(self) -> int:
         """l, the tokens of a code."""
-        return self.codes.shape[1]
+        return self.table.length
 
     def __len__(self) -> int:
-        return self.codes.shape[0]
+        return len(self.table)
 
     def __repr__(self) -> str:
         return f"IdentityCodes({len(self)} identities, {self.length} tokens of {self.vocab_size})"
@@ -211,35 +254,24 @@ class IdentityCodes:
     def _index(self, labels: Tensor, *, low: int, hint: str = "") -> Tensor:
         """The labels (B,) as int64 on the codes' device, each in [low, m)."""
         hint = f"these codes were made for other identities{hint}"
-        index = labels.to(self.codes.device) if isinstance(labels, Tensor) else labels
+        index = labels.to(self.table.numbers.device) if isinstance(labels, Tensor) else labels
         return checks.integer("labels", index, ("B",), low=low, high=len(self), hint=hint)
 
-    @cached_property
-    def _rank(self) -> Tensor:
-        """The place of each identity in the order of the codes, (m,)."""
-        rank = torch.empty_like(self._order)
-        rank[self._order] = torch.arange(len(self), dtype=rank.dtype, device=rank.device)
-        return rank
+    def _ordered(self) -> Tensor:
+        """The numbers of all codes, increasing, (m,) int64."""
+        return self.table.number(self.table.order.long())
 
-    def _keys(self, codes: Tensor) -> Tensor:
-        """Codes (n, l) as numbers in base v, (n,) int64."""
-        keys = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
-        for tokens in codes.unbind(1):
-            keys.mul_(self.vocab_size).add_(tokens)
-        return keys
-
-    def _check_distinct(self, keys: Tensor, identities: Tensor) -> None:
-        same = (keys[1:] == keys[:-1]).nonzero()
+    def _check_distinct_and_centroids(self) -> None:
+        numbers = self._ordered()
+        same = (numbers[1:] == numbers[:-1]).nonzero()
         if len(same):
-            first, second = identities[same[0, 0] :][:2].tolist()
+            first, second = self.table.order[same[0, 0] :][:2].tolist()
             raise InputError(
                 f"identities {first} and {second} share the code {self.codes[first].tolist()} ({len(same)} are not "
                 "distinct), wanted one for each; make them with gif.tokenize"
             )
-
-    def _check_centroids(self, keys: Tensor) -> None:
         for level, rows in enumerate(self.centroids):
-            prefixes = keys // self.vocab_size ** (self.length - 1 - level)
+            prefixes = numbers // self.vocab_size ** (self.length - 1 - level)
             nodes = 1 + int((prefixes[1:] != prefixes[:-1]).sum())
             if level >= self.length or rows.ndim != 2 or len(rows) != nodes or not rows.is_floating_point():
                 raise InputError(
@@ -281,10 +313,6 @@ def check_code_space(vocab_size: int, length: int) -> None:
 def _check_vocab_size(vocab_size: int) -> None:
     if not isinstance(vocab_size, int) or not 2 <= vocab_size <= LARGEST_VOCAB:
         raise InputError(f"vocab_size must be an integer in [2, {LARGEST_VOCAB}], got {vocab_size}")
-
-
-def _index_dtype(m: int) -> torch.dtype:
-    return torch.int32 if m <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _centroids(level: int) -> str:

@@ -63,7 +63,7 @@ class PartialFC(nn.Module):
         recipe: RecipeName | Recipe = "live",
     ) -> None:
         super().__init__()
-        codes = IdentityCodes.load(codes) if isinstance(codes, str | Path) else codes
+        codes = IdentityCodes.load(codes, mmap=True) if isinstance(codes, str | Path) else codes
         if num_classes != len(codes):
             raise InputError(
                 f"num_classes is {num_classes} and the codes are for {len(codes)} identities; make code vectors and "

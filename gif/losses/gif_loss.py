@@ -22,6 +22,7 @@ from gif.vectors.store import CodeVectors
 from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regression_loss, token_margin_loss
 from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
+from gif_kernels.rounding import uniform
 
 
 class GIFLoss(nn.Module):
@@ -110,6 +111,9 @@ class GIFLoss(nn.Module):
                 nn.init.orthogonal_(matrix)
         self.register_buffer("token_weights", _weights(token_weights, length), persistent=False)
         self.token_weights: Tensor
+        if self.recipe.negatives:
+            self.register_buffer("draws", torch.randint(1 << 62, ()))
+            self.draws: Tensor
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; a label of -1 is ignored.
@@ -182,6 +186,8 @@ class GIFLoss(nn.Module):
         candidates = torch.cat([own, self.codes.siblings(own, recipe.siblings).flatten()])
         if self.training:
             candidates = gather_rows(candidates)
+        if recipe.negatives and len(candidates):
+            candidates = torch.cat([candidates, self._negatives(candidates.device)])
         counted = labels >= 0
         if len(candidates) == 0:
             nothing = embeddings.sum(1, dtype=torch.float32)
@@ -210,7 +216,27 @@ class GIFLoss(nn.Module):
                 losses = with_row_gradients(losses, embeddings, of_embeddings, step)
             elif not _repeated():
                 step()
+        elif self.training and not _repeated():
+            self._draw_others()
         return reduce_rows(losses, counted, reduction)
+
+    def _negatives(self, device: torch.device) -> Tensor:
+        """Identities (min(negatives, m),) of this step, each as likely as any other and hardly any twice.
+
+        One is drawn from each of as many equal parts of [0, m), by a counter-based generator: no process need tell
+        another, no host need wait, and a run that continues draws what it would have drawn.
+        """
+        m, count = len(self.codes), min(self.recipe.negatives, len(self.codes))
+        numbers = torch.arange(count, device=device)
+        if count == m:
+            return numbers
+        places = numbers + uniform(self.draws.to(device).view(1), numbers, 0).double()
+        return places.mul_(m / count).long().clamp_(max=m - 1)
+
+    def _draw_others(self) -> None:
+        """From now on: other negatives."""
+        if self.recipe.negatives:
+            self.draws += 1
 
     def _seed(self, vectors: Tensor) -> int:
         """Of the rounding of a step that was computed from ``vectors``, the same on every process."""
@@ -220,6 +246,7 @@ class GIFLoss(nn.Module):
     def _move(self, candidates: Tensor, gradient: Tensor, lr: float, seed: int) -> None:
         assert self.vectors is not None  # checked at construction
         self.stayed += self.vectors.move_(candidates, gradient, lr, seed=seed)
+        self._draw_others()
         if self.moved is not None:
             self.moved[candidates.to(self.moved.device)] = True
 
@@ -282,7 +309,7 @@ def _repeated() -> bool:
 
 def _codes(codes: IdentityCodes | str | Path) -> IdentityCodes:
     if isinstance(codes, str | Path):
-        return IdentityCodes.load(codes)
+        return IdentityCodes.load(codes, mmap=True)
     if not isinstance(codes, IdentityCodes):
         raise TypeError(f"codes must be IdentityCodes or the path of their file, got {type(codes).__name__}")
     return codes

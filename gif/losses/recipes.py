@@ -25,9 +25,11 @@ class Recipe:
         contrast_margin: of L_CC.
         siblings: negatives that each identity of the batch brings to L_CC: its neighbours in the order of the codes,
             which share the longest prefix with it.
+        negatives: identities drawn at random in each step, the same for all rows and processes, that are negatives in
+            L_CC too. They cost what so many candidates cost, whatever m is; from m on all identities are.
         vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean); 0 fixes them.
 
-    Raises ValueError for a weight, a rate or a number of siblings below 0, or no term at all.
+    Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, or no term at all.
     """
 
     code_weight: float
@@ -38,10 +40,11 @@ class Recipe:
     contrast_scale: float = 16.0
     contrast_margin: AngularMargin = AngularMargin(m2=0.0, m3=0.2)  # noqa: RUF009 (frozen)
     siblings: int = 2
+    negatives: int = 0
     vector_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "vector_lr"):
+        for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "negatives", "vector_lr"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.code_weight + self.regression_weight + self.contrast_weight == 0:

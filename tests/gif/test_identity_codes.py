@@ -1,6 +1,7 @@
 """Identity codes are distinct, answer look-ups exactly, and survive a file."""
 
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
+from gif import files
 from gif.cli import COMMANDS
 from gif.codes import IdentityCodes, code_length, picture, tokenize
 from gif.vectors.store import CodeVectors
@@ -207,9 +209,94 @@ def test_the_picture_shows_how_full_nodes_are(length, tmp_path, monkeypatch):
         np.testing.assert_allclose(use[position], codes.codes[:, position].long().bincount(minlength=4).numpy())
 
 
-def test_what_is_held_is_the_codes_and_an_order():
-    codes = IdentityCodes(random_codes(500, 3, 20).to(torch.uint8), 20)
+@pytest.mark.parametrize(("vocab_size", "length", "held"), [(20, 3, 8), (256, 4, 8), (256, 5, 12)])
+def test_what_is_held_is_a_number_and_an_order(vocab_size, length, held):
+    wanted = torch.randint(vocab_size, (5000, length)).unique(dim=0).flip(0)
+    codes = IdentityCodes(wanted, vocab_size)
     codes.siblings(torch.arange(5), 4)
     codes.decode(codes.codes)
-    held = sum(value.nbytes for value in vars(codes).values() if isinstance(value, torch.Tensor))
-    assert held == 500 * (3 + 4 + 4)
+    assert torch.equal(codes.codes, wanted.to(torch.uint8))
+    tensors = [value for value in vars(codes.table).values() if isinstance(value, torch.Tensor)]
+    index = 4 * (len(codes) // 16 + 1)  # of the buckets that a search begins in
+    assert sum(value.nbytes for value in tensors) == held * len(codes) + index
+    assert not any(isinstance(value, torch.Tensor) for value in vars(codes).values())
+
+
+CLUSTERED = torch.cat([torch.arange(3000), torch.arange(10**6, 10**6 + 70), torch.tensor([256**4 - 1])])
+
+
+@pytest.mark.parametrize("m", [1, 2, 63, 300, 3071])
+def test_places_and_siblings_against_a_sort(m):
+    """Numbers close together, as in a tree with free leaves, and past 2^31."""
+    numbers = CLUSTERED[torch.randperm(len(CLUSTERED), generator=torch.Generator().manual_seed(m))[:m]]
+    codes = IdentityCodes(numbers[:, None] // 256 ** torch.arange(3, -1, -1) % 256, 256)
+    order = numbers.argsort()
+    rank = order.argsort()
+    everyone = torch.arange(m)
+    assert torch.equal(codes.table.number(everyone), numbers)
+    assert torch.equal(codes.table.smaller(numbers), rank)
+    assert torch.equal(codes.table.smaller(numbers + 1), torch.searchsorted(numbers[order], numbers + 1))
+    assert codes.table.smaller(torch.tensor([0, 256**4])).tolist() == [0, m]
+    siblings = codes.siblings(everyone, 3)
+    assert torch.equal(siblings, torch.stack([order[(rank + step) % m] for step in (1, -1, 2)], 1))
+
+
+class TestMapped:
+    def saved(self, folder, **options):
+        codes = tokenize(torch.randn(500, 16, generator=torch.Generator().manual_seed(3)), vocab_size=9, **options)
+        codes.save(folder / "codes.safetensors")
+        return codes, folder / "codes.safetensors"
+
+    def test_answers_what_codes_in_memory_do(self, tmp_path):
+        codes, path = self.saved(tmp_path)
+        mapped = IdentityCodes.load(path, mmap=True)
+        labels = torch.tensor([3, -1, 499, 0, 3])
+        assert len(mapped) == 500 and mapped.length == codes.length and mapped.free == codes.free
+        assert torch.equal(mapped.lookup(labels), codes.lookup(labels))
+        assert torch.equal(mapped.siblings(torch.arange(500), 5), codes.siblings(torch.arange(500), 5))
+        assert torch.equal(mapped.decode(codes.codes), torch.arange(500))
+        assert torch.equal(mapped.prefixes(2), codes.prefixes(2)) and torch.equal(mapped.codes, codes.codes)
+        assert all(torch.equal(a, b) for a, b in zip(mapped.nodes(2), codes.nodes(2), strict=True))
+        assert mapped.fingerprint == codes.fingerprint == IdentityCodes(codes.codes, 9).fingerprint
+
+    def test_holds_nothing(self, tmp_path):
+        _, path = self.saved(tmp_path)
+        mapped = IdentityCodes.load(path, mmap=True)
+        tables = (mapped.table.numbers, mapped.table.order, mapped.table.starts)
+        assert all(each.data_ptr() in files._MAPPED for each in tables)
+        assert mapped.table.numbers.data_ptr() == mapped.codes.data_ptr()
+
+    def test_a_file_without_an_order_is_read(self, tmp_path):
+        """As versions before wrote it."""
+        codes, path = self.saved(tmp_path)
+        old = {"codes": codes.codes} | {f"centroids.{level}": rows for level, rows in enumerate(codes.centroids)}
+        save_file(old, path, metadata={"format": "gif.identity_codes/1", "vocab_size": "9"})
+        for mmap in (False, True):
+            loaded = IdentityCodes.load(path, mmap=mmap)
+            assert torch.equal(loaded.codes, codes.codes) and loaded.fingerprint == codes.fingerprint
+
+    def test_a_file_that_is_shortened_while_it_is_used(self, tmp_path):
+        _, path = self.saved(tmp_path)
+        mapped = IdentityCodes.load(path, mmap=True)
+        os.truncate(path, 100)
+        for ask in (mapped.lookup, lambda labels: mapped.siblings(labels, 2), mapped.table.number):
+            with pytest.raises(ValueError, match="was shortened while it was in use"):
+                ask(torch.arange(5))
+
+    @pytest.mark.parametrize("name", ["order", "starts"])
+    def test_tables_that_do_not_belong_together(self, tmp_path, name):
+        codes, path = self.saved(tmp_path)
+        tensors = {"codes": codes.codes, "order": codes.table.order, "starts": codes.table.starts}
+        tensors[name] = tensors[name][:-1]
+        metadata = {"vocab_size": "9", "fingerprint": codes.fingerprint}
+        files.save_tensors(path, tensors, format="gif.identity_codes/1", **metadata)
+        with pytest.raises(ValueError, match=r"codes\.safetensors is damaged: .*make it again"):
+            IdentityCodes.load(path, mmap=True)
+
+
+def test_codes_on_a_device():
+    codes = IdentityCodes(random_codes(50, 3, 5), 5)
+    assert codes.to("cpu") is codes
+    moved = codes.to("meta")
+    assert moved.table.numbers.device.type == "meta" and moved.fingerprint == codes.fingerprint
+    assert moved.siblings(torch.arange(5, device="meta"), 2).shape == (5, 2)

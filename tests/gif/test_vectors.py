@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gif import resume
 from gif.codes import IdentityCodes
+from gif.codes.code_table import CodeTable
 from gif.vectors import CodeVectors, judge_vectors, largest_uniform_cosine, spread_code_vectors, uniform_optimum
 from gif.vectors import spread as spread_module
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
@@ -225,10 +226,11 @@ class TestWithoutWaiting:
 
     def test_no_value_is_read(self):
         codes = IdentityCodes(torch.tensor([[i // 5, i % 5] for i in range(20)]), 5)
-        codes.siblings(torch.tensor([0]), 2)  # the order of the codes is there
         with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-            for name in ("codes", "_order", "_rank"):
-                setattr(codes, name, fake.from_tensor(getattr(codes, name)).to("cuda"))
+            tables = (codes.table.numbers, codes.table.order, codes.table.starts)
+            codes.table = CodeTable(
+                *(fake.from_tensor(each).to("cuda") for each in tables), 5, 2, codes.table.largest_bucket
+            )
             vectors = CodeVectors(torch.empty(20, 8, device="cuda", dtype=torch.bfloat16), normalized=True)
             labels = torch.empty(6, device="cuda", dtype=torch.int64)
             assert codes.lookup(labels).shape == (6, 2)
