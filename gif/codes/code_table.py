@@ -22,8 +22,8 @@ class CodeTable:
     """Codes of m identities as numbers in base v, c = sum_j c_j v^(l - 1 - j), and the identities in their order.
 
     Eight bytes an identity where v^l <= 2^32 and m < 2^31: four of the number and four of the order. An identity's
-    place in the order is found by a search of a few steps that are the same for all, so it is not kept, and nothing waits for a
-    device. The tensors may lie in a memory map: what is not looked at is not read.
+    place in the order is not kept but found, by a search of a few steps that are the same for all, so that nothing
+    waits for a device. The tensors may lie in a memory map: what is not looked at is not read.
 
     Args:
         numbers: (m,) int32, of which the bits are those of a number without sign, or int64 where v^l > 2^32; or the

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gif.codes.code_table import CodeTable, number_of, largest_bucket
+from gif.codes.code_table import CodeTable, largest_bucket, number_of
 from gif.codes.extend import place_newcomers
 from gif.codes.segments import offsets_of
 from gif.data.identities import Identities, check_count

@@ -122,8 +122,11 @@ class CodeVectors:
 
         They follow from all rows of a table up to 256 MiB, and from 8,192 rows at equal distances of a larger one.
         """
+        return self._digest(digest_rows(self.table))
+
+    def _digest(self, of_rows: str) -> str:
         names = self.identities.names.fingerprint if self.identities is not None else ""
-        return hashlib.sha256(f"{digest_rows(self.table)} {names}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{of_rows} {names}".encode()).hexdigest()[:16]
 
     @property
     def width(self) -> int:
