@@ -16,8 +16,7 @@ from torch.amp import GradScaler, autocast
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from gif.data.augment import RandomAffine, normalize_pixels
-from gif.data.images import IdentityDataset
+from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
 from gif.data.workers import leave_signals_to_the_command
 from gif.distributed import (
@@ -33,6 +32,7 @@ from gif.errors import DivergedError, InputError, Interrupted
 from gif.losses import GIFLoss, MarginSoftmax
 from gif.ownership import hold
 from gif.resume import LARGEST_SHARE
+from gif.training.augmentation import RandomAffine
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
 from gif.training.config import AUTOCAST, TrainingConfig
 from gif.training.health import health

@@ -17,7 +17,6 @@ from torch.multiprocessing import get_context
 from gif import CodeVectors, GIFLoss, IdentityCodes, files
 from gif.backbones import BackboneConfig, load_backbone
 from gif.data import IdentityImages
-from gif.data.augment import RandomAffine
 from gif.encoders import CLIPEncoder, DINOEncoder
 from gif.errors import DamagedFileError, InputError
 from gif.losses import MarginSoftmax
@@ -25,6 +24,7 @@ from gif.progress import console
 from gif.training import Checkpoints, TrainingConfig, train
 from gif.training import checkpoint as checkpoint_module
 from gif.training import journal as journal_module
+from gif.training.augmentation import RandomAffine
 from gif.training.journal import TableJournal
 from gif.weights import load_pytorch
 

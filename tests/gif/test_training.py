@@ -12,14 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
-from gif.data import IdentityImages
-from gif.data.augment import RandomAffine, normalize_pixels
+from gif.data import IdentityImages, normalize_pixels
 from gif.errors import InputError
 from gif.evaluation import embed, judge
 from gif.losses import MarginSoftmax
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
+from gif.training.augmentation import RandomAffine
 from gif.training.health import health, summary
 from gif.training.order import EpochOrder, begin_epoch
 from gif_kernels import checks
