@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from gif import files
-from gif.cli import spread_command
 from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
 from gif.vectors import spread as spread_module
+from gif.vectors.commands import spread_command
 from gif.vectors.shards import Round, Shards, prefetched
 
 OPTIONS = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.clusters import clustered
-from gif.cli import tokenize_command
 from gif.codes import IdentityCodes, balanced, judge_codes, segments, tokenize, tree
+from gif.codes.commands import tokenize_command
 from gif.codes.tokenize import working_device
 from gif.vectors import CodeVectors
 
