@@ -16,19 +16,11 @@ from torch import Tensor
 
 from benchmarks.clusters import clustered
 from gif.codes import CodeQuality, IdentityCodes, code_length, judge_codes, tokenize
-from gif.codes.balanced import (
-    PRICE_RATES,
-    Market,
-    Nodes,
-    Scores,
-    balancing_prices,
-    capacities,
-    count,
-    dearest,
-    kmeans,
-    node_seeds,
-    repair,
-)
+from gif.codes.clustering import kmeans
+from gif.codes.nodes import Nodes, Scores, count
+from gif.codes.prices import PRICE_RATES, Market, balancing_prices, dearest
+from gif.codes.repair import capacities, repair
+from gif.codes.splitmix import node_seeds
 from gif.documents import markdown_table
 from gif.vectors.store import CodeVectors
 from gif_kernels.sphere import unit

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.balanced import Nodes, node_seeds, seed_centroids, uniforms
+from gif.codes.clustering import seed_centroids
+from gif.codes.nodes import Nodes
+from gif.codes.splitmix import node_seeds, uniforms
 from gif.packages import needs
 from gif_kernels.sphere import unit
 

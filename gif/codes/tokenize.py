@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gif.codes.balanced import block_floats
+from gif.codes.blocks import block_floats
 from gif.codes.identity_codes import LARGEST_VOCAB, IdentityCodes, check_code_space, code_length
 from gif.codes.tree import ALIGNMENTS, Alignment, Cutting, root
 from gif.distributed import check_device

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
 from benchmarks.memory import peak_bytes
-from gif.codes import IdentityCodes, advise, balanced, judge_codes, linear_probe, segments, tokenize, tree
+from gif.codes import IdentityCodes, advise, clustering, judge_codes, linear_probe, tokenize, tree
+from gif.codes import blocks as blocks_module
+from gif.codes import prices as prices_module
 from gif.codes.align import match
+from gif.codes.clustering import kmeans, split
+from gif.codes.nodes import Nodes, count
+from gif.codes.prices import PRICE_RATES, Market, balancing_prices
+from gif.codes.splitmix import node_seeds
 from gif.codes.tree import Level
 from gif.resume import UnfinishedWork
 from gif.vectors.store import CodeVectors
@@ -154,16 +160,16 @@ def test_dtypes(vectors, dtype):
 
 def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatch):
     index = torch.arange(3000)[None]
-    nodes = [balanced.Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool)) for _ in range(2)]
+    nodes = [Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool)) for _ in range(2)]
     options = {
         "capacity_factor": 1.5,
         "limit": 400,
         "iterations": 4,
-        "seeds": balanced.node_seeds(0, 0, index[0, :1].numpy()),
+        "seeds": node_seeds(0, 0, index[0, :1].numpy()),
     }
-    child, sums = balanced.split(nodes[0], V, **options)
-    monkeypatch.setattr(balanced, "BLOCK_FLOATS", 3000 * V)  # all similarities, and 900 rows
-    streamed, streamed_sums = balanced.split(nodes[1], V, **options)
+    child, sums = split(nodes[0], V, **options)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", 3000 * V)  # all similarities, and 900 rows
+    streamed, streamed_sums = split(nodes[1], V, **options)
     assert (child == streamed).double().mean() > 0.99  # a tie may fall the other way
     torch.testing.assert_close(unit(streamed_sums), unit(sums), atol=0.02, rtol=0)
 
@@ -171,18 +177,18 @@ def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatc
 def test_a_node_of_many_blocks_keeps_capacities_and_quality(vectors, monkeypatch):
     index = torch.arange(M)[None]
     mask = torch.ones_like(index, dtype=torch.bool)
-    options = {"capacity_factor": 1.0, "limit": M, "iterations": 4, "seeds": balanced.node_seeds(0, 0, np.zeros(1))}
-    _, sums = balanced.split(balanced.Nodes(vectors, index, mask), V, **options)
-    monkeypatch.setattr(balanced, "BLOCK_FLOATS", 2000 * V)  # prices from 2,000 rows, assignment in blocks of 625
-    child, streamed = balanced.split(balanced.Nodes(vectors, index, mask), V, **options)
-    assert (balanced.count(child, mask, V) == M // V).all()
+    options = {"capacity_factor": 1.0, "limit": M, "iterations": 4, "seeds": node_seeds(0, 0, np.zeros(1))}
+    _, sums = split(Nodes(vectors, index, mask), V, **options)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", 2000 * V)  # prices from 2,000 rows, assignment in blocks of 625
+    child, streamed = split(Nodes(vectors, index, mask), V, **options)
+    assert (count(child, mask, V) == M // V).all()
     # counts of 100 sampled rows a child are off by 10 %, which is what has to move, and each loses a few per cent
     assert streamed.norm(dim=2).sum() > 0.99 * sums.norm(dim=2).sum()
 
 
 def test_sampled_rounds_keep_the_quality(vectors, quality, monkeypatch):
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 100)
-    monkeypatch.setattr(balanced, "SEEDING_ROWS", 10)
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 100)
+    monkeypatch.setattr(clustering, "SEEDING_ROWS", 10)
     sampled = tokenize(vectors, vocab_size=V)
     assert_capacities(sampled, 1.5)
     # centroids of 100 rows in d = 64 at mean cosine 0.65 are off by 1 - cos = (1/0.65^2 - 1) / 100 / 2, under 1 %; the
@@ -191,23 +197,23 @@ def test_sampled_rounds_keep_the_quality(vectors, quality, monkeypatch):
 
 
 def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 10)
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 10)
     starts, assigned = [], []
 
-    def remember(*arguments, run=balanced.balanced_kmeans):
+    def remember(*arguments, run=clustering.balanced_kmeans):
         starts.append(run(*arguments))
         return starts[-1]
 
-    def look(nodes, centroids, *arguments, run=balanced.assign, **options):
+    def look(nodes, centroids, *arguments, run=clustering.assign, **options):
         assigned.append(centroids)
         return run(nodes, centroids, *arguments, **options)
 
-    monkeypatch.setattr(balanced, "balanced_kmeans", remember)
-    monkeypatch.setattr(balanced, "assign", look)
+    monkeypatch.setattr(clustering, "balanced_kmeans", remember)
+    monkeypatch.setattr(clustering, "assign", look)
     index = torch.arange(2000).view(2, 1000)
     mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 5 samples of 10 rows a child, and 3
     options = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
-    balanced.split(balanced.Nodes(vectors, index, mask), V, seeds=balanced.node_seeds(0, 1, np.arange(2)), **options)
+    split(Nodes(vectors, index, mask), V, seeds=node_seeds(0, 1, np.arange(2)), **options)
     assert len(starts) == 5
     for node, samples in enumerate((5, 3)):
         best = max(range(samples), key=lambda start: starts[start][2][node])
@@ -219,12 +225,12 @@ def test_a_node_depends_on_the_nodes_beside_it_by_rounding_alone(vectors):
     index = torch.randperm(2000, generator=torch.Generator().manual_seed(0)).view(10, 200)
     mask = torch.arange(200) < torch.tensor([200, 190, 170, 150, 120, 101, 80, 61, 40, 21])[:, None]
     options = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
-    seeds = balanced.node_seeds(3, 1, torch.arange(10).numpy())
-    together, _ = balanced.split(balanced.Nodes(vectors, index, mask), V, seeds=seeds, **options)
+    seeds = node_seeds(3, 1, torch.arange(10).numpy())
+    together, _ = split(Nodes(vectors, index, mask), V, seeds=seeds, **options)
     for i in range(10):
         rows = index[i : i + 1, : int(mask[i].sum())]
-        alone = balanced.Nodes(vectors, rows, torch.ones_like(rows, dtype=torch.bool))
-        child, _ = balanced.split(alone, V, seeds=seeds[i : i + 1], **options)
+        alone = Nodes(vectors, rows, torch.ones_like(rows, dtype=torch.bool))
+        child, _ = split(alone, V, seeds=seeds[i : i + 1], **options)
         agreement.append((child[0] == together[i, mask[i]]).double().mean())
     assert sum(share == 1 for share in agreement) >= 8  # a tie may fall the other way under another padding
 
@@ -248,16 +254,14 @@ def exact_optimum(similarity: np.ndarray, capacity: int) -> float:
 @pytest.mark.parametrize("capacity_factor", [1.0, 1.125, 1.5])
 def test_the_assignment_is_within_a_thousandth_of_the_optimum(vectors, capacity_factor, start):
     n = 6400  # capacities are whole numbers
-    index, seeds = torch.arange(n)[None], balanced.node_seeds(0, 0, np.zeros(1))
-    nodes = balanced.Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool))
-    centroids = balanced.kmeans(nodes, V, 8, seeds)
+    index, seeds = torch.arange(n)[None], node_seeds(0, 0, np.zeros(1))
+    nodes = Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool))
+    centroids = kmeans(nodes, V, 8, seeds)
     similarity = nodes.similarity(centroids)
     capacity = torch.full((1, V), capacity_factor * n / V)
-    prices = balanced.balancing_prices(
-        balanced.Market(similarity, nodes.mask, capacity), torch.zeros(1, V), balanced.PRICE_RATES
-    )
-    child = balanced.assign(nodes, centroids, start * prices, capacity_factor=capacity_factor, limit=n, seeds=seeds)
-    assert (balanced.count(child, nodes.mask, V) <= capacity).all()
+    prices = balancing_prices(Market(similarity, nodes.mask, capacity), torch.zeros(1, V), PRICE_RATES)
+    child = clustering.assign(nodes, centroids, start * prices, capacity_factor=capacity_factor, limit=n, seeds=seeds)
+    assert (count(child, nodes.mask, V) <= capacity).all()
     optimum = exact_optimum(similarity[0].double().numpy(), int(capacity[0, 0]))
     ours = similarity[0].gather(1, child[0, :, None].long()).double().mean()
     assert optimum + 1e-6 >= ours >= (1 - 1e-3) * optimum  # costs are whole millionths
@@ -265,13 +269,13 @@ def test_the_assignment_is_within_a_thousandth_of_the_optimum(vectors, capacity_
 
 @pytest.mark.parametrize("cache", [1, 100, 1 << 18])
 def test_demand_is_what_rows_want_at_given_prices(cache, monkeypatch):
-    monkeypatch.setattr(balanced, "CACHE_FLOATS", cache)
+    monkeypatch.setattr(prices_module, "CACHE_FLOATS", cache)
     mask = torch.arange(53) < torch.tensor([53, 1, 33])[:, None]
     similarity = torch.rand(3, 53, 7) * mask[:, :, None]
     prices, capacity = torch.rand(3, 7) / 4, torch.full((3, 7), 9.0)
-    dual, wanted = balanced.Market(similarity, mask, capacity).demand(prices)
+    dual, wanted = Market(similarity, mask, capacity).demand(prices)
     score, child = (similarity - prices[:, None]).double().max(2)
-    assert torch.equal(wanted, balanced.count(child, mask, 7))
+    assert torch.equal(wanted, count(child, mask, 7))
     expected = (score * mask).sum(1) + (capacity * prices).double().sum(1)
     torch.testing.assert_close(dual[:, 0].double(), expected, rtol=1e-6, atol=0)  # float32 sums of 53
 
@@ -418,11 +422,10 @@ def test_a_memory_mapped_table_gives_the_same_codes(vectors, tmp_path):
 
 def test_what_is_held_beyond_blocks_is_some_bytes_an_identity(vectors, monkeypatch):
     rows, block = vectors[:4000, :8].contiguous(), 1 << 12
-    for module in (balanced, tree, segments):
-        monkeypatch.setattr(module, "BLOCK_FLOATS", block)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", block)
     monkeypatch.setattr(tree, "SORTED_ROWS", 1000)
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 8)
-    monkeypatch.setattr(balanced, "SEEDING_ROWS", 8)
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 8)
+    monkeypatch.setattr(clustering, "SEEDING_ROWS", 8)
     held = peak_bytes(lambda: tokenize(rows, vocab_size=16, length=3, iterations=1, centroid_levels=1), "cpu")
     blocks = 10 * 4 * block  # gathered rows, similarities, membership, and temporaries of them
     # codes, order and child; then whichever is more: candidates for a move, or keys and places that are sorted
