@@ -2,7 +2,7 @@
 
 from gif.codes import IdentityCodes, tokenize
 from gif.losses import GIFLoss, MarginSoftmax
-from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
+from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "GIFLoss",
     "IdentityCodes",
     "MarginSoftmax",
+    "SpreadConfig",
     "initial_code_vectors",
     "spread_code_vectors",
     "tokenize",

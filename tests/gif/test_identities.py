@@ -20,7 +20,7 @@ from gif.files import load_tensors
 from gif.losses import GIFLoss, HeadConfig, MarginSoftmax
 from gif.resume import UnfinishedWork, claim_folder, differences
 from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 
 SIZE = 16
 TINY = ["--backbone.embedding_size=16", f"--backbone.image_size={SIZE}", "--backbone.width=4", "--backbone.channels=3"]
@@ -404,7 +404,7 @@ class TestContinuing:
         CodeVectors(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0))).save(path)
         begun = path.read_bytes()
         mapped = CodeVectors.load(path, mmap=True, writable=True)
-        put, calls = Shards.put, []
+        put, calls = DistributedTable.put, []
 
         def interrupt(self, rows, vectors):
             calls.append(1)
@@ -413,7 +413,7 @@ class TestContinuing:
             put(self, rows, vectors)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Shards, "put", interrupt)
+            patch.setattr(DistributedTable, "put", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 spread_code_vectors(mapped, epochs=2, batch=50, checkpoint=tmp_path / "journal")
         half = path.read_bytes()
@@ -481,7 +481,7 @@ class TestContinuing:
         assert code == 1 and f'1 not in the data set ("{gone}")' in printed and "the run in" in printed
 
     def interrupt_rounds(self, gif, command, monkeypatch):
-        collect, calls = Shards.collect, []
+        collect, calls = DistributedTable.collect, []
 
         def interrupt(self, round, rows):
             calls.append(1)
@@ -490,7 +490,7 @@ class TestContinuing:
             return collect(self, round, rows)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Shards, "collect", interrupt)
+            patch.setattr(DistributedTable, "collect", interrupt)
             assert gif(*command)[0] == 130
 
 

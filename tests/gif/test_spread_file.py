@@ -17,7 +17,7 @@ from gif import files
 from gif.cli import spread_command
 from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
 from gif.vectors import spread as spread_module
-from gif.vectors.shards import Round, Shards, prefetched
+from gif.vectors.distributed_table import Round, DistributedTable, prefetched
 
 OPTIONS = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}
 
@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(files, "fsync", lambda path: None)
     monkeypatch.setattr(recovery, "fsync", lambda path: None)
     monkeypatch.setattr(spread_module, "ROWS_A_BLOCK", 300)
-    monkeypatch.setattr(recovery, "JOURNAL_BYTES", 4 * 300 * 32 * 4)
+    monkeypatch.setattr(recovery, "UNDO_BYTES", 4 * 300 * 32 * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +84,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_result(tmp_path, small_bl
             process.join()
             journal = list((tmp_path / "spread.partial" / "journal").glob("undo-*"))
             size = sum(path.stat().st_size for path in journal)
-            assert size <= recovery.JOURNAL_BYTES * 1.5 + 3 * 300 * 32 * 4  # and what was read ahead
+            assert size <= recovery.UNDO_BYTES * 1.5 + 3 * 300 * 32 * 4  # and what was read ahead
         assert output.read_bytes() == wanted
         shutil.rmtree(tmp_path / "spread.partial", ignore_errors=True)
     assert killed >= 2
@@ -97,22 +97,22 @@ def test_half_written_rows_are_undone(tmp_path, monkeypatch, small_blocks, momen
     whole = CodeVectors(table())
     wanted = spread_code_vectors(whole, **OPTIONS)
     start.save(tmp_path / "v.safetensors")
-    put, calls = Shards.put, []
+    put, calls = DistributedTable.put, []
 
     def torn(self, rows, vectors):
         calls.append(1)
         if len(calls) == moment + 1:
             half = len(rows) // 2
             put(self, rows[:half], vectors[:half])
-            self.table[rows[half]] = torch.nan
+            self.own[rows[half]] = torch.nan
             raise KeyboardInterrupt
         put(self, rows, vectors)
 
-    monkeypatch.setattr(Shards, "put", torn)
+    monkeypatch.setattr(DistributedTable, "put", torn)
     mapped = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
     with pytest.raises(KeyboardInterrupt):
         spread_code_vectors(mapped, **OPTIONS, checkpoint=tmp_path / "journal")
-    monkeypatch.setattr(Shards, "put", put)
+    monkeypatch.setattr(DistributedTable, "put", put)
     again = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
     with pytest.raises(ValueError, match="checkpoint of another run"):
         spread_code_vectors(again, **{**OPTIONS, "lr": 0.2}, checkpoint=tmp_path / "journal")

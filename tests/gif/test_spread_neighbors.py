@@ -8,7 +8,7 @@ import torch
 from gif.vectors import CodeVectors, spread_code_vectors
 from gif.vectors import spread as spread_module
 from gif.vectors.neighbors import leaf_bounds, neighbor_order, project
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 from gif_kernels import max_cosine
 
 
@@ -72,7 +72,7 @@ def test_near_duplicates_mostly_share_a_leaf(cosine, share):
     rows, left, right = planted(16_384, 64, pairs=1000, cosine=cosine)
     leaf = torch.empty(len(rows), dtype=torch.int64)
     depth = 8  # leaves of 64 rows: two at random share one of 256
-    leaf[neighbor_order(project(Shards(rows, rows.device), depth, seed=2))] = torch.arange(len(rows)) // 64
+    leaf[neighbor_order(project(DistributedTable(rows, rows.device), depth, seed=2))] = torch.arange(len(rows)) // 64
     assert float((leaf[left] == leaf[right]).float().mean()) > share
 
 

@@ -8,7 +8,7 @@ from torch.multiprocessing import spawn
 from gif import distributed, files
 from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
 from gif.vectors import spread as spread_module
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 
 PROCESSES = 2
 OPTIONS = {"epochs": 2, "batch": 150, "neighbor_epochs": 1, "neighbors": 16, "seed": 3}
@@ -46,9 +46,9 @@ def _process(rank, folder):
 
 def spread_a_file(rank, folder):
     """Killed in the middle of a round's writing, then while one process has noted a flush and the other has not."""
-    recovery.JOURNAL_BYTES = 4 * 150 * 24 * 4
+    recovery.UNDO_BYTES = 4 * 150 * 24 * 4
     spread_module.ROWS_A_BLOCK = 128
-    put, save = Shards.put, recovery.UnfinishedWork.save
+    put, save = DistributedTable.put, recovery.UnfinishedWork.save
     calls = {"put": 0, "save": 0}
 
     def torn_put(self, rows, vectors):
@@ -67,7 +67,7 @@ def spread_a_file(rank, folder):
         save(self, tensors)
 
     options = {**OPTIONS, "start": "whiten"}
-    Shards.put, recovery.UnfinishedWork.save = torn_put, torn_save
+    DistributedTable.put, recovery.UnfinishedWork.save = torn_put, torn_save
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             spread_file(folder / "v.safetensors", folder / "out.safetensors", device=CPU, **options)
