@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.run import get_args_parser
 
 from gif import cli
-from gif.backbones import load_backbone
+from gif.backbones import BackboneConfig, load_backbone
 from gif.codes import IdentityCodes
 from gif.data import IdentityImages, IdentitySplit
 from gif.errors import DivergedError, InputError, MissingFileError, UnavailableError
@@ -16,7 +16,9 @@ from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
+from gif.training import command as training_command
 from gif.vectors import CodeVectors
+from gif.vectors import commands as vectors_commands
 
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
 
@@ -33,7 +35,7 @@ def tiny_images(identities, seed, first="a"):
 @pytest.fixture
 def tiny_data(monkeypatch):
     split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1, "A"))
-    for module in (cli, evaluate_module):
+    for module in (vectors_commands, training_command, evaluate_module):
         monkeypatch.setattr(module, "load_data", lambda name, **options: split)
     monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
     return split
@@ -119,7 +121,7 @@ def test_validation_is_looked_at_before_training(tiny_data, gif, tmp_path, optio
 
 @pytest.fixture
 def tiny_bench(tiny_data, monkeypatch):
-    backbone = cli.BackboneConfig(embedding_size=16, image_size=16, width=4)
+    backbone = BackboneConfig(embedding_size=16, image_size=16, width=4)
     monkeypatch.setattr(glyph_bench, "BACKBONE", backbone)
     monkeypatch.setattr(glyph_bench, "VOCAB_SIZE", 5)
     monkeypatch.setattr(quickstart_module, "BATCH_SIZE", 16)
@@ -250,7 +252,7 @@ class TestErrorsAreOneLine:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli, "initial_code_vectors", interrupted)
+        monkeypatch.setattr(vectors_commands, "initial_code_vectors", interrupted)
         code, printed = gif("vectors", "--output", tmp_path / "v.safetensors")
         assert code == 130 and "nothing was kept" in printed
         assert not list(tmp_path.iterdir())
@@ -287,7 +289,7 @@ class TestWhatIsNotAUsersFault:
             def broken(*_, **__):
                 raise error
 
-            monkeypatch.setattr(cli, "initial_code_vectors", broken)
+            monkeypatch.setattr(vectors_commands, "initial_code_vectors", broken)
             return gif("vectors", "--output", tmp_path / "v.safetensors", *options)
 
         return run

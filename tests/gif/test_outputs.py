@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from gif import CodeVectors, cli, files
+from gif.codes import commands as codes_commands
 from gif.data.glyphs import all_glyphs
 from gif.errors import InputError, Interrupted, OutputError
 from gif.files import allocate_tensors, atomic_path, load_tensors, map_tensor, remove_temporaries, save_tensors
 from gif.ownership import check_output, hold
 from gif.resume import RECORD, claim_folder
+from gif.training import command as training_command
 from gif.training import stop as stop_module
 from gif.training.stop import StopRequest
+from gif.vectors import commands as vectors_commands
 
 FORMAT = "test/1"
 FORK = multiprocessing.get_context("fork")
@@ -234,8 +237,9 @@ class TestPlacesThatCannotBeWritten:
         def work(*_, **__):
             raise AssertionError("work began")
 
-        for name in ("initial_code_vectors", "spread_code_vectors", "tokenize", "load_data"):
-            monkeypatch.setattr(cli, name, work)
+        for name in ("initial_code_vectors", "spread_code_vectors", "load_data"):
+            monkeypatch.setattr(vectors_commands, name, work)
+        monkeypatch.setattr(codes_commands, "tokenize", work)
         arguments = ["--data", tiny_folder / "data"] if command == "vectors" else ["--vectors", table]
         code, printed = gif(*command.split(), *arguments, "--output", output)
         assert code == 1 and printed.startswith("error:") and str(output).split("/")[-1][:4] in printed
@@ -303,7 +307,7 @@ class TestPlacesThatCannotBeWritten:
         def fails(*_, **__):
             raise RuntimeError("0 active drivers")
 
-        monkeypatch.setattr(cli, "train", fails)
+        monkeypatch.setattr(training_command, "train", fails)
         with contextlib.suppress(RuntimeError):
             gif("train", *arguments)
         assert not (tmp_path / "run").exists()

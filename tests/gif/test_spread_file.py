@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from gif import files
-from gif.cli import spread_command
 from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
 from gif.vectors import spread as spread_module
-from gif.vectors.distributed_table import Round, DistributedTable, prefetched
+from gif.vectors.commands import spread_command
+from gif.vectors.distributed_table import DistributedTable, Round, prefetched
 
 OPTIONS = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}
 

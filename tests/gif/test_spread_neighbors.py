@@ -7,8 +7,8 @@ import torch
 
 from gif.vectors import CodeVectors, spread_code_vectors
 from gif.vectors import spread as spread_module
-from gif.vectors.neighbors import leaf_bounds, neighbor_order, project
 from gif.vectors.distributed_table import DistributedTable
+from gif.vectors.neighbors import leaf_bounds, neighbor_order, project
 from gif_kernels import max_cosine
 
 

@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.clusters import clustered
-from gif.cli import tokenize_command
 from gif.codes import IdentityCodes, clustering, judge_codes, tokenize, tree
 from gif.codes import blocks as blocks_module
 from gif.codes import prices as prices_module
 from gif.codes.clustering import DISTANCE_UNIT, split
+from gif.codes.commands import tokenize_command
 from gif.codes.nodes import Nodes
 from gif.codes.prices import Market, dearest
 from gif.codes.splitmix import node_seeds
