@@ -1,6 +1,6 @@
 """Train recognition models with millions of identities: structured identity codes instead of a softmax."""
 
-from gif.codes import IdentityCodes, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, tokenize
 from gif.losses import GIFLoss, MarginSoftmax
 from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
@@ -12,6 +12,7 @@ __all__ = [
     "IdentityCodes",
     "MarginSoftmax",
     "SpreadConfig",
+    "TokenizeConfig",
     "initial_code_vectors",
     "spread_code_vectors",
     "tokenize",

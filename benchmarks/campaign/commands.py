@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.campaign import inputs
 from benchmarks.campaign.records import Found, Kind
-from gif import CodeVectors, cli, resume, tokenize
+from gif import CodeVectors, TokenizeConfig, cli, resume, tokenize
 from gif.faults import MENDABLE_CODE
 from gif.vectors.distributed_table import DistributedTable
 
@@ -72,7 +72,7 @@ def write_inputs(source: Path) -> None:
     vectors = CodeVectors(torch.randn(IDENTITIES, WIDTH, generator=generator))
     vectors.save(source / "v.safetensors")
     with inputs.unheard():
-        tokenize(vectors, vocab_size=3).save(source / "c.safetensors")
+        tokenize(vectors, TokenizeConfig(vocab_size=3)).save(source / "c.safetensors")
     for name in COMMANDS:
         (whole := source / "whole" / name).mkdir(parents=True)
         ended, writes = run(name, source, whole)

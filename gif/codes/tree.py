@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.align import fit_codebook, match, random_names
+from gif.codes.align import Alignment, fit_codebook, match, random_names
 from gif.codes.blocks import block_floats, blocks_at_once, column_blocks
 from gif.codes.clustering import split
 from gif.codes.nodes import Nodes
@@ -22,8 +21,6 @@ from gif.codes.segments import ancestors, offsets_of, tree_sums, whole_segments
 from gif.codes.splitmix import node_seeds
 from gif_kernels.sphere import unit
 
-Alignment = Literal["none", "residual"]
-ALIGNMENTS: tuple[Alignment, ...] = ("none", "residual")
 CODEBOOK_NODES = 1024  # a level's codebook is fitted to the children of this many nodes at most
 PADDING = 0.25  # nodes worked on together differ by this share in size at most
 SORTED_ROWS = 1 << 22  # rows sorted by node and token at a time, unless a node has more

@@ -221,7 +221,7 @@ def recovery(
     settings: Mapping[str, Any],
     round_rows: int,
 ) -> Recovery:
-    """What keeps a run of these ``settings`` in ``checkpoint``: where the table is in ``file`` an undo log, else copies.
+    """What keeps a run of these ``settings`` in ``checkpoint``: an undo log where there is a ``file``, else copies.
 
     ``round_rows``: own rows of a round.
     """

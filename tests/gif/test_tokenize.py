@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
 from benchmarks.memory import peak_bytes
-from gif.codes import IdentityCodes, advise, clustering, judge_codes, linear_probe, tokenize, tree
+from gif.codes import IdentityCodes, TokenizeConfig, advise, clustering, judge_codes, linear_probe, tokenize, tree
 from gif.codes import blocks as blocks_module
 from gif.codes import prices as prices_module
 from gif.codes.align import match
@@ -54,12 +54,12 @@ def vectors():
 
 @pytest.fixture(scope="module")
 def codes(vectors):
-    return tokenize(vectors, vocab_size=V)
+    return tokenize(vectors, TokenizeConfig(vocab_size=V))
 
 
 @pytest.fixture(scope="module")
 def plain(vectors):
-    return tokenize(vectors, vocab_size=V, alignment="none")
+    return tokenize(vectors, TokenizeConfig(vocab_size=V, alignment="none"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,9 @@ def assert_capacities(codes, capacity_factor: float) -> None:
 @pytest.mark.parametrize(("v", "length"), [(2, 5), (3, 4), (5, 3), (20, 2), (256, 1)])
 def test_full_and_nearly_full_trees(v, length, alignment):
     for m in {1, 2, v, v + 1, v**length - 1, v**length} - {257}:
-        codes = tokenize(torch.randn(m, 7), vocab_size=v, length=length, alignment=alignment)  # refuses codes alike
+        codes = tokenize(
+            torch.randn(m, 7), TokenizeConfig(vocab_size=v, length=length, alignment=alignment)
+        )  # refuses codes alike
         assert codes.codes.shape == (m, length)
         assert_capacities(codes, 1.5)
 
@@ -118,7 +120,9 @@ def test_distinct_and_within_capacities_whatever_the_vectors(
     m = 1 + int(fill * (min(v**length, 700) - 1))
     rows = hostile(kind, m, d, torch.Generator().manual_seed(seed % 1000))
     options = {"capacity_factor": capacity_factor, "alignment": alignment, "seed": seed}
-    assert_capacities(tokenize(rows, vocab_size=v, length=length, iterations=3, **options), min(capacity_factor, v))
+    assert_capacities(
+        tokenize(rows, TokenizeConfig(vocab_size=v, length=length, iterations=3, **options)), min(capacity_factor, v)
+    )
 
 
 def test_large_tables_keep_capacities(codes, plain):
@@ -128,7 +132,7 @@ def test_large_tables_keep_capacities(codes, plain):
 
 
 def test_capacity_factor_one_makes_equal_sizes(vectors):
-    codes = tokenize(vectors[:5000], vocab_size=7, capacity_factor=1.0)
+    codes = tokenize(vectors[:5000], TokenizeConfig(vocab_size=7, capacity_factor=1.0))
     for depth in range(codes.length):
         node, sizes = codes.prefixes(depth + 1).unique(return_counts=True)
         for parent in (node // 7).unique():
@@ -139,23 +143,29 @@ def test_capacity_factor_one_makes_equal_sizes(vectors):
 
 def test_the_seed_decides(vectors, codes):
     rows = vectors[:3000]
-    first = tokenize(rows, vocab_size=V, seed=1)
-    assert torch.equal(tokenize(rows, vocab_size=V, seed=1).codes, first.codes)
-    assert not torch.equal(tokenize(rows, vocab_size=V, seed=2).codes, first.codes)
-    assert torch.equal(tokenize(CodeVectors(rows.clone()), vocab_size=V, seed=1).codes[:, 0], first.codes[:, 0])
+    first = tokenize(rows, TokenizeConfig(vocab_size=V, seed=1))
+    assert torch.equal(tokenize(rows, TokenizeConfig(vocab_size=V, seed=1)).codes, first.codes)
+    assert not torch.equal(tokenize(rows, TokenizeConfig(vocab_size=V, seed=2)).codes, first.codes)
+    assert torch.equal(
+        tokenize(CodeVectors(rows.clone()), TokenizeConfig(vocab_size=V, seed=1)).codes[:, 0], first.codes[:, 0]
+    )
 
 
 def test_only_directions_matter_and_the_input_is_left_alone(vectors):
     rows = vectors[:2000] * 4  # a power of two: the very same directions
     before = rows.clone()
-    assert torch.equal(tokenize(rows, vocab_size=V).codes, tokenize(vectors[:2000], vocab_size=V).codes)
+    assert torch.equal(
+        tokenize(rows, TokenizeConfig(vocab_size=V)).codes, tokenize(vectors[:2000], TokenizeConfig(vocab_size=V)).codes
+    )
     assert torch.equal(rows, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(vectors, dtype):
     rows = vectors[:2000].to(dtype)
-    assert torch.equal(tokenize(rows, vocab_size=V).codes, tokenize(rows.float(), vocab_size=V).codes)
+    assert torch.equal(
+        tokenize(rows, TokenizeConfig(vocab_size=V)).codes, tokenize(rows.float(), TokenizeConfig(vocab_size=V)).codes
+    )
 
 
 def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatch):
@@ -189,7 +199,7 @@ def test_a_node_of_many_blocks_keeps_capacities_and_quality(vectors, monkeypatch
 def test_sampled_rounds_keep_the_quality(vectors, quality, monkeypatch):
     monkeypatch.setattr(clustering, "LLOYD_ROWS", 100)
     monkeypatch.setattr(clustering, "SEEDING_ROWS", 10)
-    sampled = tokenize(vectors, vocab_size=V)
+    sampled = tokenize(vectors, TokenizeConfig(vocab_size=V))
     assert_capacities(sampled, 1.5)
     # centroids of 100 rows in d = 64 at mean cosine 0.65 are off by 1 - cos = (1/0.65^2 - 1) / 100 / 2, under 1 %; the
     # rest is what one seeding of k-means differs by from another
@@ -323,20 +333,20 @@ def test_centroids_are_the_nodes_means(codes, vectors):
         sums = torch.zeros(len(centroids), vectors.shape[1], dtype=torch.float64).index_add_(0, node, vectors.double())
         cosine = (torch.nn.functional.normalize(sums, dim=1) * centroids.double()).sum(1)
         torch.testing.assert_close(cosine, torch.ones_like(cosine), atol=2e-3, rtol=0)  # float16: 2^-11 an entry
-    assert tokenize(vectors[:500], vocab_size=V, centroid_levels=0).centroids == ()
+    assert tokenize(vectors[:500], TokenizeConfig(vocab_size=V, centroid_levels=0)).centroids == ()
 
 
 def test_slack_and_length():
     rows = torch.randn(400, 5)
-    assert tokenize(rows, vocab_size=20).length == 2
-    assert tokenize(rows, vocab_size=20, slack=0.01).length == 3
-    assert tokenize(rows, vocab_size=20, length=4).length == 4
+    assert tokenize(rows, TokenizeConfig(vocab_size=20)).length == 2
+    assert tokenize(rows, TokenizeConfig(vocab_size=20, slack=0.01)).length == 3
+    assert tokenize(rows, TokenizeConfig(vocab_size=20, length=4)).length == 4
     with pytest.raises(ValueError, match=r"400 identities .* take length >= 2 or vocab_size >= 400|take length >= 2$"):
-        tokenize(rows, vocab_size=20, length=1)
+        tokenize(rows, TokenizeConfig(vocab_size=20, length=1))
     with pytest.raises(ValueError, match="take length >= 3 or vocab_size >= 20"):
-        tokenize(rows, vocab_size=19, length=2)
+        tokenize(rows, TokenizeConfig(vocab_size=19, length=2))
     with pytest.raises(ValueError, match="pass 2\\^63"):
-        tokenize(rows, vocab_size=20, length=15)
+        tokenize(rows, TokenizeConfig(vocab_size=20, length=15))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
@@ -344,24 +354,24 @@ def test_vectors_without_a_direction_are_refused(value):
     rows = torch.randn(50, 4)
     rows[17] = value
     with pytest.raises(ValueError, match="NaN, infinity or a row of zeros"):
-        tokenize(rows, vocab_size=10)
+        tokenize(rows, TokenizeConfig(vocab_size=10))
 
 
 def test_bad_options_are_refused():
     rows = torch.randn(50, 4)
     with pytest.raises(TypeError, match="must be float32"):
-        tokenize(rows.long(), vocab_size=10)
+        tokenize(rows.long(), TokenizeConfig(vocab_size=10))
     with pytest.raises(ValueError, match=r"shape \(m, d\)"):
-        tokenize(rows[0], vocab_size=10)
+        tokenize(rows[0], TokenizeConfig(vocab_size=10))
     with pytest.raises(ValueError, match="'none', 'residual'"):
-        tokenize(rows, vocab_size=10, alignment="other")
+        tokenize(rows, TokenizeConfig(vocab_size=10, alignment="other"))
     for options in ({"capacity_factor": 0.9}, {"capacity_factor": math.nan}, {"iterations": -1}):
         with pytest.raises(ValueError, match="wanted capacity_factor >= 1 and iterations >= 0"):
-            tokenize(rows, vocab_size=10, **options)
+            tokenize(rows, TokenizeConfig(vocab_size=10, **options))
     with pytest.raises(ValueError, match=r"vectors must be \(50, d\)"):
-        judge_codes(tokenize(rows, vocab_size=10), rows[:-1])
+        judge_codes(tokenize(rows, TokenizeConfig(vocab_size=10)), rows[:-1])
     with pytest.raises(ValueError, match=r"centroid_levels must lie in \[0, 2\)"):
-        tokenize(rows, vocab_size=10, centroid_levels=2)
+        tokenize(rows, TokenizeConfig(vocab_size=10, centroid_levels=2))
 
 
 class Killed(BaseException):
@@ -385,15 +395,15 @@ def kill_after(levels: int, monkeypatch) -> None:
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_killed_after_any_level_and_resumed(vectors, levels, alignment, tmp_path, monkeypatch):
     rows, options = vectors[:700], {"vocab_size": 5, "length": 5, "alignment": alignment}
-    straight = tokenize(rows, **options)
+    straight = tokenize(rows, TokenizeConfig(**options))
     checkpoint = tmp_path / "codes.partial"
     with monkeypatch.context() as patch:
         kill_after(levels, patch)
         with pytest.raises(Killed):
-            tokenize(rows, checkpoint=checkpoint, **options)
+            tokenize(rows, TokenizeConfig(**options), checkpoint=checkpoint)
     cut = []
     monkeypatch.setattr(Level, "tokens", lambda self, *a, f=Level.tokens: cut.append(self.depth) or f(self, *a))
-    resumed = tokenize(rows, checkpoint=checkpoint, **options)
+    resumed = tokenize(rows, TokenizeConfig(**options), checkpoint=checkpoint)
     assert cut == list(range(levels, 5))  # what was done is not done again
     assert torch.equal(resumed.codes, straight.codes)
     assert all(map(torch.equal, resumed.centroids, straight.centroids))
@@ -407,17 +417,19 @@ def test_the_checkpoint_of_another_run_is_refused(vectors, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         kill_after(1, patch)
         with pytest.raises(Killed):
-            tokenize(vectors[:100], vocab_size=5, checkpoint=checkpoint)
+            tokenize(vectors[:100], TokenizeConfig(vocab_size=5), checkpoint=checkpoint)
     for rows, options in ((vectors[:100], {"seed": 1}), (vectors[100:200], {}), (vectors[:100], {"slack": 9.0})):
         with pytest.raises(ValueError, match="checkpoint of another run"):
-            tokenize(rows, vocab_size=5, checkpoint=checkpoint, **options)
+            tokenize(rows, TokenizeConfig(vocab_size=5, **options), checkpoint=checkpoint)
 
 
 def test_a_memory_mapped_table_gives_the_same_codes(vectors, tmp_path):
     CodeVectors(vectors[:3000].clone()).save(tmp_path / "vectors.safetensors")
     mapped = CodeVectors.load(tmp_path / "vectors.safetensors", mmap=True)
     kept = CodeVectors.load(tmp_path / "vectors.safetensors")
-    assert torch.equal(tokenize(mapped, vocab_size=V).codes, tokenize(kept, vocab_size=V).codes)
+    assert torch.equal(
+        tokenize(mapped, TokenizeConfig(vocab_size=V)).codes, tokenize(kept, TokenizeConfig(vocab_size=V)).codes
+    )
 
 
 def test_what_is_held_beyond_blocks_is_some_bytes_an_identity(vectors, monkeypatch):
@@ -426,7 +438,9 @@ def test_what_is_held_beyond_blocks_is_some_bytes_an_identity(vectors, monkeypat
     monkeypatch.setattr(tree, "SORTED_ROWS", 1000)
     monkeypatch.setattr(clustering, "LLOYD_ROWS", 8)
     monkeypatch.setattr(clustering, "SEEDING_ROWS", 8)
-    held = peak_bytes(lambda: tokenize(rows, vocab_size=16, length=3, iterations=1, centroid_levels=1), "cpu")
+    held = peak_bytes(
+        lambda: tokenize(rows, TokenizeConfig(vocab_size=16, length=3, iterations=1, centroid_levels=1)), "cpu"
+    )
     blocks = 10 * 4 * block  # gathered rows, similarities, membership, and temporaries of them
     # codes, order and child; then whichever is more: candidates for a move, or keys and places that are sorted
     assert held < 60 * len(rows) + blocks
@@ -441,7 +455,7 @@ def newcomers(codes, vectors, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("levels", [None, 2])
 def test_newcomers_take_leaves_near_what_they_resemble(vectors, alignment, levels):
     m, n = 5000, 600
-    codes = tokenize(vectors[:m], vocab_size=V, length=4, alignment=alignment, centroid_levels=levels)
+    codes = tokenize(vectors[:m], TokenizeConfig(vocab_size=V, length=4, alignment=alignment, centroid_levels=levels))
     rows = newcomers(codes, vectors, n)
     extended = codes.extend(rows)
     assert torch.equal(extended.codes[:m], codes.codes)  # IdentityCodes has seen to it that the others are distinct
@@ -457,7 +471,7 @@ def test_newcomers_take_leaves_near_what_they_resemble(vectors, alignment, level
 
 def test_the_last_token_is_that_of_the_free_leaf_the_residual_points_to(vectors):
     m = 2000
-    codes = tokenize(vectors[:m], vocab_size=V, length=4)
+    codes = tokenize(vectors[:m], TokenizeConfig(vocab_size=V, length=4))
     for row in newcomers(codes, vectors, 10):
         code = codes.extend(row[None]).codes[m]
         node = codes.prefixes(3) == int((code[:3].long() * V ** torch.tensor([2, 1, 0])).sum())
@@ -468,7 +482,7 @@ def test_the_last_token_is_that_of_the_free_leaf_the_residual_points_to(vectors)
 
 
 def test_a_tree_fills_up_to_the_last_leaf(tmp_path):
-    codes = tokenize(torch.randn(60, 6), vocab_size=5, length=3)
+    codes = tokenize(torch.randn(60, 6), TokenizeConfig(vocab_size=5, length=3))
     codes.save(tmp_path / "codes.safetensors")
     loaded = IdentityCodes.load(tmp_path / "codes.safetensors")
     assert torch.equal(loaded.directions, codes.directions)
@@ -484,19 +498,19 @@ def test_a_tree_fills_up_to_the_last_leaf(tmp_path):
 
 def test_identical_newcomers_still_get_codes_of_their_own():
     rows = torch.randn(40, 6)
-    codes = tokenize(rows, vocab_size=4, length=4)
+    codes = tokenize(rows, TokenizeConfig(vocab_size=4, length=4))
     assert len(codes.extend(rows[:1].expand(150, -1))) == 190  # IdentityCodes refuses codes alike
 
 
 def test_newcomers_that_cannot_be_placed():
-    codes = tokenize(torch.randn(60, 6), vocab_size=5, length=3)
+    codes = tokenize(torch.randn(60, 6), TokenizeConfig(vocab_size=5, length=3))
     with pytest.raises(ValueError, match=r"must have shape \(n, 6\)"):
         codes.extend(torch.randn(3, 5))
     with pytest.raises(ValueError, match="a row of zeros"):
         codes.extend(torch.zeros(1, 6))
     with pytest.raises(ValueError, match="no centroids"):
         IdentityCodes(codes.codes, 5).extend(torch.randn(1, 6))
-    short = tokenize(torch.randn(3, 6), vocab_size=5)
+    short = tokenize(torch.randn(3, 6), TokenizeConfig(vocab_size=5))
     assert len(short.extend(torch.randn(2, 6))) == 5  # of one token: no centroids are needed
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.clusters import clustered
-from gif.codes import IdentityCodes, clustering, judge_codes, tokenize, tree
+from gif.codes import IdentityCodes, TokenizeConfig, clustering, judge_codes, tokenize, tree
 from gif.codes import blocks as blocks_module
 from gif.codes import prices as prices_module
 from gif.codes.clustering import DISTANCE_UNIT, split
@@ -86,8 +86,8 @@ def test_codes_do_not_depend_on_the_block(d, monkeypatch):
     found, quality = [], []
     for at_once in (1, 8):
         patched(monkeypatch, 1 << 16, at_once)
-        found.append(tokenize(vectors, vocab_size=V, alignment="none").codes)
-        quality.append(judge_codes(tokenize(vectors, vocab_size=V), vectors).cosine)
+        found.append(tokenize(vectors, TokenizeConfig(vocab_size=V, alignment="none")).codes)
+        quality.append(judge_codes(tokenize(vectors, TokenizeConfig(vocab_size=V)), vectors).cosine)
     same = (found[0] == found[1]).double()
     assert (same[:, 0] == 1).all()
     assert same.amin(1).mean() > 0.97  # sums in another order let ties fall the other way, and a node is cut anew
@@ -143,12 +143,12 @@ class TestDevice:
         assert working_device(self.table, "auto").type == "cpu"
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(ValueError, match=r'device "cuda" was asked for, and PyTorch sees 0 GPUs'):
-            tokenize(self.table, vocab_size=V, device="cuda")
+            tokenize(self.table, TokenizeConfig(vocab_size=V), device="cuda")
         with pytest.raises(ValueError, match='unknown device "gpu"'):
-            tokenize(self.table, vocab_size=V, device="gpu")
-        expected = tokenize(self.table, vocab_size=V).codes
+            tokenize(self.table, TokenizeConfig(vocab_size=V), device="gpu")
+        expected = tokenize(self.table, TokenizeConfig(vocab_size=V)).codes
         for device in ("auto", "cpu", torch.device("cpu")):
-            assert torch.equal(tokenize(self.table, vocab_size=V, device=device).codes, expected)
+            assert torch.equal(tokenize(self.table, TokenizeConfig(vocab_size=V), device=device).codes, expected)
 
     def test_a_gpu_with_and_without_room(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
