@@ -13,6 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+__all__ = [
+    "FEWEST_ROWS",
+    "FUSED_POTENTIAL",
+    "MAX_VOCAB",
+    "TILES",
+    "Tile",
+    "architecture",
+    "fused_potential_tile",
+    "multiprocessors",
+    "tile",
+]
+
 H100 = "measured, NVIDIA H100 80GB HBM3, 2026-11-26"
 INTERPRETED = "sm_80"
 """The architecture whose tiles a CPU interprets."""
@@ -30,7 +42,9 @@ LAST = ("sm_80", "gfx942")
 SMALLEST_NVIDIA, SMALLEST_AMD = "sm_86", "gfx942"
 """Whose row an architecture takes that is not named above: the one with the least shared memory of its vendor."""
 FEWEST_ROWS = 16
+"""Rows of a program, however many columns it holds."""
 FEWEST_WARPS = 4
+"""Warps of a program, however small its block is."""
 MAX_VOCAB = 256
 """Centres a token that the token-margin kernels hold at once."""
 WIDE_VOCAB = 128
