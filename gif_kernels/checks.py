@@ -16,6 +16,21 @@ from torch import Tensor
 from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
 
+__all__ = [
+    "FLOATING",
+    "INTEGER",
+    "angular_margin",
+    "choice",
+    "floating",
+    "integer",
+    "looks_at_values",
+    "positive",
+    "refuse_not_finite",
+    "require",
+    "same_device",
+    "seen_not_finite",
+]
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),

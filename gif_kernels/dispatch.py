@@ -15,6 +15,22 @@ import torch
 from gif_kernels import checks
 from gif_kernels.errors import InputError
 
+__all__ = [
+    "IMPLS",
+    "INTERPRETING",
+    "TRITON_INSTALLED",
+    "Impl",
+    "choose",
+    "full_precision",
+    "implementation",
+    "ops",
+    "register",
+    "resolve",
+    "select",
+    "triton_packages",
+    "triton_unavailable",
+]
+
 Impl = Literal["auto", "triton", "blocked", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "blocked", "reference")
 
@@ -93,9 +109,9 @@ def ops() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
-def triton_modules() -> tuple[str, ...]:
-    """The modules that hold Triton kernels, where Triton is installed."""
-    return tuple(sorted({op["triton"].__module__ for op in _OPS.values() if "triton" in op}))
+def triton_packages() -> tuple[str, ...]:
+    """The packages of the ops that have Triton kernels, where Triton is installed."""
+    return tuple(sorted({op["triton"].__module__.rpartition(".")[0] for op in _OPS.values() if "triton" in op}))
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:

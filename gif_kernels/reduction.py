@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+__all__ = ["REDUCTIONS", "Reduction", "reduce_rows", "row_weights"]
+
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 

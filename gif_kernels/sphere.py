@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, float32 otherwise: products accumulate, and margins are taken, in no less."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+__all__ = ["inverse_norm", "tangent", "unit"]
 
 
 def inverse_norm(rows: Tensor) -> Tensor:

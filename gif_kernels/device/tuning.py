@@ -10,9 +10,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
+
+__all__ = [
+    "FEWEST_ROWS",
+    "FUSED_POTENTIAL",
+    "MAX_VOCAB",
+    "TILES",
+    "Tile",
+    "architecture",
+    "fused_potential_tile",
+    "multiprocessors",
+    "tile",
+]
 
 H100 = "measured, NVIDIA H100 80GB HBM3, 2026-11-26"
 INTERPRETED = "sm_80"
@@ -31,7 +42,9 @@ LAST = ("sm_80", "gfx942")
 SMALLEST_NVIDIA, SMALLEST_AMD = "sm_86", "gfx942"
 """Whose row an architecture takes that is not named above: the one with the least shared memory of its vendor."""
 FEWEST_ROWS = 16
+"""Rows of a program, however many columns it holds."""
 FEWEST_WARPS = 4
+"""Warps of a program, however small its block is."""
 MAX_VOCAB = 256
 """Centres a token that the token-margin kernels hold at once."""
 WIDE_VOCAB = 128
@@ -187,25 +200,3 @@ def architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-MatrixUnits = Literal["none", "any", "widest"]
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One compilation of a kernel that is shipped, for `gif_kernels.aot`.
-
-    Args:
-        label: sizes and dtypes, one line.
-        kernel: the jitted function.
-        signature: Triton type by argument name; pointers are aligned to 16 bytes, as PyTorch's memory is.
-        constants: value by constexpr argument name, and launch options.
-        matrix: the matrix units that its products must use: the architecture's widest, any, or none.
-    """
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    matrix: MatrixUnits = "none"
