@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gif.files import check_mapped
-from gif.vectors.mapped import read_at_random, read_soon
+from gif.vectors.paging import read_at_random, read_soon
 
 
 class Stage:
