@@ -15,9 +15,9 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from benchmarks.gpu.report import report_gpu
-from benchmarks.heads import BACKBONE_ALONE, PROVIDERS, needed_bytes
+from benchmarks.heads import BACKBONE_ALONE, BATCH, HEADS
 from benchmarks.pictures import pictures
-from benchmarks.results import FACTS, Measurement, read_results
+from benchmarks.results import COLUMNS, Measurement, read_results
 from gif.documents import markdown_table, replace_block, require_block
 from gif.files import write_text
 from gif.progress import say
@@ -77,12 +77,12 @@ def as_csv(found: Sequence[Measurement]) -> str:
     """A line a metric of a measurement: kernel, provider, mode, shape, dtype, machine, metric, value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*FACTS, "metric", "value"))
+    writer.writerow((*COLUMNS, "metric", "value"))
     for m in found:
         for metric in METRICS:
             value = getattr(m, metric)
             if value is not None:
-                writer.writerow((*(m.facts[fact] for fact in FACTS), metric, value))
+                writer.writerow((*(getattr(m, column) for column in COLUMNS), metric, value))
     return text.getvalue()
 
 
@@ -126,19 +126,19 @@ def _cell(m: Measurement | None, first: Measurement | None) -> str:
             text += f", {100 * (1 - first.ratio / m.ratio):.0f} %"
         else:
             text += f", {m.ratio / first.ratio:.3g} x"
-    if "distinct" in m.facts:
-        text += f", {100 * m.facts['distinct']:.3g} % distinct"
+    if m.distinct is not None:
+        text += f", {100 * m.distinct:.3g} % distinct"
     return text + (f" ({100 * m.roofline:.0f} %)" if m.roofline is not None else "")
 
 
 def missing_heads(found: Sequence[Measurement]) -> str:
     """Which heads did not fit, with the memory they would need."""
-    measured = {(m.provider, m.facts["identities"]) for m in found}
+    measured = {(m.provider, m.identities) for m in found}
     rows = [
-        (f"{m:,}", name, _bytes(needed_bytes(name, m)))
-        for m in sorted({m for _, m in measured})
-        for name in PROVIDERS
-        if (name, m) not in measured
+        (f"{m:,}", head.name, _bytes(head.cost(m, BATCH).bytes))
+        for m in sorted({m.identities for m in found if m.identities is not None})
+        for head in HEADS.values()
+        if (head.name, m) not in measured
     ]
     if not rows:
         return ""

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 
 import gif
+from benchmarks.gpu.records import Goal, at_least, at_most
 from benchmarks.gpu.stage import Run
 from benchmarks.heads import VOCAB, identity_codes
 from gif.backbones import BackboneConfig
 from gif.codes.tree import Cutting, root
 from gif_kernels import uniformity_step_
 
-NONE = "<= 0"
+NONE = at_most(0)
+WORKS = at_least(1)
 SHARE = 1.5
 """Of a child's equal share of its node's rows: `tokenize`'s default capacity."""
 ITERATIONS = 8
@@ -25,7 +27,7 @@ def run(run: Run) -> None:
     for recipe in ("live", "paper"):
         for place in dict.fromkeys((run.device.name, "cpu")):
             with run.attempt(f"training step, {recipe}"):
-                goal = NONE if place == run.device.name else ""
+                goal = NONE if place == run.device.name else None
                 what = f"training step, {recipe}, tables on the {'device' if goal else 'host'}"
                 _waits(run, what, _training_step(run, recipe, m, width, batch, place), goal)
     with run.attempt("step of spreading"):
@@ -47,7 +49,7 @@ def run(run: Run) -> None:
         _capture(run, recipe, m, width, batch)
 
 
-def _waits(run: Run, what: str, call: Callable[[], object], goal: str = "") -> None:
+def _waits(run: Run, what: str, call: Callable[[], object], goal: Goal | None = None) -> None:
     found = run.device.waits(call)
     run.record(f"{what}: waits", sum(found.values()), "", goal=goal)
     for place, count in found.most_common():
@@ -93,6 +95,6 @@ def _capture(run: Run, recipe: str, m: int, width: int, batch: int) -> None:
     try:
         run.device.captured(step)
     except Exception as error:
-        run.record(f"{what}: works", 0, "", goal=">= 1", note=str(error).strip().splitlines()[0][:300])
+        run.record(f"{what}: works", 0, "", goal=WORKS, note=str(error).strip().splitlines()[0][:300])
     else:
-        run.record(f"{what}: works", 1, "", goal=">= 1")
+        run.record(f"{what}: works", 1, "", goal=WORKS)
