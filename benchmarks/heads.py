@@ -194,9 +194,7 @@ def _partial_fc_head(rate: float) -> Head:
 
 GIF = _gif_head("GIF", "live")
 PUBLISHED = _gif_head("GIF, published losses", "paper")
-FULL_SOFTMAX = Head(
-    "full softmax", full_softmax, lambda m, batch: softmax_cost(m, width=WIDTH, batch=batch), SLOW_FROM
-)
+FULL_SOFTMAX = Head("full softmax", full_softmax, lambda m, batch: softmax_cost(m, width=WIDTH, batch=batch), SLOW_FROM)
 PARTIAL_FC = _partial_fc_head(0.1)
 ADAPTIVE = Head("adaptive softmax", adaptive_softmax, adaptive_softmax_cost, SLOW_FROM)
 HEADS = {head.name: head for head in (GIF, PUBLISHED, FULL_SOFTMAX, PARTIAL_FC, _partial_fc_head(0.3), ADAPTIVE)}

@@ -223,7 +223,9 @@ def _legend(drawing: Figure, curves: Mapping[str, Curve], *, formula: bool) -> N
     if formula:
         handles.append(Line2D([], [], marker="o", linestyle="", color="black", label="measured"))
         handles.append(
-            Line2D([], [], marker="o", fillstyle="none", linestyle="--", linewidth=1.0, color="black", label="by formula")
+            Line2D(
+                [], [], marker="o", fillstyle="none", linestyle="--", linewidth=1.0, color="black", label="by formula"
+            )
         )
     columns = int(drawing.get_figwidth() // LEGEND_COLUMN)
     drawing.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

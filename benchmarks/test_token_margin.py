@@ -198,7 +198,7 @@ def _products_alone(name: str, multiply: Products, available: Callable[[], bool]
 
 def _multiplies_otherwise() -> bool:
     """Whether the loss multiplies by another library than PyTorch does."""
-    return PREFERS_ONEDNN and torch.backends.mkldnn.enabled
+    return PREFERS_ONEDNN and bool(torch.backends.mkldnn.enabled)
 
 
 PROVIDERS = {

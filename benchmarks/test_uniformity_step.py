@@ -66,6 +66,4 @@ def test_uniformity_step(benchmark: BenchmarkFixture, millions: int, provider: s
         kept_bytes=spreading.held,
         rates=rates(),
     )
-    measure(
-        benchmark, step, subject, rounds=5 if spreader.slow else 15, warmup_rounds=1 if spreader.slow else 2
-    )
+    measure(benchmark, step, subject, rounds=5 if spreader.slow else 15, warmup_rounds=1 if spreader.slow else 2)

@@ -102,7 +102,9 @@ def _alone(run: Run, head: Head, m: int, taken: dict[int, float]) -> None:
         seconds = run.device.eager_seconds(call, STEPS)
         taken[m] = seconds
         run.record(what, seconds * 1e3, "ms", status="note")
-        run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True)
+        run.record(
+            f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True
+        )
 
 
 def _head_step(step: Step, embeddings: Tensor, labels: Tensor) -> None:
@@ -146,6 +148,8 @@ def _whole(run: Run, network: str, head: Head | None, m: int, alone: float | Non
         run.record(what, batch / seconds, "images/s", status="note")
         if alone is not None:
             run.record(f"{what}: the head's share", 100 * (1 - alone / seconds), "%", status="note")
-        run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True)
+        run.record(
+            f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True
+        )
         return seconds
     return None

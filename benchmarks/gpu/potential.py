@@ -74,7 +74,9 @@ def run(run: Run) -> None:
     forms = [
         Form("dense bf16", _low_potential, _pairs_held),
         Form("dense", dense_potential, _pairs_held),
-        Form("pdist", _pdist, lambda m, width: width * m * m),  # its gradient holds each row's differences to all others
+        Form(
+            "pdist", _pdist, lambda m, width: width * m * m
+        ),  # its gradient holds each row's differences to all others
     ]
     for m in run.points(run.pick(FULL, TINY)):
         _others(run, m, width, forms)

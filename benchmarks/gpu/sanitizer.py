@@ -15,7 +15,6 @@ from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.stage import Run
 
 
-
 @dataclass(frozen=True)
 class Tool:
     """One of compute-sanitizer's; ``finds``: what it counts."""

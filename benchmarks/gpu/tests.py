@@ -57,4 +57,6 @@ def _report(run: Run, result: Path) -> None:
             run.record(f"{case.get('classname')}::{case.get('name')}", status="wrong", note=lines[0][:200])
         elif case.find("skipped") is None:
             passed += 1
-    run.record("tests that pass", passed, "", goal=at_least(1), note=f"of {len(cases)}", status="ok" if passed else "failed")
+    run.record(
+        "tests that pass", passed, "", goal=at_least(1), note=f"of {len(cases)}", status="ok" if passed else "failed"
+    )

@@ -254,7 +254,9 @@ class TestRecords:
         assert entry(goal=goal, value=None).reached is None
 
     def test_a_screen_shows_failures_before_goals(self):
-        text = screen([entry("good", goal=at_most(3)), entry("bad", status="wrong"), *[entry(goal=at_most(3))] * 50], rows=10)
+        text = screen(
+            [entry("good", goal=at_most(3)), entry("bad", status="wrong"), *[entry(goal=at_most(3))] * 50], rows=10
+        )
         assert "bad" in text.splitlines()[0] and len(text.splitlines()) == 11
 
     def test_another_file_is_refused(self, tmp_path):
