@@ -140,7 +140,7 @@ def adaptive_softmax(m: int, labels: list[Tensor], folder: Path) -> Step:
 
 
 def adaptive_softmax_cost(m: int, batch: int) -> HeadCost:
-    """Each cluster compares its share of the batch, as labels are uniform here; three arrays of logits are held at once.
+    """Each cluster compares its share of the batch, as labels are uniform here.
 
     The shortlist, with a class a cluster, is compared with every row.
     """

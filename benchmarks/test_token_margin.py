@@ -151,7 +151,7 @@ def _products(
 
 
 class Inputs(NamedTuple):
-    """Of the loss: embeddings (B, d), centres (l, v, d), codes (B, l) and, where there are any, projections (l, d, d)."""
+    """What the loss is given: embeddings (B, d), centres (l, v, d), codes (B, l), perhaps projections (l, d, d)."""
 
     z: Tensor
     w: Tensor

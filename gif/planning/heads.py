@@ -1,7 +1,7 @@
 """What a head costs in a step of training: memory at the peak of a step, and work, by formula.
 
-This is the one model of heads: `gif plan` prints it, the benchmarks skip by it what does not fit and draw it beside what
-they measured, and the tests hold it against those measurements.
+This is the one model of heads: `gif plan` prints it, the benchmarks skip by it what does not fit and draw it beside
+what they measured, and the tests hold it against those measurements.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ FLOAT = 4
 ORDER_BYTES = 8
 """An identity's place in the order of the codes, and the identity at each place: four bytes each."""
 SOFTMAX_ROWS = 4
-"""Arrays as large as the centres that take part in a step, at the peak of its backward pass: the centres at unit length,
-the gradient in their direction, its part along the sphere while that is computed, and the gradient of the centres."""
+"""Arrays as large as the centres that take part in a step, at the peak of its backward pass: the centres at unit
+length, the gradient of these, its part along the sphere, and that over the length, the gradient of the centres."""
 GATHERED_ROWS = 1 + SOFTMAX_ROWS
 """The same where the rows are first copied out of a larger table."""
 CONTRAST_LOGITS = 2
-"""Arrays of the logits of the contrast, which are kept a row: the slopes of the loss, and the slopes times what comes in."""
+"""Arrays as large as the logits of a contrast whose losses are kept row by row: the slopes, before and after they are
+multiplied by what comes in from above."""
 
 
 @dataclass(frozen=True)
