@@ -12,13 +12,14 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.memory import peak_bytes, process_bytes
+from benchmarks.results import Measurement, Subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE_SIZE = 512 if DEVICE == "cpu" else 4096
@@ -40,12 +41,12 @@ class Reference:
 
     @property
     def flops(self) -> int:
-        """Of one product."""
+        """How many one product takes."""
         return 2 * REFERENCE_SIZE**3
 
     @property
     def bytes(self) -> int:
-        """Read and written by one copy."""
+        """How many one copy reads and writes."""
         return 2 * COPY_BYTES
 
     def __call__(self) -> None:
@@ -69,26 +70,20 @@ def synchronize() -> None:
 
 
 def measure(
-    benchmark: Any,
+    benchmark: BenchmarkFixture,
     call: Callable[[], object],
+    subject: Subject,
     *,
-    kernel: str,
-    provider: str,
-    mode: str,
-    shape: str,
-    dtype: str = "float32",
     rounds: int = 15,
     warmup_rounds: int = 3,
-    **facts: Any,
 ) -> None:
     """Time ``call`` in rounds that alternate with the references; record time, ratios and memory.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         call: what is measured; it is waited for.
-        kernel, provider, mode, shape, dtype: what it is, the columns of the report.
+        subject: what that is.
         rounds, warmup_rounds: how often; two more before them look at memory.
-        facts: more to record, such as the flops or the least bytes of memory traffic that a formula gives.
     """
     reference = Reference()
 
@@ -102,41 +97,46 @@ def measure(
     taken = len(benchmark.stats.stats.data)
     record(
         benchmark,
+        subject,
         reference,
-        reference.seconds[-taken:],
-        reference.copy_seconds[-taken:],
-        kernel=kernel,
-        provider=provider,
-        mode=mode,
-        shape=shape,
-        dtype=dtype,
+        products=reference.seconds[-taken:],
+        copies=reference.copy_seconds[-taken:],
         peak_bytes=peak,
         process_bytes=process,
-        **facts,
     )
 
 
 def record(
-    benchmark: Any, reference: Reference, products: ArrayLike, copies: ArrayLike, *, kernel: str, **facts: Any
+    benchmark: BenchmarkFixture,
+    subject: Subject,
+    reference: Reference,
+    *,
+    products: ArrayLike,
+    copies: ArrayLike,
+    peak_bytes: int,
+    process_bytes: int | None = None,
 ) -> None:
-    """Leave the ratios of a benchmark's rounds, and ``facts``, where the report looks for them.
+    """Leave the measurement of a benchmark's rounds where the report looks for it.
 
     ``products``, ``copies``: seconds of the references, one a round or one for all.
     """
     seconds = np.array(benchmark.stats.stats.data)
-    low, median, high = np.quantile(seconds / np.array(products), [0.2, 0.5, 0.8])
-    benchmark.group = " ".join((kernel, facts["shape"], facts["mode"], facts["dtype"]))
-    benchmark.extra_info |= {
-        "kernel": kernel,
-        "machine": machine(),
-        "ratio": median,
-        "ratio_20": low,
-        "ratio_80": high,
-        "copy_ratio": float(np.median(seconds / np.array(copies))),
-        "reference_flops": reference.flops,
-        "reference_bytes": reference.bytes,
-        **facts,
-    }
+    low, median, high = (float(ratio) for ratio in np.quantile(seconds / np.array(products), [0.2, 0.5, 0.8]))
+    measurement = Measurement(
+        **vars(subject),
+        machine=machine(),
+        seconds=float(np.median(seconds)),
+        ratio=median,
+        ratio_20=low,
+        ratio_80=high,
+        peak_bytes=peak_bytes,
+        process_bytes=process_bytes,
+        copy_ratio=float(np.median(seconds / np.array(copies))),
+        reference_flops=reference.flops,
+        reference_bytes=reference.bytes,
+    )
+    benchmark.group = " ".join((subject.kernel, *subject.point))
+    benchmark.extra_info |= measurement.to_facts()
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""Training heads to measure: GIF's, and others, each at its best; their memory and work by formula.
+"""Training heads to measure: GIF's, and others, each at its best; what they cost is `gif.planning.heads`'.
 
 A step is head(embeddings, labels), backward, optimizer. The gradient goes on into whatever the embeddings come from.
 Baselines: one product, fused optimizers, and Partial FC keeps gradients of the sampled rows only, which alone move.
@@ -7,7 +7,9 @@ GIF's vectors lie in a sparse memory-mapped file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from benchmarks.harness import DEVICE
 from gif import CodeVectors, GIFLoss, IdentityCodes
 from gif.codes import code_length
-from gif.losses.recipes import RECIPES
+from gif.losses.recipes import RECIPES, RecipeName
+from gif.planning.heads import FLOAT, HeadCost, gif_cost, partial_fc_cost, softmax_cost
 from gif_kernels import AngularMargin, code_contrast_loss
 
 BATCH, WIDTH, VOCAB = 256, 512, 20
@@ -26,16 +29,18 @@ MARGIN, SCALE = AngularMargin(m2=0.5), 64.0
 POOL = 16  # batches that take turns
 QUICK = (10_000, 100_000)
 FULL = (10_000, 100_000, 1_000_000, 10_000_000, 64_000_000)
-FLOAT = 4
-ORDER_BYTES = 8
-"""An identity's place in the order of the codes, both ways."""
-SIBLINGS = RECIPES["live"].siblings
+SLOW_FROM = 100_000
+"""Identities from which a softmax takes seconds on a CPU."""
+ADAPTIVE_WIDTHS = (WIDTH // 4, WIDTH // 16)
+"""Of the adaptive softmax's clusters."""
+ADAPTIVE_LOGITS = 3
+"""Arrays as large as the adaptive softmax's logits that are held at once: these, their logarithms, the gradient."""
 
 Step = Callable[[Tensor, Tensor], None]
 Builder = Callable[[int, list[Tensor], Path], Step]
 
 
-def gif_step(recipe: str) -> Builder:
+def gif_step(recipe: RecipeName) -> Builder:
     """GIFLoss and its optimizer, its code vectors in a sparse memory-mapped file."""
 
     def build(m: int, labels: list[Tensor], folder: Path) -> Step:
@@ -50,7 +55,7 @@ def gif_on_device(m: int, labels: list[Tensor], folder: Path) -> Step:
     return _gif(m, labels, "live", torch.empty(m, WIDTH, dtype=torch.bfloat16, device=DEVICE))
 
 
-def _gif(m: int, labels: list[Tensor], recipe: str, table: Tensor) -> Step:
+def _gif(m: int, labels: list[Tensor], recipe: RecipeName, table: Tensor) -> Step:
     codes = IdentityCodes(identity_codes(m, table.device), VOCAB)
     head = GIFLoss(codes, CodeVectors(table, normalized=True), WIDTH, recipe=recipe)
     for batch in labels:  # only the rows that the pool of batches reads are written: a file stays sparse
@@ -106,6 +111,7 @@ def partial_fc(rate: float) -> Builder:
             chosen = torch.cat([labels, torch.randint(m, (int(rate * m),), device=DEVICE)]).unique()
             rows = weight[chosen].requires_grad_()
             code_contrast_loss(embeddings, rows, labels, candidates=chosen, margin=MARGIN, scale=SCALE).backward()
+            assert rows.grad is not None
             moved = momentum[chosen].mul_(0.9).add_(rows.grad)
             momentum[chosen] = moved
             weight[chosen] = rows.detach().sub_(moved, alpha=0.1)
@@ -133,73 +139,67 @@ def adaptive_softmax(m: int, labels: list[Tensor], folder: Path) -> Step:
     return step
 
 
-PROVIDERS: dict[str, Builder] = {
-    "GIF": gif_step("live"),
-    "GIF, published losses": gif_step("paper"),
-    "full softmax": full_softmax,
-    "Partial FC 0.1": partial_fc(0.1),
-    "Partial FC 0.3": partial_fc(0.3),
-    "adaptive softmax": adaptive_softmax,
-}
+def adaptive_softmax_cost(m: int, batch: int) -> HeadCost:
+    """Each cluster compares its share of the batch, as labels are uniform here.
 
-
-def _gif_parameters(provider: str, m: int, batch: int) -> int:
-    """Centres and projections of the tokens; with the live recipe also the code vectors that a step reads and moves."""
-    length = code_length(m, VOCAB)
-    candidates = 0 if "published" in provider else (1 + SIBLINGS) * batch
-    return length * WIDTH * (VOCAB + WIDTH) + candidates * WIDTH
-
-
-def _clusters(m: int) -> list[tuple[int, int]]:
-    """Classes and width of the adaptive softmax's parts."""
+    The shortlist, with a class a cluster, is compared with every row.
+    """
     first, second = cutoffs(m)
-    return [(first, WIDTH), (second - first, WIDTH // 4), (m - second, WIDTH // 16)]
+    shortlist = first + len(ADAPTIVE_WIDTHS)
+    tails = dict(zip(ADAPTIVE_WIDTHS, (second - first, m - second), strict=True))
+    parameters = FLOAT * (shortlist * WIDTH + sum((size + WIDTH) * width for width, size in tails.items()))
+    compared = shortlist + sum(size * size / m for size in tails.values())
+    weights = shortlist * WIDTH + sum(size / m * (size + WIDTH) * width for width, size in tails.items())
+    return HeadCost(parameters, parameters, 0.0, FLOAT * ADAPTIVE_LOGITS * batch * compared, weights, batch)
 
 
+@dataclass(frozen=True, repr=False)
+class Head:
+    """A head to measure.
+
+    Args:
+        name: in reports and pictures.
+        build: the head of so many identities, ready to train on batches of some labels; a folder holds what lies in
+            files. It returns the step.
+        cost: of so many identities and a batch of so many rows, by formula.
+        slow_from: the number of identities from which a step takes seconds on a CPU.
+    """
+
+    name: str
+    build: Builder
+    cost: Callable[[int, int], HeadCost]
+    slow_from: float = math.inf
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    def slow(self, m: int) -> bool:
+        """Whether a step takes seconds on a CPU, so that it is repeated less often."""
+        return m >= self.slow_from
+
+
+def _gif_head(name: str, recipe: RecipeName) -> Head:
+    def cost(m: int, batch: int) -> HeadCost:
+        return gif_cost(m, width=WIDTH, batch=batch, vocab_size=VOCAB, recipe=RECIPES[recipe])
+
+    return Head(name, gif_step(recipe), cost)
+
+
+def _partial_fc_head(rate: float) -> Head:
+    def cost(m: int, batch: int) -> HeadCost:
+        return partial_fc_cost(m, rate, width=WIDTH, batch=batch)
+
+    return Head(f"Partial FC {rate:g}", partial_fc(rate), cost, SLOW_FROM)
+
+
+GIF = _gif_head("GIF", "live")
+PUBLISHED = _gif_head("GIF, published losses", "paper")
+FULL_SOFTMAX = Head("full softmax", full_softmax, lambda m, batch: softmax_cost(m, width=WIDTH, batch=batch), SLOW_FROM)
+PARTIAL_FC = _partial_fc_head(0.1)
+ADAPTIVE = Head("adaptive softmax", adaptive_softmax, adaptive_softmax_cost, SLOW_FROM)
+HEADS = {head.name: head for head in (GIF, PUBLISHED, FULL_SOFTMAX, PARTIAL_FC, _partial_fc_head(0.3), ADAPTIVE)}
 BACKBONE_ALONE = "backbone alone"
 """A whole step without a head."""
-
-
-def needed_bytes(provider: str, m: int, batch: int = BATCH) -> int:
-    """Memory of these steps by formula: what is kept of m identities, and what a step holds at its peak beside it."""
-    row, logits = WIDTH * FLOAT, batch * FLOAT
-    if provider.startswith("GIF"):
-        return m * (code_length(m, VOCAB) + ORDER_BYTES) + 3 * FLOAT * _gif_parameters(provider, m, batch)
-    if provider == "adaptive softmax":  # three of all parameters; the logits of a cluster's share of the batch, twice
-        return sum(3 * size * width * FLOAT + 2 * size * size * logits // m for size, width in _clusters(m))
-    rate = sample_rate(provider)
-    if rate == 1:  # centres and momentum; centres of unit length and their gradient, twice
-        return m * (2 * row + 3 * row + logits)
-    return 2 * m * row + int(rate * m) * (4 * row + logits)  # a copy of the rows beside these
-
-
-def step_parameters(provider: str, m: int, batch: int = BATCH) -> float:
-    """Weights that a row of the batch is multiplied by on average, and that a step moves.
-
-    Labels are uniform here: each cluster of the adaptive softmax sees its share of the classes in the batch.
-    """
-    if provider.startswith("GIF"):
-        return _gif_parameters(provider, m, batch)
-    if provider == "adaptive softmax":
-        (shortlist, _), *tails = _clusters(m)
-        return (shortlist + len(tails)) * WIDTH + sum(size / m * (size + WIDTH) * width for size, width in tails)
-    return sample_rate(provider) * m * WIDTH
-
-
-def sample_rate(provider: str) -> float:
-    """Share of the centres that take part in a step."""
-    return 1.0 if provider == "full softmax" else float(provider.split()[-1])
-
-
-def step_work(provider: str, m: int, batch: int = BATCH) -> dict[str, float]:
-    """FLOPs of the products, and bytes that must move at least: weights and momentum, read and written."""
-    parameters = step_parameters(provider, m, batch)
-    return {"flops": 6 * batch * parameters, "bytes": 4 * FLOAT * parameters}
-
-
-def is_slow(provider: str, m: int) -> bool:
-    """Whether a step takes seconds on a CPU: fewer repetitions."""
-    return provider in PROVIDERS and not provider.startswith("GIF") and m >= 100_000
 
 
 def label_batches(m: int, batch: int) -> list[Tensor]:

@@ -82,7 +82,7 @@ def _bytes(call: Callable[[], object], device: str) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     held = peak = 0
-    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

@@ -14,7 +14,6 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from benchmarks import heads, spreading
 from benchmarks.results import Measurement
-from gif.planning import Rates
 from gif.plotting import COLORS, figure, save_figure
 
 Picture = Callable[[Sequence[Measurement], Path], None]
@@ -52,7 +51,7 @@ def pictures(found: Sequence[Measurement]) -> dict[str, Picture]:
     """The pictures that the measurements of one kernel on one machine are enough for, by file name."""
     kernel = found[0].kernel
     drawn: dict[str, Picture] = {}
-    if kernel in AGAINST_IDENTITIES and (kernel in PLANNED or len({m.facts["identities"] for m in found}) > 1):
+    if kernel in AGAINST_IDENTITIES and (kernel in PLANNED or len({m.identities for m in found}) > 1):
         drawn[f"bench-{kernel}.png"] = AGAINST_IDENTITIES[kernel]
     if any(m.roofline is not None for m in found):
         drawn[f"bench-{kernel}-roofline.png"] = draw_roofline
@@ -62,17 +61,18 @@ def pictures(found: Sequence[Measurement]) -> dict[str, Picture]:
 def draw_heads(found: Sequence[Measurement], path: Path) -> None:
     """Time and memory of each head; hollow where it did not fit: needed memory, and time in proportion to the work."""
     drawing, (time, memory) = figure(11.0, 4.6, columns=2)
-    sizes = sorted({*heads.FULL, *(m.facts["identities"] for m in found)})
+    sizes = sorted({*heads.FULL, *_identities(found)})
     times, memories = {}, {}
-    for name in _named(found, heads.PROVIDERS):
-        mine = _by_identities(found, name)
+    for name in _named(found, heads.HEADS):
+        mine, head = _by_identities(found, name), heads.HEADS[name]
         largest = max(mine)
         beyond = [m for m in sizes if m > largest]
         held = {m: float(point.held_bytes) for m, point in mine.items()}
         taken = _seconds(mine, found)
-        work = {m: heads.step_parameters(name, m) / heads.step_parameters(name, largest) for m in (largest, *beyond)}
+        costs = {m: head.cost(m, heads.BATCH) for m in (largest, *beyond)}
+        work = {m: cost.flops / costs[largest].flops for m, cost in costs.items()}
         times[name] = Curve(taken, {m: taken[largest] * share for m, share in work.items()} if beyond else {})
-        needed = {m: float(heads.needed_bytes(name, m)) for m in beyond}
+        needed = {m: costs[m].bytes for m in beyond}
         memories[name] = Curve(held, {largest: held[largest], **needed} if beyond else {})
     _draw(time, times, "s", "One training step of the head")
     _draw(memory, memories, "B", "Memory of the head")
@@ -88,7 +88,7 @@ def draw_whole_steps(found: Sequence[Measurement], path: Path) -> None:
     shown: dict[str, Curve] = {}
     for axes, mode in zip(panels if len(modes) > 1 else [panels], modes, strict=True):
         here = [m for m in found if m.mode == mode]
-        names = _named(here, [heads.BACKBONE_ALONE, *heads.PROVIDERS])
+        names = _named(here, [heads.BACKBONE_ALONE, *heads.HEADS])
         curves = {name: Curve(_seconds(_by_identities(here, name), found)) for name in names}
         _draw(axes, curves, "s", f"One whole step, {mode}")
         shown |= curves
@@ -99,18 +99,16 @@ def draw_whole_steps(found: Sequence[Measurement], path: Path) -> None:
 def draw_spreading(found: Sequence[Measurement], path: Path) -> None:
     """Memory and speed of optimising code vectors, as in the supplement's Fig. 7, measured and planned."""
     drawing, (memory, speed) = figure(11.0, 4.6, columns=2)
-    sizes = sorted({*SPREAD_SIZES, *(m.facts["identities"] for m in found)})
+    sizes = sorted({*SPREAD_SIZES, *_identities(found)})
     memories, speeds = {}, {}
-    rates = [m for m in found if m.facts.get("rates")]
-    for name in spreading.PROVIDERS:
+    rates = [(m.provider, m.rates) for m in found if m.rates is not None]
+    for name, spreader in spreading.SPREADERS.items():
         mine = _by_identities(found, name)
-        planned = {m: spreading.planned_bytes(name, m) for m in sizes}
+        planned = {m: spreader.memory(m) for m in sizes}
         memories[name] = Curve({m: float(point.held_bytes) for m, point in mine.items()}, planned)
-        beside = [m for m in rates if m.provider == name] or rates  # calibrated right before the provider was timed
-        steps = {}
-        if beside:
-            known = Rates(**beside[0].facts["rates"])
-            steps = {m: 1 / spreading.planned_seconds(name, m, known) for m in sizes}
+        beside = [known for provider, known in rates if provider == name]  # calibrated right before it was timed
+        known = next(iter([*beside, *(known for _, known in rates)]), None)
+        steps = {} if known is None else {m: 1 / spreader.seconds(m, known) for m in sizes}
         speeds[name] = Curve({m: 1 / point.seconds for m, point in mine.items()}, steps)
     _draw(memory, memories, "B", "(a) Memory of optimising code vectors")
     _draw(speed, speeds, "", "(b) Steps a second")
@@ -137,16 +135,16 @@ def draw_potential(found: Sequence[Measurement], path: Path) -> None:
 
 def draw_roofline(found: Sequence[Measurement], path: Path) -> None:
     """Each provider's share of the roofline, a bar a headline point."""
-    known = [m for m in found if m.roofline is not None and m.headline]
-    points = list(dict.fromkeys(m.point for m in known))
-    providers = list(dict.fromkeys(m.provider for m in known))
+    known = [(m, m.roofline) for m in found if m.roofline is not None and m.headline]
+    points = list(dict.fromkeys(m.point for m, _ in known))
+    providers = list(dict.fromkeys(m.provider for m, _ in known))
     drawing, axes = figure(11.0, MARGINS + BAR * (len(known) + len(points)))
     place, ticks = 0.0, []
     for point in points:
-        here = [m for m in known if m.point == point]
-        for number, m in enumerate(here):
+        here = [(m, share) for m, share in known if m.point == point]
+        for number, (m, share) in enumerate(here):
             color = COLORS[providers.index(m.provider) % len(COLORS)]
-            axes.barh(place + number, 100 * m.roofline, 0.9, color=color)
+            axes.barh(place + number, 100 * share, 0.9, color=color)
         ticks.append(place + (len(here) - 1) / 2)
         place += len(here) + 1
     axes.set_yticks(ticks, [" ".join(point) for point in points], fontsize=8)
@@ -175,8 +173,12 @@ def _named(found: Sequence[Measurement], order: Sequence[str] | Mapping[str, Any
 
 
 def _by_identities(found: Sequence[Measurement], provider: str) -> dict[int, Measurement]:
-    mine = {m.facts["identities"]: m for m in found if m.provider == provider}
+    mine = {m.identities: m for m in found if m.provider == provider and m.identities is not None}
     return dict(sorted(mine.items()))
+
+
+def _identities(found: Sequence[Measurement]) -> set[int]:
+    return {m.identities for m in found if m.identities is not None}
 
 
 def _seconds(points: Mapping[int, Measurement], found: Sequence[Measurement]) -> dict[int, float]:
@@ -220,8 +222,11 @@ def _legend(drawing: Figure, curves: Mapping[str, Curve], *, formula: bool) -> N
     handles = [Line2D([], [], marker="o", color=color, label=name) for name, color in _colors(curves).items()]
     if formula:
         handles.append(Line2D([], [], marker="o", linestyle="", color="black", label="measured"))
-        hollow = {"marker": "o", "fillstyle": "none", "linestyle": "--", "linewidth": 1.0}
-        handles.append(Line2D([], [], color="black", label="by formula", **hollow))
+        handles.append(
+            Line2D(
+                [], [], marker="o", fillstyle="none", linestyle="--", linewidth=1.0, color="black", label="by formula"
+            )
+        )
     columns = int(drawing.get_figwidth() // LEGEND_COLUMN)
     drawing.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 

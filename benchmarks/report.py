@@ -1,7 +1,7 @@
 """`python -m benchmarks.report runs/bench/results.json`: tables, plots and a CSV of what was measured.
 
-With `--docs docs/benchmarks.md` the tables go into the document's blocks, one a kernel, and the plots beside it. Of
-`benchmarks.gpu` give gpu.jsonl, and `--docs docs/gpu.md`.
+With `--docs docs/benchmarks.md` each kernel's block of the document gets a picture and a small table, and a CSV beside
+the document every number. Of `benchmarks.gpu` give gpu.jsonl, and `--docs docs/gpu.md`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from benchmarks.gpu.report import report_gpu
-from benchmarks.heads import BACKBONE_ALONE, PROVIDERS, needed_bytes
-from benchmarks.pictures import pictures
-from benchmarks.results import FACTS, Measurement, read_results
-from gif.documents import markdown_table, replace_block, require_block
+from benchmarks.pictures import Picture, pictures
+from benchmarks.results import COLUMNS, Measurement, read_results
+from benchmarks.tables import as_markdown, by_point, missing_heads, small_table
+from gif.documents import replace_block, require_block
 from gif.files import write_text
 from gif.progress import say
 
@@ -34,6 +34,9 @@ METRICS = (
     "bandwidth",
     "roofline",
 )
+LINE = ("machine", "shape", "mode", "dtype", "provider", "seconds", "of_first", "held_bytes", "roofline", "distinct")
+PICTURES, NUMBERS = "pictures", "benchmarks"
+"""Folders beside a document."""
 
 
 def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: Path | None = None) -> None:
@@ -42,8 +45,9 @@ def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: 
     Args:
         results: files of `--benchmark-json`; of a point measured twice the later counts. Or one of `benchmarks.gpu`.
         output: folder for them.
-        docs: a document whose blocks "bench KERNEL" get the tables; the plots, of the machine measured last, go into
-            its folder pictures. Of `benchmarks.gpu` the blocks are "gpu goals" and "gpu STAGE".
+        docs: a document whose blocks "bench KERNEL" get a picture and a small table; the plots, of the machine measured
+            last, go into its folder pictures, and every number into its folder benchmarks. Of `benchmarks.gpu` the
+            blocks are "gpu goals" and "gpu STAGE".
     """
     if len(results) == 1 and results[0].suffix == ".jsonl":
         report_gpu(results[0], output=output, docs=docs)
@@ -66,98 +70,54 @@ def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: 
             draw(here, output / name)
         write_text(output / f"{kernel}.md", text)
         if docs is not None:
-            text += "".join(f"\n![](pictures/{name})\n" for name in drawn)
-            replace_block(docs, f"bench {kernel}", text)
             for name, draw in drawn.items():
-                draw(here, docs.parent / "pictures" / name)
+                draw(here, docs.parent / PICTURES / name)
+            write_text(docs.parent / NUMBERS / f"{kernel}.csv", as_lines(measured))
+            replace_block(docs, f"bench {kernel}", in_document(measured, drawn))
     say(f"wrote {', '.join(f'{kernel}.md' for kernel in kernels)} and results.csv into {output}")
+
+
+def in_document(found: Sequence[Measurement], drawn: dict[str, Picture]) -> str:
+    """What a document shows of a kernel: the first picture, a small table, and where the rest is."""
+    first, *others = drawn or [None]
+    picture = "" if first is None else f"![]({PICTURES}/{first})\n\n"
+    rest = f"[Every number]({NUMBERS}/{found[0].kernel}.csv) of every point."
+    if others:
+        rest += f" [Shares of the roofline]({PICTURES}/{others[0]})."
+    return f"{picture}{small_table(found)}\n{rest}\n"
 
 
 def as_csv(found: Sequence[Measurement]) -> str:
     """A line a metric of a measurement: kernel, provider, mode, shape, dtype, machine, metric, value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*FACTS, "metric", "value"))
+    writer.writerow((*COLUMNS, "metric", "value"))
     for m in found:
         for metric in METRICS:
             value = getattr(m, metric)
             if value is not None:
-                writer.writerow((*(m.facts[fact] for fact in FACTS), metric, value))
+                writer.writerow((*(getattr(m, column) for column in COLUMNS), metric, value))
     return text.getvalue()
 
 
-def as_markdown(found: Sequence[Measurement]) -> str:
-    """Tables of a kernel, one a machine: a row a point, a column a provider. What is no headline is folded away."""
-    parts = []
+def as_lines(found: Sequence[Measurement]) -> str:
+    """A line a measurement of one kernel, to be read beside a document, in three digits.
+
+    ``of_first`` is the time over that of the first provider at the same point and machine, by ratios to the reference
+    product; ``roofline`` the share of the roofline; empty is what was not looked at.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(LINE)
     for machine in dict.fromkeys(m.machine for m in found):
         here = [m for m in found if m.machine == machine]
-        first = here[0].provider
-        third = "the head's share" if first == BACKBONE_ALONE else f"time over that of {first}"
-        note = (
-            f"{machine}; median time, memory beyond the inputs, and {third}, by ratios to a product timed in the same "
-            "rounds."
-        )
-        if any(m.roofline is not None for m in here):
-            note += " In brackets: FLOPs or bytes a second, by formula, as a share of that product's or of a copy's."
-        headline, others = ([m for m in here if m.headline is wanted] for wanted in (True, False))
-        parts.append(f"{note}\n\n{_table(headline)}")
-        if others:
-            count = len({m.point for m in others})
-            parts.append(f"<details><summary>{count} more</summary>\n\n{_table(others)}\n</details>\n")
-    return "\n".join(parts)
-
-
-def _table(found: Sequence[Measurement]) -> str:
-    here = {(m.point, m.provider): m for m in found}
-    providers = list(dict.fromkeys(m.provider for m in found))
-    rows = []
-    for point in dict.fromkeys(m.point for m in found):
-        first = here.get((point, providers[0]))
-        rows.append((" ".join(point), *(_cell(here.get((point, name)), first) for name in providers)))
-    return markdown_table(("", *providers), rows)
-
-
-def _cell(m: Measurement | None, first: Measurement | None) -> str:
-    if m is None:
-        return ""
-    text = f"{_time(m.seconds)}, {_bytes(m.held_bytes)}"
-    if first is not None and m is not first:
-        if first.provider == BACKBONE_ALONE:
-            text += f", {100 * (1 - first.ratio / m.ratio):.0f} %"
-        else:
-            text += f", {m.ratio / first.ratio:.3g} x"
-    if "distinct" in m.facts:
-        text += f", {100 * m.facts['distinct']:.3g} % distinct"
-    return text + (f" ({100 * m.roofline:.0f} %)" if m.roofline is not None else "")
-
-
-def missing_heads(found: Sequence[Measurement]) -> str:
-    """Which heads did not fit, with the memory they would need."""
-    measured = {(m.provider, m.facts["identities"]) for m in found}
-    rows = [
-        (f"{m:,}", name, _bytes(needed_bytes(name, m)))
-        for m in sorted({m for _, m in measured})
-        for name in PROVIDERS
-        if (name, m) not in measured
-    ]
-    if not rows:
-        return ""
-    table = markdown_table(("identities", "head", "needs"), rows)
-    return f"Not measured, since this machine has too little memory:\n\n{table}"
-
-
-def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
-
-
-def _bytes(count: float) -> str:
-    for unit, power in (("GiB", 30), ("MiB", 20)):
-        if count >= 2**power:
-            return f"{count / 2**power:.4g} {unit}" if count >= 1000 * 2**power else f"{count / 2**power:.3g} {unit}"
-    return f"{count / 2**10:.3g} KiB"
+        for point in by_point(here).values():
+            for m in point.values():
+                first = point.get(here[0].provider)
+                numbers = (m.seconds, first and m.ratio / first.ratio, m.held_bytes, m.roofline, m.distinct)
+                digits = ("" if number is None else f"{number:.3g}" for number in numbers)
+                writer.writerow((m.machine, m.shape, m.mode, m.dtype, m.provider, *digits))
+    return text.getvalue()
 
 
 def main() -> None:

@@ -78,6 +78,7 @@ def autograd_on_rows(m: int, folder: Path) -> Spreading:
     def step(index: Tensor, seed: int) -> None:
         rows = table[index].float().requires_grad_()
         dense_potential(rows).backward()
+        assert rows.grad is not None
         table[index] = F.normalize(rows.detach().sub_(rows.grad, alpha=LR * N)).to(table.dtype)
 
     return Spreading(table, step, table.nbytes)
@@ -98,37 +99,77 @@ def autograd_on_table(m: int, folder: Path) -> Spreading:
     return Spreading(table.detach(), step, table.nbytes)
 
 
-PROVIDERS: dict[str, Callable[[int, Path], Spreading]] = {
-    "ours": in_memory,
-    "ours, table in a file": in_file,
-    "autograd on the rows": autograd_on_rows,
-    "autograd on the table": autograd_on_table,
-}
+def _pairs_bytes() -> int:
+    """What autograd on `dense_potential` holds: arrays of all pairs, and the rows and their gradient."""
+    return FLOAT * (PAIRS_HELD * N * N + 2 * N * D)
 
 
-def planned_bytes(provider: str, m: int) -> float:
-    """Memory of the device by formula: the table, and what a step holds beside it."""
-    if provider == "ours":
-        return spread_memory(m, D, HALF, N)
-    if provider == "ours, table in a file":
-        return spread_memory(0, D, HALF, N)
-    table, pairs = m * D * HALF, FLOAT * (PAIRS_HELD * N * N + 2 * N * D)
-    return table + (max(table, pairs) if provider == "autograd on the table" else pairs)  # pairs go before its gradient
+def _pairs_seconds(known: Rates) -> float:
+    """A step of autograd on `dense_potential`, of any table."""
+    products = 6 * N * N * D / known.products
+    return known.overhead + products + N * N / known.exponentials + PAIRS_PASSES * FLOAT * N * N / known.memory
 
 
-def planned_seconds(provider: str, m: int, rates: Rates) -> float:
-    """Time of a step by formula; only with the gradient of a whole table does it know m."""
-    if provider.startswith("ours"):
-        return spread_step_seconds(D, HALF, N, rates, in_file=provider.endswith("file"))
-    pairs = 6 * N * N * D / rates.products + N * N / rates.exponentials + PAIRS_PASSES * FLOAT * N * N / rates.memory
-    table = TABLE_PASSES * HALF * m * D / rates.memory if provider == "autograd on the table" else 0.0
-    return rates.overhead + pairs + table
+@dataclass(frozen=True, repr=False)
+class Spreader:
+    """A way to spread, to be measured.
+
+    Args:
+        name: in reports and pictures.
+        build: a table of m rows and its step; the folder holds what lies in files.
+        memory: bytes of the device for m rows, by formula: the table, and what a step holds beside it.
+        seconds: of a step among m rows, by formula.
+        moved: rows of which a step reads or writes the bytes, at least, among m.
+        slow: whether a step takes seconds on a CPU, so that it is repeated less often.
+    """
+
+    name: str
+    build: Callable[[int, Path], Spreading]
+    memory: Callable[[int], float]
+    seconds: Callable[[int, Rates], float]
+    moved: Callable[[int], int] = lambda m: 2 * N
+    slow: bool = False
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    @property
+    def flops(self) -> int:
+        """Of the products, by symmetry."""
+        return 3 * N * N * D
+
+    def traffic(self, m: int) -> int:
+        """Bytes that must move at least: of the rows, or of a table's gradient."""
+        return self.moved(m) * D * HALF
 
 
-def step_work(provider: str, m: int) -> dict[str, float]:
-    """FLOPs of the products, by symmetry, and bytes that must move at least: of the rows, or of a table's gradient."""
-    moved = 4 * m if provider == "autograd on the table" else 2 * N  # rows
-    return {"flops": 3 * N * N * D, "bytes": moved * D * HALF}
+OURS = Spreader(
+    "ours",
+    in_memory,
+    memory=lambda m: spread_memory(m, D, HALF, N),
+    seconds=lambda m, known: spread_step_seconds(D, HALF, N, known, in_file=False),
+)
+IN_FILE = Spreader(
+    "ours, table in a file",
+    in_file,
+    memory=lambda m: spread_memory(0, D, HALF, N),
+    seconds=lambda m, known: spread_step_seconds(D, HALF, N, known, in_file=True),
+)
+ON_ROWS = Spreader(
+    "autograd on the rows",
+    autograd_on_rows,
+    memory=lambda m: m * D * HALF + _pairs_bytes(),
+    seconds=lambda m, known: _pairs_seconds(known),
+)
+ON_TABLE = Spreader(
+    "autograd on the table",
+    autograd_on_table,
+    memory=lambda m: m * D * HALF + max(m * D * HALF, _pairs_bytes()),  # the pairs go before the table's gradient comes
+    seconds=lambda m, known: _pairs_seconds(known) + TABLE_PASSES * HALF * m * D / known.memory,
+    moved=lambda m: 4 * m,
+    slow=True,
+)
+SPREADERS = {spreader.name: spreader for spreader in (OURS, IN_FILE, ON_ROWS, ON_TABLE)}
 
 
 def rates() -> Rates | None:

@@ -9,25 +9,29 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness import DEVICE, measure
 from benchmarks.memory import skip_unless_it_fits
-from benchmarks.spreading import PAIRS_HELD, T, dense_potential
+from benchmarks.results import Subject
+from benchmarks.spreading import FLOAT, PAIRS_HELD, T, dense_potential
 from gif_kernels import gaussian_potential
 
 CHUNK = 1024
 """Rows of pairs that the chunked form holds at once."""
 LARGE = 8192
 """Rows from which a call takes seconds on a CPU: fewer repetitions."""
+HEADLINE_WIDTH = 512
+
+Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,13 @@ def checkpointed(vectors: Tensor) -> Tensor:
     def chunk_sum(rows: Tensor, h: Tensor) -> Tensor:
         return torch.exp(2 * T * (rows @ h.T - 1)).sum()
 
-    total = sum(checkpoint(chunk_sum, rows, h, use_reentrant=False) for rows in h.split(CHUNK))
+    chunks = (checkpoint(chunk_sum, rows, h, use_reentrant=False) for rows in h.split(CHUNK))
+    total = sum(chunks, start=h.new_zeros(()))
     return ((total - m) / (m * (m - 1))).log()
 
 
 @functools.cache
-def compiled() -> Callable[[Tensor], Tensor]:
+def compiled() -> Loss:
     """`dense_potential` through torch.compile."""
     return torch.compile(dense_potential)
 
@@ -85,29 +90,56 @@ def ours(vectors: Tensor) -> Tensor:
     return gaussian_potential(vectors, t=T)
 
 
-def products(vectors: Tensor) -> None:
+def products(vectors: Tensor) -> tuple[()]:
     """3 m^2 d FLOPs of matrix products: half of the pairs once for P, twice for the gradient."""
     half = vectors[: len(vectors) // 2]
     workspace = vectors.new_empty(CHUNK, len(half))
     for _ in range(3):
         for rows in vectors.split(CHUNK):
             torch.mm(rows, half.T, out=workspace[: len(rows)])
+    return ()
 
 
-PROVIDERS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-    "ours": lambda: ours,
-    "compiled": compiled,
-    "dense": lambda: dense_potential,
-    "checkpointed": lambda: checkpointed,
-    "pdist": lambda: pdist,
-    "keops": lambda: keops,
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute the potential, to be measured.
+
+    Args:
+        name: in reports.
+        prepare: from the vectors to the call that is timed; it returns the loss and its gradient.
+        held: how many arrays of m x m float32 the call holds at once, about.
+        package: what must be installed for it.
+        computes: whether the call gives a loss and a gradient, which are checked; products alone give nothing.
+    """
+
+    name: str
+    prepare: Callable[[Tensor], Callable[[], tuple[Tensor, ...]]]
+    held: int = 0
+    package: str = ""
+    computes: bool = True
+
+
+def _loss(name: str, make: Callable[[], Loss], *, held: int = 0, package: str = "") -> Provider:
+    """One that autograd differentiates; ``make`` is called when it is wanted, since compiling takes long."""
+    return Provider(name, lambda vectors: functools.partial(step, make(), vectors), held, package)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        _loss("ours", lambda: ours),
+        _loss("compiled", compiled, held=4),
+        _loss("dense", lambda: dense_potential, held=PAIRS_HELD),
+        _loss("checkpointed", lambda: checkpointed),
+        _loss("pdist", lambda: pdist, held=3),
+        _loss("keops", lambda: keops, package="pykeops"),
+        Provider("products", lambda vectors: functools.partial(products, vectors.detach()), computes=False),
+    )
 }
-HELD = {"compiled": 4, "dense": PAIRS_HELD, "pdist": 3}
-"""How many arrays of m x m float32 a provider holds at once, about."""
 
 
 @pytest.fixture(autouse=True)
-def _single_precision_is_exact():
+def _single_precision_is_exact() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
@@ -124,7 +156,7 @@ def exact(shape: Shape) -> tuple[Tensor, ...]:
     return step(functools.partial(gaussian_potential, t=T, impl="blocked"), vectors)
 
 
-def step(loss: Callable[[Tensor], Tensor], vectors: Tensor) -> tuple[Tensor, ...]:
+def step(loss: Loss, vectors: Tensor) -> tuple[Tensor, ...]:
     """The loss and its gradient."""
     value = loss(vectors)
     return value.detach(), *torch.autograd.grad(value, vectors)
@@ -134,38 +166,37 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape", FULL if metafunc.config.getoption("--full") else QUICK, ids=str)
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS, "products"])
-def test_gaussian_potential(benchmark, shape: Shape, provider: str) -> None:
-    if provider == "keops" and importlib.util.find_spec("pykeops") is None:
-        pytest.skip("pykeops is not installed")
-    skip_unless_it_fits(f"{provider}, {shape.m:,} rows,", HELD.get(provider, 0) * 4 * shape.m**2, DEVICE)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_gaussian_potential(benchmark: BenchmarkFixture, shape: Shape, provider: str) -> None:
+    form = PROVIDERS[provider]
+    if form.package and importlib.util.find_spec(form.package) is None:
+        pytest.skip(f"{form.package} is not installed")
+    skip_unless_it_fits(f"{form.name}, {shape.m:,} rows,", form.held * FLOAT * shape.m**2, DEVICE)
     vectors = inputs(shape)
-    facts: dict[str, float] = {}
-    if provider == "products":
-        call = functools.partial(products, vectors.detach())
-    else:
-        loss = PROVIDERS[provider]()
-        allowed = 2e-2 if shape.dtype != torch.float32 else 1e-4
-        for name, found, wanted in zip(("loss", "gradient"), step(loss, vectors), exact(shape), strict=True):
-            error = float((found.double() - wanted).norm() / wanted.norm())
-            assert error < allowed, f"{provider} is wrong by {error:.1e}, so its speed means nothing"
-            assert math.isfinite(error)
-            facts[f"{name}_error"] = error
-        call = functools.partial(step, loss, vectors)
+    call = form.prepare(vectors)
+    errors = _errors(form, call(), shape) if form.computes else {}
     large = shape.m >= LARGE and DEVICE == "cpu"
-    measure(
-        benchmark,
-        call,
+    subject = Subject(
         kernel="gaussian_potential",
-        provider=provider,
+        provider=form.name,
         mode="loss+gradient",
         shape=f"m{shape.m}-d{shape.d}",
         dtype=str(shape.dtype).removeprefix("torch."),
-        rounds=3 if large else 15,
-        warmup_rounds=0 if large else 2,
+        headline=shape.d == HEADLINE_WIDTH,
+        identities=shape.m,
         flops=3 * shape.m**2 * shape.d,
         bytes=2 * shape.m * shape.d * shape.dtype.itemsize,
-        identities=shape.m,
-        headline=shape.d == 512,
-        **facts,
+        loss_error=errors.get("loss"),
+        gradient_error=errors.get("gradient"),
     )
+    measure(benchmark, call, subject, rounds=3 if large else 15, warmup_rounds=0 if large else 2)
+
+
+def _errors(form: Provider, found: tuple[Tensor, ...], shape: Shape) -> dict[str, float]:
+    """Relative errors of the loss and of the gradient against float64; AssertionError where one is too large."""
+    allowed = 2e-2 if shape.dtype != torch.float32 else 1e-4
+    errors = {}
+    for name, given, wanted in zip(("loss", "gradient"), found, exact(shape), strict=True):
+        errors[name] = error = float((given.double() - wanted).norm() / wanted.norm())
+        assert error < allowed, f"{form.name} is wrong by {error:.1e}, so its speed means nothing"
+    return errors

@@ -1,43 +1,36 @@
 """One training step of the head alone against the number of identities: forward, backward, optimizer.
 
 `pytest benchmarks/test_head_scaling.py` to 100 thousand identities, `--full` to 64 million. A head that does not fit in
-memory is skipped with the bytes it would need.
+memory is skipped with the bytes it would need. Memory is that of any step but the first: the optimizer's momentum is
+among what is kept.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness import DEVICE, measure
-from benchmarks.heads import (
-    BATCH,
-    FULL,
-    POOL,
-    PROVIDERS,
-    QUICK,
-    WIDTH,
-    Step,
-    is_slow,
-    label_batches,
-    needed_bytes,
-    step_work,
-)
+from benchmarks.heads import BATCH, FULL, HEADS, POOL, QUICK, WIDTH, Step, label_batches
 from benchmarks.memory import kept_bytes, skip_unless_it_fits
+from benchmarks.results import Subject
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("m", FULL if metafunc.config.getoption("--full") else QUICK)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_head_scaling(benchmark, tmp_path, m: int, provider: str) -> None:
-    needed = needed_bytes(provider, m)
-    skip_unless_it_fits(f"{provider}, {m:,} identities,", needed, DEVICE)
+@pytest.mark.parametrize("provider", HEADS)
+def test_head_scaling(benchmark: BenchmarkFixture, tmp_path: Path, m: int, provider: str) -> None:
+    head = HEADS[provider]
+    cost = head.cost(m, BATCH)
+    skip_unless_it_fits(f"{head.name}, {m:,} identities,", cost.bytes, DEVICE)
     labels = label_batches(m, BATCH)
     embeddings = torch.randn(BATCH, WIDTH, device=DEVICE).requires_grad_()
     steps: list[Step] = []
-    kept = kept_bytes(lambda: steps.append(PROVIDERS[provider](m, labels, tmp_path)), DEVICE)
     turn = 0
 
     def call() -> None:
@@ -46,18 +39,21 @@ def test_head_scaling(benchmark, tmp_path, m: int, provider: str) -> None:
         steps[0](embeddings, labels[turn % POOL])
         embeddings.grad = None
 
-    slow = is_slow(provider, m)
-    measure(
-        benchmark,
-        call,
+    def build() -> None:
+        steps.append(head.build(m, labels, tmp_path))
+        call()
+
+    kept = kept_bytes(build, DEVICE)
+    slow = head.slow(m)
+    subject = Subject(
         kernel="head",
-        provider=provider,
+        provider=head.name,
         mode="step",
         shape=f"m{m}",
-        rounds=5 if slow else 15,
-        warmup_rounds=1 if slow else 3,
         identities=m,
+        flops=cost.flops,
+        bytes=cost.traffic,
         kept_bytes=kept,
-        needed_bytes=needed,
-        **step_work(provider, m),
+        needed_bytes=cost.bytes,
     )
+    measure(benchmark, call, subject, rounds=5 if slow else 15, warmup_rounds=1 if slow else 3)

@@ -11,13 +11,16 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.harness import DEVICE, measure
+from benchmarks.results import Subject
 from gif_kernels import AngularMargin, token_margin_loss
 from gif_kernels.precision import PREFERS_ONEDNN, product
 
@@ -37,8 +40,13 @@ class Shape:
     dtype: torch.dtype
 
     def __str__(self) -> str:
+        return f"{self.sizes}-{self.dtype_name}"
+
+    @property
+    def sizes(self) -> str:
+        """All but the dtype."""
         projected = "-projected" if self.projected else ""
-        return f"B{self.batch}-d{self.width}-l{self.length}-v{self.vocab}{projected}-{self.dtype_name}"
+        return f"B{self.batch}-d{self.width}-l{self.length}-v{self.vocab}{projected}"
 
     @property
     def dtype_name(self) -> str:
@@ -69,6 +77,12 @@ FULL = [
 ]
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Products(Protocol):
+    """The matrix products of a loss."""
+
+    def __call__(self, z: Tensor, w: Tensor, projections: Tensor | None, *, backward: bool) -> None: ...
 
 
 def reference_loop(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None) -> Tensor:
@@ -136,21 +150,77 @@ def _products(
         multiply(raw, matrix)
 
 
-PRODUCTS = {"products": torch_products, "own products": own_products}
-PROVIDERS: dict[str, Callable[[], Loss]] = {
-    "ours": lambda: ours,
-    "compiled": compiled,
-    "batched eager": lambda: batched_eager,
-    "loop": lambda: reference_loop,
+class Inputs(NamedTuple):
+    """What the loss is given: embeddings (B, d), centres (l, v, d), codes (B, l), perhaps projections (l, d, d)."""
+
+    z: Tensor
+    w: Tensor
+    codes: Tensor
+    projections: Tensor | None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute the loss, to be measured.
+
+    Args:
+        name: in reports.
+        prepare: from the inputs, and whether gradients are wanted, to the call that is timed. It returns the loss, and
+            the gradients where they are wanted.
+        computes: whether the call gives these, which are checked; products alone give nothing.
+        available: whether it says anything here.
+    """
+
+    name: str
+    prepare: Callable[[Inputs, bool], Callable[[], list[Tensor]]]
+    computes: bool = True
+    available: Callable[[], bool] = lambda: True
+
+
+def _loss(name: str, make: Callable[[], Loss]) -> Provider:
+    """One that autograd differentiates; ``make`` is called when it is wanted, since compiling takes long."""
+    return Provider(name, lambda tensors, backward: functools.partial(step, make(), tensors, backward))
+
+
+def _products_alone(name: str, multiply: Products, available: Callable[[], bool] = lambda: True) -> Provider:
+    def prepare(tensors: Inputs, backward: bool) -> Callable[[], list[Tensor]]:
+        projections = None if tensors.projections is None else tensors.projections.detach()
+        z, w = tensors.z.detach(), tensors.w.detach()
+
+        def call() -> list[Tensor]:
+            multiply(z, w, projections, backward=backward)
+            return []
+
+        return call
+
+    return Provider(name, prepare, computes=False, available=available)
+
+
+def _multiplies_otherwise() -> bool:
+    """Whether the loss multiplies by another library than PyTorch does."""
+    return PREFERS_ONEDNN and bool(torch.backends.mkldnn.enabled)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        _loss("ours", lambda: ours),
+        _loss("compiled", compiled),
+        _loss("batched eager", lambda: batched_eager),
+        _loss("loop", lambda: reference_loop),
+        _products_alone("products", torch_products),
+        _products_alone("own products", own_products, _multiplies_otherwise),
+    )
 }
 
 
 @pytest.fixture(autouse=True)
-def _single_precision_is_exact():
+def _single_precision_is_exact() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def inputs(shape: Shape) -> Inputs:
+    """Random ones, the same each time."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -159,27 +229,29 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     z, w = normal(shape.batch, shape.width), normal(shape.length, shape.vocab, shape.width)
     projections = normal(shape.length, shape.width, shape.width) if shape.projected else None
     codes = torch.randint(shape.vocab, (shape.batch, shape.length), generator=generator).to(DEVICE)
-    return z, w, codes, projections
+    return Inputs(z, w, codes, projections)
 
 
-def step(loss: Loss, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], backward: bool) -> list[Tensor]:
+def step(loss: Loss, tensors: Inputs, backward: bool) -> list[Tensor]:
     """The loss, and its gradients where they are wanted."""
-    z, w, codes, projections = tensors
     if not backward:
         with torch.no_grad():
-            return [loss(z, w, codes, projections)]
-    value = loss(z, w, codes, projections)
-    wanted = [z, w] if projections is None else [z, w, projections]
+            return [loss(*tensors)]
+    value = loss(*tensors)
+    wanted = [tensors.z, tensors.w] if tensors.projections is None else [tensors.z, tensors.w, tensors.projections]
     return [value, *torch.autograd.grad(value, wanted)]
 
 
 @functools.lru_cache(maxsize=1)  # one after another, the providers of a point ask for the same
 def exact(shape: Shape, backward: bool) -> list[Tensor]:
     """`step` of the reference in float64."""
-    doubles = (
-        x.detach().double().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs(shape)
-    )
-    return step(reference_loop, tuple(doubles), backward)
+    z, w, codes, projections = inputs(shape)
+
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().requires_grad_()
+
+    doubles = Inputs(double(z), double(w), codes, None if projections is None else double(projections))
+    return step(reference_loop, doubles, backward)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -187,37 +259,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape", shapes, ids=str)
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS, *PRODUCTS])
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_token_margin(benchmark, shape: Shape, mode: str, provider: str) -> None:
-    backward = mode == "forward+backward"
-    tensors = inputs(shape)
-    if provider in PRODUCTS:
-        if provider == "own products" and not (PREFERS_ONEDNN and torch.backends.mkldnn.enabled):
-            pytest.skip("PyTorch multiplies as the loss does")
-        detached = [None if x is None else x.detach() for x in (tensors[0], tensors[1], tensors[3])]
-
-        def call() -> object:
-            return PRODUCTS[provider](*detached, backward=backward)
-    else:
-        loss = PROVIDERS[provider]()
-        low = shape.dtype != torch.float32
-        for found, wanted in zip(step(loss, tensors, backward), exact(shape, backward), strict=True):
-            error = (found.double() - wanted).norm() / wanted.norm()
-            assert error < (2e-2 if low else 1e-4), f"{provider} is wrong by {error:.1e}, so its speed means nothing"
-
-        def call() -> object:
-            return step(loss, tensors, backward)
-
-    measure(
-        benchmark,
-        call,
+def test_token_margin(benchmark: BenchmarkFixture, shape: Shape, mode: str, provider: str) -> None:
+    form, backward = PROVIDERS[provider], mode == "forward+backward"
+    if not form.available():
+        pytest.skip("PyTorch multiplies as the loss does")
+    call = form.prepare(inputs(shape), backward)
+    if form.computes:
+        _check(form, call(), shape, backward)
+    subject = Subject(
         kernel="token_margin",
-        provider=provider,
+        provider=form.name,
         mode=mode,
-        shape=str(shape).removesuffix(f"-{shape.dtype_name}"),
+        shape=shape.sizes,
         dtype=shape.dtype_name,
+        headline=shape in QUICK,
         flops=shape.flops(backward),
         bytes=shape.bytes(backward),
-        headline=shape in QUICK,
     )
+    measure(benchmark, call, subject)
+
+
+def _check(form: Provider, results: list[Tensor], shape: Shape, backward: bool) -> None:
+    """Against float64, before anything is timed."""
+    allowed = 2e-2 if shape.dtype != torch.float32 else 1e-4
+    for found, wanted in zip(results, exact(shape, backward), strict=True):
+        error = (found.double() - wanted).norm() / wanted.norm()
+        assert error < allowed, f"{form.name} is wrong by {error:.1e}, so its speed means nothing"

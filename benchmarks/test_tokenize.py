@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 from k_means_constrained import KMeansConstrained
+from pytest_benchmark.fixture import BenchmarkFixture
 from sklearn.cluster import BisectingKMeans
 from torch import Tensor
 
 from benchmarks.clusters import clustered
 from benchmarks.harness import Reference, record
 from benchmarks.resident import ResidentMemory
-from gif.codes import TokenizeConfig, code_length, tokenize
+from benchmarks.results import Subject
+from gif.codes import code_length, tokenize
 from gif_kernels.sphere import unit
 
 VOCAB = 20
@@ -99,12 +101,41 @@ def constrained_split(rows: np.ndarray) -> np.ndarray:
     )
 
 
-PROVIDERS: dict[str, Split | None] = {
-    "ours": None,
-    "faiss": faiss_split,
-    "torch": torch_split,
-    "bisecting": bisecting_split,
-    "constrained": constrained_split,
+@dataclass(frozen=True)
+class Provider:
+    """A way to make codes, to be measured.
+
+    Args:
+        name: in reports.
+        codes: of rows (m, d), with so many tokens: (m, l).
+        distinct: whether no two identities may share a code.
+        largest: rows above which it is left out.
+    """
+
+    name: str
+    codes: Callable[[Tensor, int], np.ndarray]
+    distinct: bool = False
+    largest: float = math.inf
+
+
+def _ours(rows: Tensor, length: int) -> np.ndarray:
+    """As `tokenize` does, whose codes have that length."""
+    return tokenize(rows, TokenizeConfig(vocab_size=VOCAB, iterations=ITERATIONS)).codes.numpy()
+
+
+def _recursive(name: str, split: Split, largest: float = math.inf) -> Provider:
+    return Provider(name, lambda rows, length: recursive(rows.numpy(), length, split), largest=largest)
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("ours", _ours, distinct=True),
+        _recursive("faiss", faiss_split),
+        _recursive("torch", torch_split),
+        _recursive("bisecting", bisecting_split),
+        _recursive("constrained", constrained_split, LARGEST_FLOW),
+    )
 }
 
 
@@ -122,43 +153,39 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_tokenize(benchmark, size: Size, provider: str) -> None:
-    if provider == "constrained" and size.m > LARGEST_FLOW:
-        pytest.skip(f"a minimum-cost flow of {size.m * VOCAB:,} arcs in each round; limited to {LARGEST_FLOW:,} rows")
+def test_tokenize(benchmark: BenchmarkFixture, size: Size, provider: str) -> None:
+    way = PROVIDERS[provider]
+    if size.m > way.largest:
+        pytest.skip(f"a minimum-cost flow of {size.m * VOCAB:,} arcs in each round; limited to {way.largest:,} rows")
     rows = clustered(size.m, size.d)
     length = code_length(size.m, VOCAB)
-    split = PROVIDERS[provider]
     faiss.omp_set_num_threads(torch.get_num_threads())
-
-    def run() -> np.ndarray:
-        if split is None:
-            return tokenize(rows, TokenizeConfig(vocab_size=VOCAB, iterations=ITERATIONS)).codes.numpy()
-        return recursive(rows.numpy(), length, split)
-
     reference = Reference()
     for _ in range(REFERENCES):
         reference()
     with ResidentMemory() as memory:
-        codes = benchmark.pedantic(run, rounds=1)
+        codes: np.ndarray = benchmark.pedantic(way.codes, args=(rows, length), rounds=1)
     for _ in range(REFERENCES):
         reference()
     distinct = len(np.unique(codes, axis=0))
     assert codes.shape == (size.m, length)
-    assert provider != "ours" or distinct == size.m
+    assert distinct == size.m or not way.distinct
     rounds = length * (ITERATIONS + 1)
-    record(
-        benchmark,
-        reference,
-        np.median(reference.seconds),
-        np.median(reference.copy_seconds),
+    subject = Subject(
         kernel="tokenize",
-        provider=provider,
+        provider=way.name,
         mode=f"v{VOCAB}",
         shape=str(size),
-        dtype="float32",
-        peak_bytes=memory.peak,
         flops=2 * rounds * size.m * VOCAB * size.d,  # of plain Lloyd's rounds, whatever the provider does
         bytes=rounds * rows.nbytes,
         distinct=distinct / size.m,
         cosine=[cosine(rows, codes, depth) for depth in range(1, length)],
+    )
+    record(
+        benchmark,
+        subject,
+        reference,
+        products=np.median(reference.seconds),
+        copies=np.median(reference.copy_seconds),
+        peak_bytes=memory.peak,
     )

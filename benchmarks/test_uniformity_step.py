@@ -7,17 +7,18 @@ those between. A table that does not fit in memory is skipped with the bytes it 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.harness import DEVICE, measure
 from benchmarks.memory import skip_unless_it_fits
-from benchmarks.spreading import LR, PROVIDERS, D, N, Spreading, planned_bytes, rates, step_work
+from benchmarks.results import Subject
+from benchmarks.spreading import LR, SPREADERS, D, N, Spreading, rates
 from gif_kernels import uniformity_step_
 
 MILLION = 1_000_000
@@ -37,11 +38,11 @@ def check(found: Spreading, index: Tensor) -> None:
     assert error < 2.0**-7, f"a coordinate is off by {error:.1e}, more than bfloat16's rounding: no speed to measure"
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_uniformity_step(benchmark, millions: int, provider: str, tmp_path: Path) -> None:
-    m = millions * MILLION
-    skip_unless_it_fits(f"{provider}, {m:,} rows,", planned_bytes(provider, m), DEVICE)
-    spreading = PROVIDERS[provider](m, tmp_path)
+@pytest.mark.parametrize("provider", SPREADERS)
+def test_uniformity_step(benchmark: BenchmarkFixture, millions: int, provider: str, tmp_path: Path) -> None:
+    m, spreader = millions * MILLION, SPREADERS[provider]
+    skip_unless_it_fits(f"{spreader.name}, {m:,} rows,", spreader.memory(m), DEVICE)
+    spreading = spreader.build(m, tmp_path)
     generator = torch.Generator().manual_seed(0)
     subsets = [torch.randperm(m, generator=generator)[:N].to(spreading.table.device) for _ in range(2)]
     for index in subsets:
@@ -53,20 +54,16 @@ def test_uniformity_step(benchmark, millions: int, provider: str, tmp_path: Path
         seed = next(seeds)
         spreading.step(subsets[seed % 2], seed)
 
-    slow = provider == "autograd on the table"
-    known = rates()
-    measure(
-        benchmark,
-        step,
+    subject = Subject(
         kernel="uniformity_step",
-        provider=provider,
+        provider=spreader.name,
         mode=f"step of {N} rows",
         shape=f"m{m}-d{D}",
         dtype="bfloat16",
-        rounds=5 if slow else 15,
-        warmup_rounds=1 if slow else 2,
         identities=m,
+        flops=spreader.flops,
+        bytes=spreader.traffic(m),
         kept_bytes=spreading.held,
-        rates=None if known is None else asdict(known),
-        **step_work(provider, m),
+        rates=rates(),
     )
+    measure(benchmark, step, subject, rounds=5 if spreader.slow else 15, warmup_rounds=1 if spreader.slow else 2)

@@ -1,7 +1,8 @@
 """One whole training step, backbone and head, against the number of identities: what is the head's share?
 
 `pytest benchmarks/test_whole_step.py` for a network of glyphs to 100 thousand identities; `--full` to 64 million, and
-MobileFaceNet on 112 x 112 images. "backbone alone" is given a gradient of its embeddings instead of a head.
+MobileFaceNet on 112 x 112 images. "backbone alone" is given a gradient of its embeddings instead of a head. Memory is
+that of any step but the first.
 """
 
 from __future__ import annotations
@@ -11,22 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE, measure
-from benchmarks.heads import (
-    BACKBONE_ALONE,
-    FULL,
-    POOL,
-    PROVIDERS,
-    QUICK,
-    WIDTH,
-    Step,
-    is_slow,
-    label_batches,
-    needed_bytes,
-)
+from benchmarks.heads import BACKBONE_ALONE, FULL, HEADS, POOL, QUICK, WIDTH, Step, label_batches
 from benchmarks.memory import kept_bytes, skip_unless_it_fits
+from benchmarks.results import Subject
 from gif.backbones import BackboneConfig
 
 ACTIVATION_BYTES = 40 << 20
@@ -75,21 +67,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("setting", [SMALL, MOBILE] if full else [SMALL], ids=lambda x: x.backbone.name)
 
 
-@pytest.mark.parametrize("provider", [BACKBONE_ALONE, *PROVIDERS])
-def test_whole_step(benchmark, tmp_path: Path, m: int, setting: Setting, provider: str) -> None:
-    alone = provider == BACKBONE_ALONE
-    needed = 0 if alone else needed_bytes(provider, m, setting.batch)
-    activations = ACTIVATION_BYTES * setting.batch
-    skip_unless_it_fits(f"{provider}, {m:,} identities, with a backbone", needed + activations, DEVICE)
+@pytest.mark.parametrize("provider", [BACKBONE_ALONE, *HEADS])
+def test_whole_step(benchmark: BenchmarkFixture, tmp_path: Path, m: int, setting: Setting, provider: str) -> None:
+    head = HEADS.get(provider)
+    needed = ACTIVATION_BYTES * setting.batch + (head.cost(m, setting.batch).bytes if head else 0)
+    skip_unless_it_fits(f"{provider}, {m:,} identities, with a backbone", needed, DEVICE)
     labels = label_batches(m, setting.batch)
     images = setting.images()
     steps: list[Step] = []
-
-    def build() -> None:
-        head = None if alone else PROVIDERS[provider](m, labels, tmp_path)
-        steps.append(whole_step(setting.backbone.build().to(DEVICE), head))
-
-    kept = kept_bytes(build, DEVICE)
     turn = 0
 
     def call() -> None:
@@ -97,16 +82,14 @@ def test_whole_step(benchmark, tmp_path: Path, m: int, setting: Setting, provide
         turn += 1
         steps[0](images, labels[turn % POOL])
 
-    slow = setting.slow or is_slow(provider, m)
-    measure(
-        benchmark,
-        call,
-        kernel="whole_step",
-        provider=provider,
-        mode=str(setting),
-        shape=f"m{m}",
-        rounds=5 if slow else 15,
-        warmup_rounds=1 if slow else 3,
-        identities=m,
-        kept_bytes=kept,
+    def build() -> None:
+        head_step = head.build(m, labels, tmp_path) if head else None
+        steps.append(whole_step(setting.backbone.build().to(DEVICE), head_step))
+        call()
+
+    kept = kept_bytes(build, DEVICE)
+    slow = setting.slow or (head is not None and head.slow(m))
+    subject = Subject(
+        kernel="whole_step", provider=provider, mode=str(setting), shape=f"m{m}", identities=m, kept_bytes=kept
     )
+    measure(benchmark, call, subject, rounds=5 if slow else 15, warmup_rounds=1 if slow else 3)

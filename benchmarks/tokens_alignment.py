@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def _assign(residuals: Tensor, nodes: Nodes, codebook: Tensor, capacity_factor: 
     return token
 
 
-def _tree(alignment: str) -> Callable[[Tensor, int, float, int], IdentityCodes]:
+def _tree(alignment: Literal["none", "residual"]) -> Callable[[Tensor, int, float, int], IdentityCodes]:
     def cut(rows: Tensor, vocab_size: int, capacity_factor: float, seed: int) -> IdentityCodes:
         return tokenize(
             rows, TokenizeConfig(vocab_size=vocab_size, capacity_factor=capacity_factor, alignment=alignment, seed=seed)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from mmap import mmap
 from pathlib import Path
 from random import Random
@@ -56,8 +57,8 @@ class Ended:
 def kinds(source: Path) -> list[Kind]:
     """A kind a command, of what `write_inputs` has made in ``source``."""
     return [
-        *(Kind(KILLS, name, lambda _, random, at, of=name: _kill(source, of, random, at)) for name in COMMANDS),
-        *(Kind(RIVALS, name, lambda _, random, at, of=name: _rival(source, of, random, at)) for name in COMMANDS),
+        *(Kind(KILLS, name, partial(_kill, source, name)) for name in COMMANDS),
+        *(Kind(RIVALS, name, partial(_rival, source, name)) for name in COMMANDS),
     ]
 
 
@@ -178,7 +179,7 @@ def _writes(source: Path, name: str) -> int:
     return int((source / f"{name}.writes").read_text())
 
 
-def _kill(source: Path, name: str, random: Random, folder: Path) -> Found:
+def _kill(source: Path, name: str, _: int, random: Random, folder: Path) -> Found:
     """Kill a command up to a few times, then give it again: it makes what it makes undisturbed, and leaves no more."""
     done = []
     for _ in range(random.randint(1, _MOST_KILLS)):
@@ -200,7 +201,7 @@ def _kill(source: Path, name: str, random: Random, folder: Path) -> Found:
     return Found("lost", f"{what}: {differs}") if differs else Found("right", what)
 
 
-def _rival(source: Path, name: str, random: Random, folder: Path) -> Found:
+def _rival(source: Path, name: str, _: int, random: Random, folder: Path) -> Found:
     """Stop a command before one of its writes, give it once more, and let the first go on."""
     at = random.randrange(_writes(source, name))
     first = start(name, source, folder, signal_at=(at, signal.SIGSTOP), log="1")

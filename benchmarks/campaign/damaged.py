@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -19,11 +20,8 @@ PART = "mutations"
 def kinds(folder: Path) -> list[Kind]:
     """A kind a format, of the files that `write_all` has made in ``folder``."""
     return [
-        *(
-            Kind(PART, format.name, lambda _, random, at, of=format: _attempt(folder, of, random, at))
-            for format in FORMATS
-        ),
-        Kind(PART, "index in the cache", lambda _, random, at: _attempt_index(folder, random, at)),
+        *(Kind(PART, format.name, partial(_attempt, folder, format)) for format in FORMATS),
+        Kind(PART, "index in the cache", partial(_attempt_index, folder)),
     ]
 
 
@@ -35,7 +33,7 @@ def write_all(folder: Path) -> None:
             format.write(place)
 
 
-def _attempt(whole: Path, format: Format, random: Random, folder: Path) -> Found:
+def _attempt(whole: Path, format: Format, _: int, random: Random, folder: Path) -> Found:
     wanted = undamaged(whole / format.name, format, folder)
     path = random.choice(format.places(folder))
     content, what = mutate(path.read_bytes(), random)
@@ -74,7 +72,7 @@ def _refusal(error: Exception, folder: Path, path: Path, what: str) -> Found:
     return Found("refused", f"{what}: {text}")
 
 
-def _attempt_index(whole: Path, random: Random, folder: Path) -> Found:
+def _attempt_index(whole: Path, _: int, random: Random, folder: Path) -> Found:
     """What the cache keeps of a data set is made again where it is damaged."""
     name = random.choice(["RecordIO: .rec", "tar shards"])
     format = next(format for format in FORMATS if format.name == name)

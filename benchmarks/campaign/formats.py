@@ -91,7 +91,7 @@ class Format:
         return sorted(path for pattern in self.files for path in folder.glob(pattern) if path.is_file())
 
 
-def _same(tensors: Mapping[str, Any]) -> str:
+def _same(tensors: Mapping[Any, Any]) -> str:
     """A digest of named tensors, or of what is in their place."""
     digest = hashlib.sha256()
     for name in sorted(tensors, key=str):
@@ -115,7 +115,11 @@ def _vectors(path: Path, *, mmap: bool) -> Any:
 
 def _codes(path: Path) -> Any:
     codes = IdentityCodes.load(path)
-    tensors = {"codes": codes.codes, "directions": codes.directions, **dict(enumerate(codes.centroids))}
+    tensors: dict[str | int, Any] = {
+        "codes": codes.codes,
+        "directions": codes.directions,
+        **dict(enumerate(codes.centroids)),
+    }
     return codes.vocab_size, _same(tensors), _of(codes.identities)
 
 

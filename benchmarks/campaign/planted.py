@@ -12,6 +12,7 @@ from functools import partial
 from io import BytesIO, StringIO
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def kinds(folder: Path) -> list[Kind]:
         Kind(
             PART,
             format.name,
-            lambda number, random, at, of=format: _attempt(folder, of, number, at),
+            partial(_attempt, folder, format),
             _count(format, folder),
         )
         for format in readers
@@ -127,7 +128,7 @@ def _count(format: Format, folder: Path) -> int:
     return len(PLANTS) * len(WAYS) * min(len(format.places(folder / format.name)), _FILES)
 
 
-def _attempt(whole: Path, format: Format, number: int, folder: Path) -> Found:
+def _attempt(whole: Path, format: Format, number: int, _: Random, folder: Path) -> Found:
     wanted = damaged.undamaged(whole / format.name, format, folder)
     ways = list(product(format.places(folder)[:_FILES], WAYS, PLANTS))
     path, way, name = ways[number]

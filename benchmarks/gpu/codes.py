@@ -114,4 +114,4 @@ def _tokenize(run: Run, m: int, width: int) -> None:
     seconds = run.device.eager_seconds(lambda: found.append(tokenize(table, TokenizeConfig(vocab_size=VOCAB))), 1)
     run.record(what, seconds, "s", status="note", note=str(found[-1]))
     run.record(f"{what}: identities", m / seconds, "a second", status="note")
-    run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note")
+    run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True)

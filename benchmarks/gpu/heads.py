@@ -10,58 +10,63 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.records import at_most
 from benchmarks.gpu.stage import Run
 from benchmarks.heads import (
-    BACKBONE_ALONE,
     FULL,
+    FULL_SOFTMAX,
+    GIF,
+    PARTIAL_FC,
     POOL,
-    PROVIDERS,
     WIDTH,
-    Builder,
+    Head,
     Step,
     gif_on_device,
     label_batches,
-    needed_bytes,
 )
 from benchmarks.test_whole_step import whole_step
 from gif.backbones import BackboneConfig
+from gif.planning.heads import HeadCost
 
-OURS, IN_A_FILE = "GIF", "GIF, in a file"
+BF16 = torch.bfloat16
 
 
 @functools.lru_cache(maxsize=1)
 def _in_a_file(m: int, batch: int) -> Step:
     """Kept, since the order of its codes takes long to find on a host."""
     with tempfile.TemporaryDirectory() as folder:  # the map outlives the name
-        return PROVIDERS["GIF"](m, label_batches(m, batch), Path(folder))
+        return GIF.build(m, label_batches(m, batch), Path(folder))
 
 
-HEADS: dict[str, Builder] = {
-    OURS: gif_on_device,
-    IN_A_FILE: lambda m, labels, folder: _in_a_file(m, len(labels[0])),
-    "Partial FC 0.1": PROVIDERS["Partial FC 0.1"],
-    "full softmax": PROVIDERS["full softmax"],
-}
+def _cost_on_device(m: int, batch: int) -> HeadCost:
+    """With the code vectors, and with the code table and its order twice, since the codes are sorted there."""
+    cost = GIF.cost(m, batch)
+    return replace(cost, tables=2 * cost.tables + m * WIDTH * BF16.itemsize)
+
+
+ON_DEVICE = Head("GIF", gif_on_device, _cost_on_device)
+IN_A_FILE = Head("GIF, in a file", lambda m, labels, folder: _in_a_file(m, len(labels[0])), GIF.cost)
+OTHERS = (PARTIAL_FC, FULL_SOFTMAX)
 TINY = (50,)
 BATCH = 256
-FLAT = "<= 1.6"
+FLAT = at_most(1.6)
 """GIF's step at 64 million identities over that at 10 thousand."""
 NETWORKS = ("iresnet50", "iresnet100")
 ACTIVATIONS = {"iresnet50": 20 << 30, "iresnet100": 34 << 30, "small": 1 << 20}
 """Bytes of a training step of 256 images of 112 x 112, about."""
 WHOLE = (
-    *((1_000_000, name) for name in (OURS, "Partial FC 0.1", "full softmax")),
-    *((64_000_000, name) for name in (IN_A_FILE, "Partial FC 0.1", "full softmax")),
+    *((1_000_000, head) for head in (ON_DEVICE, *OTHERS)),
+    *((64_000_000, head) for head in (IN_A_FILE, *OTHERS)),
 )
 """Beside a network the code vectors of 64 million have no room on one card."""
 STEPS = 10
-BF16 = torch.bfloat16
 
 
 def run(run: Run) -> None:
@@ -69,40 +74,37 @@ def run(run: Run) -> None:
     taken: dict[int, float] = {}
     sizes = run.pick(FULL, TINY)
     for m in run.points(sizes):
-        _alone(run, OURS, m, taken)
+        _alone(run, ON_DEVICE, m, taken)
     if len(taken) > 1 and max(taken) == max(sizes):
         ratio = taken[max(taken)] / taken[min(taken)]
-        run.record(f"{OURS}: step at {max(taken):,} identities over that at {min(taken):,}", ratio, "x", goal=FLAT)
-    for name, m in run.points(itertools.product(list(HEADS)[2:], sizes)):
-        _alone(run, name, m, {})
+        what = f"{ON_DEVICE.name}: step at {max(taken):,} identities over that at {min(taken):,}"
+        run.record(what, ratio, "x", goal=FLAT)
+    for head, m in run.points(itertools.product(OTHERS, sizes)):
+        _alone(run, head, m, {})
+    tiny = tuple(itertools.product(TINY, (ON_DEVICE, IN_A_FILE, *OTHERS)))
     for network in run.points(run.pick(NETWORKS, ("small",)), takes=run.pick(5.0, 0.0)):
-        alone = _whole(run, network, BACKBONE_ALONE, 0, None)
-        for m, name in run.points(run.pick(WHOLE, tuple(itertools.product(TINY, HEADS)))):
-            _whole(run, network, name, m, alone)
+        alone = _whole(run, network, None, 0, None)
+        for m, head in run.points(run.pick(WHOLE, tiny)):
+            _whole(run, network, head, m, alone)
 
 
-def _needed(name: str, m: int, batch: int) -> float:
-    """Bytes on the device."""
-    if name == OURS:
-        return m * WIDTH * BF16.itemsize + 2 * needed_bytes("GIF", m, batch)  # the codes are sorted there
-    return needed_bytes("GIF", m, batch) if name == IN_A_FILE else needed_bytes(name, m, batch)
-
-
-def _alone(run: Run, name: str, m: int, taken: dict[int, float]) -> None:
-    what = f"{name}, {m:,} identities"
+def _alone(run: Run, head: Head, m: int, taken: dict[int, float]) -> None:
+    what = f"{head.name}, {m:,} identities"
     batch = run.pick(BATCH, 4)
-    if not run.fits(what, _needed(name, m, batch)):
+    if not run.fits(what, head.cost(m, batch).bytes):
         return
-    with run.attempt(what, ours=name == OURS), tempfile.TemporaryDirectory() as folder:
+    with run.attempt(what, ours=head is ON_DEVICE), tempfile.TemporaryDirectory() as folder:
         labels = label_batches(m, batch)
-        step = HEADS[name](m, labels, Path(folder))
+        step = head.build(m, labels, Path(folder))
         run.device.reset_peak()
         embeddings = torch.randn(batch, WIDTH, device=run.device.name).requires_grad_()
         call = _in_turn(run, partial(_head_step, step, embeddings), labels)
         seconds = run.device.eager_seconds(call, STEPS)
         taken[m] = seconds
         run.record(what, seconds * 1e3, "ms", status="note")
-        run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note")
+        run.record(
+            f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True
+        )
 
 
 def _head_step(step: Step, embeddings: Tensor, labels: Tensor) -> None:
@@ -121,11 +123,11 @@ def _in_turn(run: Run, step: Callable[[Tensor], None], labels: list[Tensor]) -> 
     return call
 
 
-def _whole(run: Run, network: str, name: str, m: int, alone: float | None) -> float | None:
-    """Seconds of a step of both; None where it does not fit."""
-    what = f"{network} and {name}, {m:,} identities" if m else f"{network} alone"
+def _whole(run: Run, network: str, head: Head | None, m: int, alone: float | None) -> float | None:
+    """Seconds of a step of the network, with a head or without; None where it does not fit."""
+    what = f"{network} and {head.name}, {m:,} identities" if head else f"{network} alone"
     batch = run.pick(BATCH, 4)
-    needed = ACTIVATIONS[network] + (_needed(name, m, batch) if m else 0)
+    needed = ACTIVATIONS[network] + (head.cost(m, batch).bytes if head else 0)
     if not run.fits(what, needed):
         return None
     config = run.pick(
@@ -134,18 +136,20 @@ def _whole(run: Run, network: str, name: str, m: int, alone: float | None) -> fl
     )
     with run.attempt(what), tempfile.TemporaryDirectory() as folder:
         labels = label_batches(max(m, 1), batch)
-        head = HEADS[name](m, labels, Path(folder)) if m else None
+        head_step = head.build(m, labels, Path(folder)) if head else None
         run.device.reset_peak()
         with torch.device(run.device.name):
             backbone = config.build()
         backbone.to(memory_format=torch.channels_last)
         images = torch.randn(batch, config.channels, config.image_size, config.image_size, device=run.device.name)
-        step = whole_step(backbone, head)
+        step = whole_step(backbone, head_step)
         images = images.contiguous(memory_format=torch.channels_last)
         seconds = run.device.eager_seconds(_in_turn(run, partial(step, images), labels), STEPS)
         run.record(what, batch / seconds, "images/s", status="note")
         if alone is not None:
             run.record(f"{what}: the head's share", 100 * (1 - alone / seconds), "%", status="note")
-        run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note")
+        run.record(
+            f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True
+        )
         return seconds
     return None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.device import rotated, tf32
+from benchmarks.gpu.records import Goal, at_least, at_most
 from benchmarks.gpu.stage import Run
 from benchmarks.test_token_margin import batched_eager
 from gif_kernels import code_contrast_loss, code_regression_loss, token_margin_loss
@@ -25,7 +26,7 @@ ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 TF32_ALLOWED = 1e-2
 BASELINE_ALLOWED = 0.2
 """What others write in bfloat16 rounds cosines that are multiplied by 64."""
-MOST_LAUNCHES, FASTER = "<= 3", ">= 1.5"
+MOST_LAUNCHES, FASTER, NO_SLOWER = at_most(3), at_least(1.5), at_least(1)
 SCALE = 64.0
 
 Loss = Callable[..., Tensor]
@@ -43,8 +44,8 @@ class Setting:
     same: Loss | None
     flops: int
     tf32: bool = False
-    launches: str = ""
-    faster: str = ""
+    launches: Goal | None = None
+    faster: Goal | None = None
 
     @property
     def allowed(self) -> float:
@@ -107,7 +108,7 @@ def _token(run: Run, dtype: torch.dtype, batch: int, projected: bool) -> Setting
     what = f"token margin {_name(dtype)} B {batch:,}{', projected' if projected else ''}"
     return Setting(
         what, ours, make, 3 if projected else 2, dtype, same, 6 * products,
-        launches="" if projected else MOST_LAUNCHES, faster="" if projected else FASTER,
+        launches=None if projected else MOST_LAUNCHES, faster=None if projected else FASTER,
     )  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def _contrast(run: Run, dtype: torch.dtype, allowed: bool) -> Setting:
     name = "TF32" if allowed else _name(dtype)
     what = f"contrast {name} {batch:,} x {count:,}"
     return Setting(
-        what, code_contrast_loss, make, 2, dtype, same, 6 * batch * count * width, tf32=allowed, faster=">= 1"
+        what, code_contrast_loss, make, 2, dtype, same, 6 * batch * count * width, tf32=allowed, faster=NO_SLOWER
     )
 
 
@@ -210,14 +211,14 @@ def _theirs(run: Run, setting: Setting, ours: float) -> None:
     assert setting.same is not None
     inputs = rotated(run.device, setting.make)
     torch.compiler.reset()
-    for name, loss in (("eager", setting.same), ("torch.compile", run.device.compile(setting.same))):
+    compiled = run.device.compile(setting.same)
+    for name, loss, goal in (("eager", setting.same, None), ("torch.compile", compiled, setting.faster)):
         what = f"{setting.what}: {name}"
         with run.attempt(what, ours=False):
             steps = [_step(setting, loss, x) for x in inputs]
             if run.correct(what, steps[0], _truth(setting, inputs[0]), BASELINE_ALLOWED, ours=False):
                 taken = run.timed(what, steps)
                 run.record(what, taken * 1e6, "us", status="note")
-                goal = setting.faster if name == "torch.compile" else ""
                 run.record(f"{setting.what}: faster than {name}", taken / ours, "x", goal=goal)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ from torch import Tensor
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.device import rotated
 from benchmarks.gpu.internals import fused_tile, fused_up_to, potential_design
+from benchmarks.gpu.records import at_least
 from benchmarks.gpu.stage import Run
-from benchmarks.spreading import PAIRS_HELD, T, dense_potential
+from benchmarks.spreading import FLOAT, PAIRS_HELD, T, dense_potential
 from gif_kernels import gaussian_potential
 from gif_kernels.device.tuning import Tile
 
@@ -23,31 +26,61 @@ TINY = (20,)
 COMPILED = (2048, 8192, 32768)
 """Each is compiled anew."""
 BLOCKS = (4096, 8192)
-GOAL_ROWS, GOAL = 32768, ">= 60"
+GOAL_ROWS, GOAL = 32768, at_least(60)
 """Rows from which the potential is to reach this share of the bf16 ceiling, in %."""
 ALLOWED, BASELINE_ALLOWED = 1e-2, 1e-1
 """Errors: terms rounded to bfloat16 leave 2e-4 to 3e-3; what others write in it has a few times that."""
 
 Loss = Callable[[Tensor], Tensor]
+Design = Literal["as shipped", "fused", "blocks"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernels' way: one of their designs, in blocks of so many rows where these are given."""
+
+    design: Design
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.design} of {self.block:,}" if self.block else self.design
+
+
+AS_SHIPPED, FUSED = Choice("as shipped"), Choice("fused")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What others write. ``held(m, width)``: numbers in float32 that it holds at once, about."""
+
+    name: str
+    loss: Loss
+    held: Callable[[int, int], int]
 
 
 def run(run: Run) -> None:
     """By rows: ours as it runs by default, by each design, and the others where they fit."""
     width = run.pick(512, 16)
-    taken: dict[str, dict[int, float]] = {}
+    taken: dict[Choice, dict[int, float]] = {}
     for m in run.points(run.pick(FULL, TINY)):
         inputs = rotated(run.device, partial(_vectors, run, m, width))
         with run.attempt(f"m {m:,}: truth"):
             truth = _step(partial(gaussian_potential, t=T, impl="blocked"), inputs[0][0].double())
-            for name, design in _designs(run, m, width):
-                with run.attempt(f"m {m:,}: {name}"), design:
-                    _ours(run, m, name, inputs, truth, taken.setdefault(name, {}))
+            for choice, design in _designs(run, m, width):
+                with run.attempt(f"m {m:,}: {choice}"), design:
+                    _ours(run, m, choice, inputs, truth, taken.setdefault(choice, {}))
             del truth
     _crossing(run, taken)
-    forms: dict[str, Loss] = {"dense bf16": _low_potential, "dense": dense_potential, "pdist": _pdist}
+    forms = [
+        Form("dense bf16", _low_potential, _pairs_held),
+        Form("dense", dense_potential, _pairs_held),
+        Form(
+            "pdist", _pdist, lambda m, width: width * m * m
+        ),  # its gradient holds each row's differences to all others
+    ]
     for m in run.points(run.pick(FULL, TINY)):
         _others(run, m, width, forms)
-    compiled = {"compiled bf16": run.device.compile(_low_potential)}
+    compiled = [Form("compiled bf16", run.device.compile(_low_potential), _pairs_held)]
     for m in run.points(run.pick(COMPILED, TINY), takes=run.pick(5.0, 0.0)):
         _others(run, m, width, compiled)
 
@@ -57,14 +90,18 @@ def _vectors(run: Run, m: int, width: int) -> list[Tensor]:
     return [(torch.randn(m, width, device=run.device.name) + 0.3).to(run.device.low)]
 
 
-def _designs(run: Run, m: int, width: int) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-    yield "as shipped", potential_design("shipped")
+def _pairs_held(m: int, width: int) -> int:
+    return PAIRS_HELD * m * m
+
+
+def _designs(run: Run, m: int, width: int) -> Iterator[tuple[Choice, AbstractContextManager[None]]]:
+    yield AS_SHIPPED, potential_design("shipped")
     tile = run.pick(fused_tile(width, run.device.name), Tile(16, 16, 16, 4, 1))
     if tile is not None:
-        yield "fused", potential_design("fused", tile=tile)
+        yield FUSED, potential_design("fused", tile=tile)
     for block in run.pick(BLOCKS, (16,)):
         if block <= 2 * m:
-            yield f"blocks of {block:,}", potential_design("blocks", block=block)
+            yield Choice("blocks", block), potential_design("blocks", block=block)
 
 
 def _step(loss: Loss, vectors: Tensor) -> tuple[Tensor, ...]:
@@ -75,28 +112,28 @@ def _step(loss: Loss, vectors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _ours(
-    run: Run, m: int, name: str, inputs: list[Sequence[Tensor]], truth: tuple[Tensor, ...], taken: dict[int, float]
+    run: Run, m: int, choice: Choice, inputs: list[Sequence[Tensor]], truth: tuple[Tensor, ...], taken: dict[int, float]
 ) -> None:
     loss = partial(gaussian_potential, t=T, impl=run.device.impl)
-    what = f"m {m:,}: {name}"
+    what = f"m {m:,}: {choice}"
     if not run.correct(what, partial(_step, loss, inputs[0][0]), truth, ALLOWED):
         return
     taken[m] = run.timed(what, [partial(_step, loss, x) for (x,) in inputs])
     work = 3 * m * m * inputs[0][0].shape[1]
     ceiling = run.ceiling(ceilings.LOW)
     run.record(what, taken[m] * 1e3, "ms", floor=work / ceiling * 1e3)
-    goal = GOAL if name == "as shipped" and m >= GOAL_ROWS else ""
+    goal = GOAL if choice == AS_SHIPPED and m >= GOAL_ROWS else None
     run.record(f"{what}: 3 m^2 d over the bf16 ceiling", 100 * work / taken[m] / ceiling, "%", goal=goal)
 
 
-def _crossing(run: Run, taken: dict[str, dict[int, float]]) -> None:
+def _crossing(run: Run, taken: dict[Choice, dict[int, float]]) -> None:
     """From how many rows on half of the pairs, in blocks, cost less than all of them fused."""
-    fused = taken.get("fused", {})
-    for name in (name for name in taken if name.startswith("blocks")):
-        both = sorted(set(fused) & set(taken[name]))
-        pays = next((m for m in both if taken[name][m] < fused[m]), None)
+    fused = taken.get(FUSED, {})
+    for choice in (choice for choice in taken if choice.design == "blocks"):
+        both = sorted(set(fused) & set(taken[choice]))
+        pays = next((m for m in both if taken[choice][m] < fused[m]), None)
         note = f"the kernels take blocks above {fused_up_to():,}" + ("" if pays else "; at none of these sizes")
-        run.record(f"{name} are faster than the fused design from", pays, "rows", status="note", note=note)
+        run.record(f"{choice} are faster than the fused design from", pays, "rows", status="note", note=note)
 
 
 def _low_potential(vectors: Tensor) -> Tensor:
@@ -112,19 +149,17 @@ def _pdist(vectors: Tensor) -> Tensor:
     return torch.pdist(F.normalize(vectors.float())).square().mul(-T).exp().mean().log()
 
 
-def _others(run: Run, m: int, width: int, forms: dict[str, Loss]) -> None:
+def _others(run: Run, m: int, width: int, forms: Sequence[Form]) -> None:
     inputs = rotated(run.device, partial(_vectors, run, m, width))
     truth = _step(partial(gaussian_potential, t=T, impl="blocked"), inputs[0][0].double())
-    for name, loss in forms.items():
-        _other(run, f"m {m:,}: {name}", loss, inputs, truth)
+    for form in forms:
+        _other(run, f"m {m:,}: {form.name}", form, inputs, truth)
 
 
-def _other(run: Run, what: str, loss: Loss, inputs: list[Sequence[Tensor]], truth: tuple[Tensor, ...]) -> None:
-    m, width = inputs[0][0].shape
-    held = width if loss is _pdist else PAIRS_HELD  # pdist's gradient holds a row's differences to all others
-    if not run.fits(what, 4.0 * held * m * m):
+def _other(run: Run, what: str, form: Form, inputs: list[Sequence[Tensor]], truth: tuple[Tensor, ...]) -> None:
+    if not run.fits(what, FLOAT * form.held(*inputs[0][0].shape)):
         return
     with run.attempt(what, ours=False):
-        if run.correct(what, partial(_step, loss, inputs[0][0]), truth, BASELINE_ALLOWED, ours=False):
-            taken = run.timed(what, [partial(_step, loss, x) for (x,) in inputs], 5)
+        if run.correct(what, partial(_step, form.loss, inputs[0][0]), truth, BASELINE_ALLOWED, ours=False):
+            taken = run.timed(what, [partial(_step, form.loss, x) for (x,) in inputs], 5)
             run.record(what, taken * 1e3, "ms", status="note")

@@ -35,6 +35,41 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What is wanted of a value: at most, or at least, so much."""
+
+    sign: Literal["<=", ">="]
+    wanted: float
+
+    def reached_by(self, value: float) -> bool:
+        """Whether ``value`` is good enough."""
+        return value <= self.wanted if self.sign == "<=" else value >= self.wanted
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.wanted:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Goal | None:
+        """From how it stands in a file; None of an empty text. ValueError for another."""
+        if not text:
+            return None
+        sign, wanted = text.split()
+        if sign not in ("<=", ">="):
+            raise ValueError(f"a goal begins with <= or >=, got {text!r}")
+        return cls("<=" if sign == "<=" else ">=", float(wanted))
+
+
+def at_most(wanted: float) -> Goal:
+    """The goal of a value that should be small."""
+    return Goal("<=", wanted)
+
+
+def at_least(wanted: float) -> Goal:
+    """The goal of a value that should be large."""
+    return Goal(">=", wanted)
+
+
+@dataclass(frozen=True)
 class Record:
     """One number, or one thing that happened.
 
@@ -44,12 +79,13 @@ class Record:
         value: the number; None where there is none.
         unit: of the value, the floor and the goal.
         floor: the least that this card could take, or the most that it could give, by its measured ceilings.
-        goal: what is wanted, as "<= 3" or ">= 60"; empty if nothing is.
+        goal: what is wanted of the value; None if nothing is.
         status: "ok"; "note", of what is not judged; "missing", "left out", and why in the note; "wrong", of an output;
             "failed", of everything else.
         note: more, in words.
         date: when, UTC.
         environment: where.
+        detail: whether it is one click away in the report.
     """
 
     stage: str
@@ -57,11 +93,12 @@ class Record:
     value: float | None
     unit: str
     floor: float | None
-    goal: str
+    goal: Goal | None
     status: Status
     note: str
     date: str
     environment: Environment
+    detail: bool = False
 
     @property
     def failed(self) -> bool:
@@ -71,22 +108,22 @@ class Record:
     @property
     def reached(self) -> bool | None:
         """Whether the goal is; None without a goal or a value."""
-        if not self.goal or self.value is None:
+        if self.goal is None or self.value is None:
             return None
-        sign, wanted = self.goal.split()
-        return self.value <= float(wanted) if sign == "<=" else self.value >= float(wanted)
+        return self.goal.reached_by(self.value)
 
     def to_json(self) -> str:
         """One line."""
-        record = {name: value for name, value in asdict(self).items() if name != "environment"}
-        return json.dumps(record | asdict(self.environment), ensure_ascii=False)
+        entry = {name: value for name, value in asdict(self).items() if name != "environment"}
+        entry["goal"] = "" if self.goal is None else str(self.goal)
+        return json.dumps(entry | asdict(self.environment), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
         """The record of a line; ValueError, KeyError or TypeError for a line that is none."""
         entry = json.loads(line)
         environment = Environment(**{field.name: entry.pop(field.name) for field in fields(Environment)})
-        return cls(**entry, environment=environment)
+        return cls(**entry | {"goal": Goal.parse(entry["goal"]), "environment": environment})
 
 
 class Recorder:
@@ -103,15 +140,16 @@ class Recorder:
         unit: str = "",
         *,
         floor: float | None = None,
-        goal: str = "",
+        goal: Goal | None = None,
         status: Status = "ok",
         note: str = "",
+        detail: bool = False,
     ) -> Record:
         """Write a record, and print it into the stage's log. A value that is not finite is none."""
         if value is not None and not math.isfinite(value):
             note, value = f"{value} {note}".strip(), None
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        record = Record(self.stage, what, value, unit, floor, goal, status, note, date, self.environment)
+        record = Record(self.stage, what, value, unit, floor, goal, status, note, date, self.environment, detail)
         self.failures += record.failed
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -142,7 +180,7 @@ def line(record: Record) -> str:
         text += f": {number(record.value)} {record.unit}".rstrip()
     if record.floor is not None:
         text += f" (the card's limit {number(record.floor)})"
-    if record.goal:
+    if record.goal is not None:
         text += f" (goal {record.goal}{'' if record.reached is not False else ': not reached'})"
     if record.status not in ("ok", "note"):
         text += f" {record.status.upper()}"
@@ -158,7 +196,7 @@ def screen(records: Iterable[Record], rows: int = 44) -> str:
     """What a reader looks for first: how each stage ended, what went wrong, and the numbers that have a goal."""
     found = list(records)
     chosen = [r for r in found if r.what == ENDED or r.failed]
-    chosen += [r for r in found if r.goal and not r.failed]
+    chosen += [r for r in found if r.goal is not None and not r.failed]
     more = len(chosen) - rows
     return "\n".join([line(r)[:150] for r in chosen[:rows]] + ([f"... and {more} more in {FILE}"] if more > 0 else []))
 

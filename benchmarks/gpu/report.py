@@ -11,9 +11,6 @@ from gif.documents import markdown_table, replace_block, require_block
 from gif.files import write_text
 from gif.progress import say
 
-DETAIL = (": error", "allocated by torch", ": of it the table")
-"""Ends of what is one click away."""
-
 
 def report_gpu(path: Path, *, output: Path, docs: Path | None) -> None:
     """Write gpu.md, and the blocks of ``docs``: the goals, and the stages that were run.
@@ -42,9 +39,9 @@ def report_gpu(path: Path, *, output: Path, docs: Path | None) -> None:
 def goals(records: Sequence[Record]) -> str:
     """What was wanted, and what came out."""
     rows = [
-        (f"{r.stage}: {r.what}", r.goal, _value(r), {True: "yes", False: "**no**", None: "not known"}[r.reached])
+        (f"{r.stage}: {r.what}", str(r.goal), _value(r), {True: "yes", False: "**no**", None: "not known"}[r.reached])
         for r in records
-        if r.goal
+        if r.goal is not None
     ]
     table = markdown_table(("", "goal", "measured", "reached"), rows) if rows else "No goal was looked at.\n"
     return f"{where(records[-1])}\n\n{table}"
@@ -53,7 +50,7 @@ def goals(records: Sequence[Record]) -> str:
 def as_markdown(records: Sequence[Record], says: str) -> str:
     """One stage: its numbers, what is one click away, and what was not measured, with the reason."""
     numbers = [r for r in records if r.value is not None and r.what != ENDED]
-    shown = [r for r in numbers if not r.what.endswith(DETAIL) or r.failed]
+    shown = [r for r in numbers if not r.detail or r.failed]
     folded = [r for r in numbers if r not in shown]
     text = f"{says} {where(records[-1])}\n\n"
     text += _table(shown) if shown else "No numbers.\n"
@@ -80,7 +77,7 @@ def _table(records: Sequence[Record]) -> str:
             _cell(r.what),
             _value(r),
             "" if r.floor is None else f"{number(r.floor)} {r.unit}",
-            r.goal + ("" if r.reached is not False else ": **no**"),
+            _goal(r),
             _cell(f"**{r.status}** {r.note}" if r.failed else r.note),
         )
         for r in records
@@ -90,6 +87,12 @@ def _table(records: Sequence[Record]) -> str:
 
 def _value(record: Record) -> str:
     return "" if record.value is None else f"{number(record.value)} {record.unit}".strip()
+
+
+def _goal(record: Record) -> str:
+    if record.goal is None:
+        return ""
+    return f"{record.goal}: **no**" if record.reached is False else str(record.goal)
 
 
 def _cell(text: str) -> str:

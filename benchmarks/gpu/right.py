@@ -78,7 +78,7 @@ def run_parts(run: Run, parts: list[str]) -> None:
     """Some ops, each in one precision: "token_margin_loss:bfloat16"."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it where determinism is asked for
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     for part in parts:
         op, precision = part.split(":")
         seed = secrets.randbits(31)

@@ -8,12 +8,25 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
 from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.stage import Run
 
-TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": ["--racecheck-report", "all"]}
+
+@dataclass(frozen=True)
+class Tool:
+    """One of compute-sanitizer's; ``finds``: what it counts."""
+
+    name: str
+    flags: tuple[str, ...]
+    finds: str
+
+
+MEMCHECK = Tool("memcheck", ("--report-api-errors", "no"), "errors")
+RACECHECK = Tool("racecheck", ("--racecheck-report", "all"), "hazards")
+NO_TOOL = Tool("no tool", (), "errors")
 PLACES = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 PROCESSES = 7
 """Side by side: the card is shared, and each is slow on its own."""
@@ -25,19 +38,21 @@ def run(run: Run) -> None:
     if program is None and not run.rehearsal:
         run.record("compute-sanitizer", status="missing", note="it comes with the CUDA toolkit")
         return
-    jobs = [(tool, [op]) for tool in TOOLS for op in CASES] if not run.rehearsal else [("no tool", list(CASES)[-2:])]
+    each = [(tool, [op]) for tool in (MEMCHECK, RACECHECK) for op in CASES]
+    jobs = run.pick(each, [(NO_TOOL, list(CASES)[-2:])])
     with ThreadPoolExecutor(min(PROCESSES, run.device.cores)) as pool:
         futures = {pool.submit(_checked, run, program, tool, ops): (tool, ops) for tool, ops in jobs}
         for future in as_completed(futures):
             tool, ops = futures[future]
-            _report(run, f"{tool}, {', '.join(ops)}", future.result())
+            _report(run, tool, f"{tool.name}, {', '.join(ops)}", future.result())
 
 
-def _checked(run: Run, program: str | None, tool: str, ops: list[str]) -> subprocess.CompletedProcess[str] | None:
+def _checked(run: Run, program: str | None, tool: Tool, ops: list[str]) -> subprocess.CompletedProcess[str] | None:
     """What the tool said; None where there was no time."""
     if run.seconds_left <= 0:
         return None
-    prefix = [] if program is None or run.rehearsal else [program, "--tool", tool, "--print-limit", "20", *TOOLS[tool]]
+    prefix = [] if program is None or run.rehearsal else [program, "--tool", tool.name, "--print-limit", "20"]
+    prefix += tool.flags
     command = [*prefix, sys.executable, "-m", "benchmarks.gpu.small", *ops]
     # the caching allocator's blocks are larger than what a kernel may touch
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -49,7 +64,7 @@ def _checked(run: Run, program: str | None, tool: str, ops: list[str]) -> subpro
         return None
 
 
-def _report(run: Run, what: str, done: subprocess.CompletedProcess[str] | None) -> None:
+def _report(run: Run, tool: Tool, what: str, done: subprocess.CompletedProcess[str] | None) -> None:
     if done is None:
         run.record(what, status="left out", note="no time")
         return
@@ -61,4 +76,4 @@ def _report(run: Run, what: str, done: subprocess.CompletedProcess[str] | None) 
         last = (text.strip().splitlines() or [""])[-1][:200]
         run.record(what, status="failed", note=f"exit code {done.returncode}: {last}")
         return
-    run.record(what, errors, "hazards" if what.startswith("race") else "errors", status="wrong" if errors else "ok")
+    run.record(what, errors, tool.finds, status="wrong" if errors else "ok")

@@ -93,7 +93,7 @@ class Run:
         good = error <= allowed  # not so for NaN
         status: Status = "ok" if good else ("wrong" if ours else "left out")
         note = f"allowed {allowed:g}" + ("" if good else ": no speed")
-        self.record(f"{what}: error", error, status=status, note=note)
+        self.record(f"{what}: error", error, status=status, note=note, detail=True)
         if good and ours and not all(torch.equal(a, b) for a, b in zip(first, call(), strict=True)):
             self.record(f"{what}: {BITS}", status="wrong", note="no speed")
             return False

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu import ceilings
+from benchmarks.gpu.records import at_most
 from benchmarks.gpu.stage import Run
-from benchmarks.spreading import LR, PROVIDERS, D, N, Spreading, planned_bytes, step_work
+from benchmarks.spreading import LR, ON_ROWS, ON_TABLE, OURS, D, N, Spreader, Spreading
 from gif_kernels import uniformity_step_
 
 LARGEST = 64_000_000
@@ -23,7 +24,7 @@ SUBSETS = 16
 """That take turns."""
 ALLOWED, BASELINE_ALLOWED = 2.0**-7, 0.1
 """Of a coordinate: bfloat16's rounding; autograd's gradients are rounded to it before the step."""
-FLAT = "<= 1.1"
+FLAT = at_most(1.1)
 """The step at 64 million over that at 10 thousand."""
 STEPS = 100
 
@@ -33,24 +34,24 @@ def run(run: Run) -> None:
     taken: dict[int, float] = {}
     for m in run.points(run.pick(FULL, TINY)):
         with run.attempt(f"{m:,} rows: ours"):
-            _point(run, "ours", m, taken)
+            _point(run, OURS, m, taken)
     sizes = run.pick(FULL, TINY)
     smallest, largest = min(taken, default=0), max(taken, default=0)
     if smallest < largest == max(sizes):
         ratio = taken[largest] / taken[smallest]
         run.record(f"step at {largest:,} rows over that at {smallest:,}", ratio, "x", goal=FLAT)
-    for name, m in run.points(itertools.product(("autograd on the rows", "autograd on the table"), sorted(sizes))):
-        with run.attempt(f"{m:,} rows: {name}", ours=False):
-            _point(run, name, m, {})
+    for spreader, m in run.points(itertools.product((ON_ROWS, ON_TABLE), sorted(sizes))):
+        with run.attempt(f"{m:,} rows: {spreader.name}", ours=False):
+            _point(run, spreader, m, {})
 
 
-def _point(run: Run, name: str, m: int, taken: dict[int, float]) -> None:
-    what = f"{m:,} rows: {name}"
-    if not run.fits(what, planned_bytes(name, m)):
+def _point(run: Run, spreader: Spreader, m: int, taken: dict[int, float]) -> None:
+    what = f"{m:,} rows: {spreader.name}"
+    if not run.fits(what, spreader.memory(m)):
         return
-    ours = name == "ours"
+    ours = spreader is OURS
     with tempfile.TemporaryDirectory() as folder:
-        spreading = PROVIDERS[name](m, Path(folder))
+        spreading = spreader.build(m, Path(folder))
     run.device.reset_peak()
     subsets = _subsets(run, spreading.table, m)
     if not _correct(run, what, spreading, subsets[0], ours):
@@ -58,16 +59,15 @@ def _point(run: Run, name: str, m: int, taken: dict[int, float]) -> None:
     seeds = itertools.count()
     steps = [_stepped(spreading, index, next(seeds)) for index in subsets]
     if ours:
-        work = step_work(name, m)
-        floor = max(work["flops"] / run.ceiling(ceilings.LOW), work["bytes"] / run.ceiling(ceilings.COPY))
+        floor = max(spreader.flops / run.ceiling(ceilings.LOW), spreader.traffic(m) / run.ceiling(ceilings.COPY))
         taken[m] = run.timed(what, steps)
         run.record(f"{what}: a step", taken[m] * 1e6, "us", floor=floor * 1e6)
     eager = run.device.eager_seconds(lambda: [step() for step in steps], run.pick(STEPS // SUBSETS, 1)) / len(steps)
     run.record(f"{what}: as the host launches them", 1 / eager, "steps/s", status="ok" if ours else "note")
     held, whose = run.device.held_bytes()
     run.record(f"{what}: memory by NVML", held / 2**30, "GiB", status="note", note=whose)
-    run.record(f"{what}: of it the table", spreading.table.nbytes / 2**30, "GiB", status="note")
-    run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note")
+    run.record(f"{what}: of it the table", spreading.table.nbytes / 2**30, "GiB", status="note", detail=True)
+    run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True)
 
 
 def _subsets(run: Run, table: Tensor, m: int) -> list[Tensor]:

@@ -1,36 +1,109 @@
-"""What a head costs in a step of training, by formula."""
+"""What a head costs in a step of training: memory at the peak of a step, and work, by formula.
+
+This is the one model of heads: `gif plan` prints it, the benchmarks skip by it what does not fit and draw it beside
+what they measured, and the tests hold it against those measurements.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from gif.codes import code_length
+from gif.losses.recipes import RECIPES, Recipe
 
-FLOAT = 4  # bytes
+FLOAT = 4
+"""Bytes of a number in float32, which parameters, gradients, momentum and activations are."""
+ORDER_BYTES = 8
+"""An identity's place in the order of the codes, and the identity at each place: four bytes each."""
+SOFTMAX_ROWS = 4
+"""Arrays as large as the centres that take part in a step, at the peak of its backward pass: the centres at unit
+length, the gradient of these, its part along the sphere, and that over the length, the gradient of the centres."""
+GATHERED_ROWS = 1 + SOFTMAX_ROWS
+"""The same where the rows are first copied out of a larger table."""
+CONTRAST_LOGITS = 2
+"""Arrays as large as the logits of a contrast whose losses are kept row by row: the slopes, before and after they are
+multiplied by what comes in from above."""
 
 
 @dataclass(frozen=True)
 class HeadCost:
-    """Memory and work of a head alone in one training step, float32 with momentum.
+    """Memory in bytes and work of a head alone in one training step, in float32 and with momentum.
 
-    ``bytes``: weights, gradients and momentum, and the logits with their gradient. ``flops``: three products (forward,
-    and the gradients of both factors), two FLOPs a multiply-add.
+    Args:
+        parameters: bytes of the weights that are trained.
+        momentum: bytes of the optimizer's momentum, a number a weight. It is there from the end of the first step on.
+        tables: bytes that are kept and not trained: the code table and its order.
+        step: bytes that a step takes beside these at its peak: gradients, logits, candidate rows and other activations.
+        weights: how many weights, on average, a row of the batch is multiplied by; as many move in a step.
+        batch: rows of the batch.
     """
 
-    bytes: float
-    flops: float
+    parameters: float
+    momentum: float
+    tables: float
+    step: float
+    weights: float
+    batch: int
+
+    @property
+    def bytes(self) -> float:
+        """The most that is held at once, of any step but the first."""
+        return self.parameters + self.momentum + self.tables + self.step
+
+    @property
+    def flops(self) -> float:
+        """Of three products (forward, and the gradients of both factors), with two FLOPs a multiply-add."""
+        return 6 * self.batch * self.weights
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that must move at least: the weights that take part and their momentum are read and written."""
+        return 4 * FLOAT * self.weights
 
 
-def softmax_cost(m: int, *, width: int = 512, batch: int = 1024, sample_rate: float = 1.0) -> HeadCost:
-    """A centre an identity. With sampling, all centres and their momentum stay, and a sample takes part in a step."""
-    taking_part = sample_rate * m
-    kept = (3 if sample_rate == 1 else 2) * m * width + (0 if sample_rate == 1 else 2 * taking_part * width)
-    return HeadCost(FLOAT * (kept + 2 * batch * taking_part), 6 * batch * taking_part * width)
+def softmax_cost(m: int, *, width: int = 512, batch: int = 1024) -> HeadCost:
+    """A centre an identity, all of which take part in every step, with a logit for each of them and each row."""
+    centres = FLOAT * m * width
+    step = SOFTMAX_ROWS * centres + FLOAT * batch * (m + width)
+    return HeadCost(centres, centres, 0.0, step, m * width, batch)
 
 
-def gif_cost(m: int, *, width: int = 512, batch: int = 1024, vocab_size: int = 20) -> HeadCost:
-    """l tokens of v centres, a projection a token; the code table, one byte a token, is counted too."""
+def partial_fc_cost(m: int, sample_rate: float, *, width: int = 512, batch: int = 1024) -> HeadCost:
+    """A centre an identity, of which a sample is copied, takes part in a step and moves; all are kept, with momentum.
+
+    The batch's own centres are taken to be among ``sample_rate`` m.
+    """
+    centres, sampled = FLOAT * m * width, sample_rate * m
+    step = FLOAT * (GATHERED_ROWS * sampled * width + batch * (sampled + width))
+    return HeadCost(centres, centres, 0.0, step, sampled * width, batch)
+
+
+def gif_cost(
+    m: int, *, width: int = 512, batch: int = 1024, vocab_size: int = 20, recipe: Recipe = RECIPES["live"]
+) -> HeadCost:
+    """l tokens of v centres and a projection a token; the code table, of a byte a token, and its order.
+
+    The table of code vectors is not counted: it may stay on the host or in a file, and a step reads the rows of its
+    candidates. A step holds most at one of two moments:
+
+    - in the contrast, which is differentiated in the forward pass: the candidates' rows as `GATHERED_ROWS` says, the
+      logits of the batch with all candidates, and what the tokens' loss has kept, which are the projected rows;
+    - at the end of the backward pass: the gradients of all parameters, of the projected rows beside these, of the
+      tokens' logits beside those, and the step of the candidates that is to come.
+    """
     length = code_length(m, vocab_size)
-    parameters = length * vocab_size * width + length * width * width
-    activations = 2 * batch * length * (vocab_size + width)
-    return HeadCost(FLOAT * (3 * parameters + activations) + m * length, 6 * batch * parameters)
+    parameters = length * width * (vocab_size + width)
+    candidates = batch * (1 + recipe.siblings) if recipe.contrast_weight > 0 else 0
+    projected = batch * length * width
+    of_embeddings = 2 * batch * width  # at unit length, and their gradient
+    contrast = candidates * (GATHERED_ROWS * width + CONTRAST_LOGITS * batch) + projected + of_embeddings
+    tokens = 2 * projected + of_embeddings + 2 * batch * length * vocab_size
+    backward = parameters + tokens + (candidates + (batch if candidates else 0)) * width
+    return HeadCost(
+        parameters=FLOAT * parameters,
+        momentum=FLOAT * parameters,
+        tables=m * (length + ORDER_BYTES),
+        step=FLOAT * max(contrast if candidates else 0, backward),
+        weights=parameters + candidates * width,
+        batch=batch,
+    )

@@ -19,7 +19,17 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.device import Cuda, Rehearsal, tf32
 from benchmarks.gpu.internals import shipped_tile, with_tile
 from benchmarks.gpu.plan import STAGES, Stage, limit
-from benchmarks.gpu.records import ENDED, Environment, Record, Recorder, read_records, screen
+from benchmarks.gpu.records import (
+    ENDED,
+    Environment,
+    Goal,
+    Record,
+    Recorder,
+    at_least,
+    at_most,
+    read_records,
+    screen,
+)
 from benchmarks.gpu.stage import Run
 from benchmarks.gpu.tune import TASKS
 from benchmarks.report import report
@@ -106,7 +116,7 @@ def test_time_that_is_left_flows_on():
 
 
 def entry(what="a step", value=2.0, **changes):
-    record = Record("losses", what, value, "us", 1.0, "", "ok", "", "2026-01-01T00:00:00+00:00", CARD)
+    record = Record("losses", what, value, "us", 1.0, None, "ok", "", "2026-01-01T00:00:00+00:00", CARD)
     return replace(record, **changes)
 
 
@@ -230,20 +240,24 @@ class TestRecords:
         path = tmp_path / "gpu.jsonl"
         assert read_records(path) == []
         record = Recorder(path, "losses", CARD)
-        record("a step", 2.0, "us", floor=1.0, goal="<= 3")
+        record("a step", 2.0, "us", floor=1.0, goal=at_most(3))
         record("NaN", float("nan"))
         first, second = read_records(path)
         assert first.reached and first.environment == CARD and first.stage == "losses"
         assert second.value is None and second.note == "nan"
-        assert json.loads(path.read_text().splitlines()[0])["card"] == "a card"
+        line = json.loads(path.read_text().splitlines()[0])
+        assert line["card"] == "a card" and line["goal"] == "<= 3"
+        assert first.goal == Goal("<=", 3) and second.goal is None
 
-    @pytest.mark.parametrize(("goal", "reached"), [("<= 2", True), (">= 2.5", False), ("", None)])
+    @pytest.mark.parametrize(("goal", "reached"), [(at_most(2), True), (at_least(2.5), False), (None, None)])
     def test_goals(self, goal, reached):
         assert entry(goal=goal).reached is reached
         assert entry(goal=goal, value=None).reached is None
 
     def test_a_screen_shows_failures_before_goals(self):
-        text = screen([entry("good", goal="<= 3"), entry("bad", status="wrong"), *[entry(goal="<= 3")] * 50], rows=10)
+        text = screen(
+            [entry("good", goal=at_most(3)), entry("bad", status="wrong"), *[entry(goal=at_most(3))] * 50], rows=10
+        )
         assert "bad" in text.splitlines()[0] and len(text.splitlines()) == 11
 
     def test_another_file_is_refused(self, tmp_path):
@@ -262,9 +276,9 @@ class TestReport:
         docs.write_text("".join(f"<!-- begin gpu {n} -->\n<!-- end gpu {n} -->\n" for n in ("goals", "losses")))
         found = self.write(
             tmp_path / "gpu.jsonl",
-            entry(goal="<= 3"),
-            entry("slow", 5.0, goal="<= 3"),
-            entry("x: error", 1e-3),
+            entry(goal=at_most(3)),
+            entry("slow", 5.0, goal=at_most(3)),
+            entry("x: error", 1e-3, detail=True),
             entry("other", None, status="left out", note="no room"),
         )
         report([found], output=tmp_path / "out", docs=docs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.heads import BACKBONE_ALONE, BATCH, PROVIDERS, WIDTH, needed_bytes, step_work
+from benchmarks.heads import BACKBONE_ALONE, BATCH, FULL_SOFTMAX, GIF, HEADS, PARTIAL_FC, PUBLISHED, VOCAB, WIDTH
 from benchmarks.memory import kept_bytes, peak_bytes
 from benchmarks.test_whole_step import SMALL, Setting, whole_step
 from gif.backbones import BackboneConfig
@@ -11,41 +11,44 @@ from gif.backbones import BackboneConfig
 M = 20_000
 
 
-@pytest.fixture
-def labels():
+@pytest.mark.parametrize("batch", [BATCH, 1024])
+@pytest.mark.parametrize("head", HEADS.values(), ids=repr)
+def test_memory_by_formula(head, batch, tmp_path):
+    """Within 15 %: small buffers and the allocator's rounding are left out, and Partial FC draws with replacement."""
     torch.manual_seed(0)
-    return [torch.randint(M, (BATCH,)) for _ in range(2)]
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_memory_by_formula(provider, labels, tmp_path):
-    """Within a fifth: small buffers and the allocator's rounding are left out of the formulas."""
-    embeddings = torch.randn(BATCH, WIDTH).requires_grad_()
+    labels = [torch.randint(M, (batch,)) for _ in range(2)]
+    embeddings = torch.randn(batch, WIDTH).requires_grad_()
     steps = []
-    kept = kept_bytes(lambda: steps.append(PROVIDERS[provider](M, labels, tmp_path)), "cpu")
-    peak = peak_bytes(lambda: steps[0](embeddings, labels[0]), "cpu")
-    assert 0.8 < needed_bytes(provider, M) / (kept + peak) < 1.2
+
+    def build():
+        steps.append(head.build(M, labels, tmp_path))
+        steps[0](embeddings, labels[0])
+
+    kept = kept_bytes(build, "cpu") - embeddings.nbytes  # their gradient is the backbone's
+    peak = peak_bytes(lambda: steps[0](embeddings, labels[1]), "cpu")
+    assert 0.85 < head.cost(M, batch).bytes / (kept + peak) < 1.15
     assert embeddings.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_only_gif_is_flat(provider):
-    small, large = (step_work(provider, m)["flops"] for m in (100_000, 64_000_000))
-    assert (large <= 1.5 * small) is provider.startswith("GIF")  # codes of 4 and 6 tokens
+@pytest.mark.parametrize("head", HEADS.values(), ids=repr)
+def test_only_gif_is_flat(head):
+    small, large = (head.cost(m, BATCH).flops for m in (100_000, 64_000_000))
+    assert (large <= 1.5 * small) is (head in (GIF, PUBLISHED))  # codes of 4 and 6 tokens
 
 
 def test_work_by_hand():
-    assert step_work("full softmax", M) == {"flops": 6 * BATCH * M * WIDTH, "bytes": 16 * M * WIDTH}
-    assert step_work("Partial FC 0.1", M)["flops"] == pytest.approx(0.6 * BATCH * M * WIDTH)
-    tokens, candidates = 4 * (20 + WIDTH), 3 * BATCH
-    assert step_work("GIF", M)["flops"] == 6 * BATCH * WIDTH * (tokens + candidates)
+    softmax = FULL_SOFTMAX.cost(M, BATCH)
+    assert (softmax.flops, softmax.traffic) == (6 * BATCH * M * WIDTH, 16 * M * WIDTH)
+    assert PARTIAL_FC.cost(M, BATCH).flops == pytest.approx(0.6 * BATCH * M * WIDTH)
+    tokens, candidates = 4 * (VOCAB + WIDTH), 3 * BATCH
+    assert GIF.cost(M, BATCH).flops == 6 * BATCH * WIDTH * (tokens + candidates)
 
 
-@pytest.mark.parametrize("provider", [BACKBONE_ALONE, *PROVIDERS])
+@pytest.mark.parametrize("provider", [BACKBONE_ALONE, *HEADS])
 def test_a_whole_step_moves_the_backbone(provider, tmp_path):
     setting = Setting(BackboneConfig("small", embedding_size=WIDTH, width=4), batch=8, slow=False)
     labels = [torch.randint(1000, (setting.batch,))]
-    head = None if provider == BACKBONE_ALONE else PROVIDERS[provider](1000, labels, tmp_path)
+    head = None if provider == BACKBONE_ALONE else HEADS[provider].build(1000, labels, tmp_path)
     backbone = setting.backbone.build()
     step = whole_step(backbone, head)
     before = [parameter.detach().clone() for parameter in backbone.parameters()]

@@ -4,17 +4,17 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import pictures as pictures_module
 from benchmarks.compare import compare
-from benchmarks.heads import needed_bytes
+from benchmarks.heads import BATCH, FULL_SOFTMAX
 from benchmarks.pictures import SPREAD_SIZES, draw_heads, draw_spreading, pictures
 from benchmarks.report import report
 from benchmarks.results import Measurement, read_results
-from benchmarks.spreading import planned_bytes
+from benchmarks.spreading import OURS
 from gif.planning import CARDS
 
 
@@ -117,15 +117,14 @@ class TestPictures:
         assert self.lines(time, "o", "full") == [{10_000: 0.002, 64_000_000: 0.0025}, {10_000: 0.04}]
         beyond, softmax = self.lines(time, "o", "none")
         assert beyond == {} and softmax[64_000_000] == pytest.approx(0.04 * 6400)  # in proportion to its products
-        assert self.lines(memory, "o", "none")[1][10**7] == needed_bytes("full softmax", 10**7)
+        assert self.lines(memory, "o", "none")[1][10**7] == FULL_SOFTMAX.cost(10**7, BATCH).bytes
 
     def test_spreading(self, monkeypatch, tmp_path):
-        found = self.measured("uniformity_step", ("ours", 10**6, 50.0))
-        found[0].facts["rates"] = asdict(CARDS["h100"])
+        found = [replace(m, rates=CARDS["h100"]) for m in self.measured("uniformity_step", ("ours", 10**6, 50.0))]
         memory, speed = self.panels(draw_spreading, found, monkeypatch, tmp_path)
         assert self.lines(speed, "o", "full") == [{10**6: 20.0}, {}, {}, {}]
         ours, *others = self.lines(memory, "o", "none")
-        assert ours == {m: planned_bytes("ours", m) for m in SPREAD_SIZES if m > 10**6}
+        assert ours == {m: OURS.memory(m) for m in SPREAD_SIZES if m > 10**6}
         assert all(set(other) == set(SPREAD_SIZES) for other in others)
         assert [set(line) for line in self.lines(speed, "o", "none")] == [set(ours), *map(set, others)]
 

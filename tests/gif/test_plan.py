@@ -1,20 +1,24 @@
 """What a run will take: the formulas against the implementations they are of, and the command."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from gif.losses import RECIPES
 from gif.planning import CARDS, Rates, measure_rates, plan, spread_step_seconds
 from gif.planning import command as command_module
-from gif.planning.heads import gif_cost, softmax_cost
+from gif.planning.heads import gif_cost, partial_fc_cost, softmax_cost
 from gif.planning.measured import StepMeasurement, measure_step, plot_spreading
 from gif.planning.rates import pages_of_a_row
 from gif.planning.stages import encode_cost, head_costs, spread_cost, spread_memory, tokenize_cost
 from gif.progress import console
 from gif_kernels.gaussian_potential.blocked import TILE
 
+MEASURED = Path(__file__).parents[2] / "docs" / "benchmarks" / "head-memory.csv"
 RATES = Rates(products=1e12, exponentials=1e10, memory=1e11, pages=1e5, overhead=1e-4, capacity=80e9)
 
 
@@ -48,7 +52,7 @@ class TestFormulas:
         wanted = [
             gif_cost(10**6, width=256, batch=64, vocab_size=12),
             softmax_cost(10**6, width=256, batch=64),
-            softmax_cost(10**6, width=256, batch=64, sample_rate=0.1),
+            partial_fc_cost(10**6, 0.1, width=256, batch=64),
         ]
         assert [cost.memory for cost in costs] == [cost.bytes for cost in wanted]
         assert [cost.seconds for cost in costs] == [cost.flops / 1e12 for cost in wanted]
@@ -63,6 +67,38 @@ class TestFormulas:
             lambda m: tokenize_cost(m, 512, 4, RATES, vocab_size=16, length=7).seconds,
         ):
             assert cost(2_000_000) == pytest.approx(2 * cost(1_000_000))
+
+
+HEADS = {
+    "GIF": lambda m, batch: gif_cost(m, batch=batch),
+    "GIF, published losses": lambda m, batch: gif_cost(m, batch=batch, recipe=RECIPES["paper"]),
+    "full softmax": lambda m, batch: softmax_cost(m, batch=batch),
+    "Partial FC 0.1": lambda m, batch: partial_fc_cost(m, 0.1, batch=batch),
+    "Partial FC 0.3": lambda m, batch: partial_fc_cost(m, 0.3, batch=batch),
+}
+
+
+def measured_heads():
+    """The points of `python -m benchmarks.head_memory`, but for the one head that only the benchmarks have."""
+    with MEASURED.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["head"] in HEADS]
+    assert {row["head"] for row in rows} == set(HEADS)
+    return rows
+
+
+@pytest.mark.parametrize("row", measured_heads(), ids=lambda row: f"{row['head']}-{row['identities']}-{row['batch']}")
+def test_heads_take_the_memory_that_was_measured(row):
+    cost = HEADS[row["head"]](int(row["identities"]), int(row["batch"]))
+    assert cost.bytes == pytest.approx(int(row["kept_bytes"]) + int(row["peak_bytes"]), rel=0.15)
+
+
+def test_a_first_step_has_no_momentum_yet():
+    """What docs/benchmarks/head-first-step.csv has of the heads whose optimizer makes its momentum in the first step."""
+    for cost, measured in (
+        (gif_cost(64_000_000, batch=256), 878 * 2**20),
+        (softmax_cost(10**6, batch=256), 10.5 * 2**30),
+    ):
+        assert cost.bytes - cost.momentum == pytest.approx(measured, rel=0.15)
 
 
 def test_measured_rates_are_plausible():
