@@ -23,7 +23,7 @@ from benchmarks.clusters import clustered
 from benchmarks.harness import Reference, record
 from benchmarks.resident import ResidentMemory
 from benchmarks.results import Subject
-from gif.codes import code_length, tokenize
+from gif.codes import TokenizeConfig, code_length, tokenize
 from gif_kernels.sphere import unit
 
 VOCAB = 20

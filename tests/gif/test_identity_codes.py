@@ -242,8 +242,9 @@ def test_places_and_siblings_against_a_sort(m):
 
 
 class TestMapped:
-    def saved(self, folder, **options):
-        codes = tokenize(torch.randn(500, 16, generator=torch.Generator().manual_seed(3)), vocab_size=9, **options)
+    def saved(self, folder):
+        rows = torch.randn(500, 16, generator=torch.Generator().manual_seed(3))
+        codes = tokenize(rows, TokenizeConfig(vocab_size=9))
         codes.save(folder / "codes.safetensors")
         return codes, folder / "codes.safetensors"
 

@@ -93,7 +93,7 @@ def test_heads_take_the_memory_that_was_measured(row):
 
 
 def test_a_first_step_has_no_momentum_yet():
-    """What docs/benchmarks/head-first-step.csv has of the heads whose optimizer makes its momentum in the first step."""
+    """What docs/benchmarks/head-first-step.csv has of heads whose optimizer makes its momentum in the first step."""
     for cost, measured in (
         (gif_cost(64_000_000, batch=256), 878 * 2**20),
         (softmax_cost(10**6, batch=256), 10.5 * 2**30),
