@@ -3,8 +3,8 @@
 `python -m gif_kernels.aot [--target sm_90] [--kernel potential] [--json out.json]` prints registers, spills, shared
 memory and matrix instructions of each configuration and exits 1 where a limit is broken: it compiles, no spill and no
 stack on NVIDIA, shared memory within the target's, the target's matrix instructions where a configuration asks for
-them, and no loop that overwrites what a product still reads (`gif_kernels.races`). `make aot-matrix` does so with each
-Triton that is supported.
+them, and no loop that overwrites what a product still reads (`gif_kernels.device.races`). `make aot-matrix` does so
+with each Triton that is supported.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from triton.compiler import ASTSource
 
 import gif_kernels  # noqa: F401 (registers the ops)
 from gif_kernels import dispatch
-from gif_kernels.races import overwritten_operands
-from gif_kernels.tuning import Configuration
+from gif_kernels.device import shipped
+from gif_kernels.device.races import overwritten_operands
+from gif_kernels.device.shipped import Configuration
 
 KIB = 1024
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -101,11 +102,12 @@ class Compiled:
 
 
 def configurations(architecture: str, kernels: Sequence[str] = ()) -> list[Configuration]:
-    """Everything that is shipped for ``architecture``: each op's kernels module declares its own.
+    """Everything that is shipped for ``architecture``: what the ops share, then what each op's shipped.py declares.
 
     With ``kernels`` only those whose name contains one of them.
     """
-    declared = (found for module in dispatch.triton_modules() for found in import_module(module).shipped(architecture))
+    modules = [shipped, *(import_module(f"{package}.shipped") for package in dispatch.triton_packages())]
+    declared = (found for module in modules for found in module.configurations(architecture))
     return [found for found in declared if not kernels or any(name in found.kernel.__name__ for name in kernels)]
 
 

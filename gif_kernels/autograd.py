@@ -1,31 +1,49 @@
-"""Gradients written by hand: differentiable once, and an error instead of a wrong second derivative."""
+"""Gradients written by hand: named as the arguments are, differentiable once, and an error where twice is asked for.
+
+Published: `with_row_gradients`, for a head that differentiates its loss where it is made.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+__all__ = ["with_row_gradients"]
 
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate the ``backward`` of an autograd.Function whose gradients have no derivative of their own.
 
+Gradients = dict[str, Tensor | None]
+"""What a backward pass gives: gradients by the names of the forward pass's arguments; those not named have none."""
+
+
+def backward_of(forward: Callable[..., Any]) -> Callable[[Callable[..., Gradients]], Callable[..., Any]]:
+    """Decorate the ``backward`` of an autograd.Function that returns the gradients of ``forward`` by their names.
+
+    PyTorch wants one for each argument, in order, and gets that. The gradients have no derivative of their own:
     PyTorch's once_differentiable gives constants where the incoming gradient is one, as that of a loss is, so a penalty
     on the gradient would train nothing and say nothing. Here differentiating again raises RuntimeError.
     """
+    arguments = tuple(inspect.signature(forward).parameters)[1:]  # without ctx
 
-    @functools.wraps(backward)
-    def checked(ctx: Any, *incoming: Tensor) -> Any:
-        with torch.no_grad():
-            gradients = backward(ctx, *incoming)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled: create_graph=True
-            return gradients
-        return tuple(None if g is None else _NoSecondDerivative.apply(g.requires_grad_()) for g in gradients)
+    def decorate(backward: Callable[..., Gradients]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def ordered(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.no_grad():
+                named = backward(ctx, *incoming)
+            gradients = tuple([named.pop(name, None) for name in arguments])
+            if named:
+                raise TypeError(f"gradients of {', '.join(named)}, which are no arguments of the forward pass")
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled: create_graph=True
+                return gradients
+            return tuple(None if g is None else _NoSecondDerivative.apply(g.requires_grad_()) for g in gradients)
 
-    return checked
+        return ordered
+
+    return decorate
 
 
 def with_row_gradients(
@@ -51,14 +69,14 @@ class _RowGradients(torch.autograd.Function):
         return losses.view_as(losses)
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
         # first: a checkpointed forward pass is repeated here, and must find all as it was
         (gradients,) = ctx.saved_tensors
         if ctx.then is not None:
             ctx.then()
             ctx.then = None
-        return None, (gradients * incoming.unsqueeze(1)).to(gradients.dtype), None, None
+        return {"rows": (gradients * incoming.unsqueeze(1)).to(gradients.dtype)}
 
 
 class _NoSecondDerivative(torch.autograd.Function):

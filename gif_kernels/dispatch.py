@@ -93,9 +93,9 @@ def ops() -> tuple[str, ...]:
     return tuple(_OPS)
 
 
-def triton_modules() -> tuple[str, ...]:
-    """The modules that hold Triton kernels, where Triton is installed."""
-    return tuple(sorted({op["triton"].__module__ for op in _OPS.values() if "triton" in op}))
+def triton_packages() -> tuple[str, ...]:
+    """The packages of the ops that have Triton kernels, where Triton is installed."""
+    return tuple(sorted({op["triton"].__module__.rpartition(".")[0] for op in _OPS.values() if "triton" in op}))
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is, float32 otherwise: products accumulate, and margins are taken, in no less."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
 def inverse_norm(rows: Tensor) -> Tensor:
     """1 / ||row|| over the last dimension, kept; 0 for a row of zeros, which has no direction. Not for autograd."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)

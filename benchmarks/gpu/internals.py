@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import torch
 
-from gif_kernels import tuning
+from gif_kernels.device import tuning
+from gif_kernels.device.tuning import FUSED_POTENTIAL, TILES, Tile, architecture
 from gif_kernels.gaussian_potential import kernels as potential_kernels
-from gif_kernels.tuning import FUSED_POTENTIAL, TILES, Tile, architecture
 
 FUSED = "gaussian_potential_fused"
 """The kernel whose tiles go by width: in `FUSED_POTENTIAL`, not in `TILES`."""

@@ -31,7 +31,7 @@ STAGES = (
     Stage("heads", 60, "Heads from 10 thousand to 64 million identities, alone and in whole training steps."),
     Stage("codes", 50, "Nearest centroids, largest cosines, and codes of millions of vectors."),
     Stage("sanitizer", 40, "compute-sanitizer's memcheck and racecheck on a small case of each op."),
-    Stage("tune", 80, "Tiles that compile without spills, timed: rows for `gif_kernels.tuning`."),
+    Stage("tune", 80, "Tiles that compile without spills, timed: rows for `gif_kernels.device.tuning`."),
 )
 
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.internals import fused_tile, fused_up_to, potential_design
 from benchmarks.gpu.stage import Run
 from benchmarks.spreading import PAIRS_HELD, T, dense_potential
 from gif_kernels import gaussian_potential
-from gif_kernels.tuning import Tile
+from gif_kernels.device.tuning import Tile
 
 FULL = (2048, 4096, 8192, 16384, 32768, 65536)
 TINY = (20,)

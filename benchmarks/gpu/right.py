@@ -26,7 +26,7 @@ from benchmarks.gpu.internals import fused_tiles, looked_up, potential_design, s
 from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.stage import Run
 from gif_kernels import gaussian_potential
-from gif_kernels.tuning import Tile
+from gif_kernels.device.tuning import Tile
 
 PRECISIONS = ("bfloat16", "float32", "float16", "TF32", "autocast")
 TINY = ("float16",)

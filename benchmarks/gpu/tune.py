@@ -1,4 +1,4 @@
-"""Tiles of each kernel that compile without spills, timed on this card: rows for `gif_kernels.tuning`.
+"""Tiles of each kernel that compile without spills, timed on this card: rows for `gif_kernels.device.tuning`.
 
 Compiling dominates: all candidates are compiled first, in processes, each into Triton's cache on the disk. Then, alone
 on the card, what compiled is held against the shipped tile's results, and timed.
@@ -41,7 +41,7 @@ from gif_kernels import (
     nearest_centroid,
     token_margin_loss,
 )
-from gif_kernels.tuning import FEWEST_ROWS, MAX_VOCAB, TILES, Tile
+from gif_kernels.device.tuning import FEWEST_ROWS, MAX_VOCAB, TILES, Tile
 
 COMPILING = 0.5
 """Share of the time for the first part."""

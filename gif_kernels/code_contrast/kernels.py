@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.autograd import differentiable_once
-from gif_kernels.cosine_kernels import incoming_stride, margin_numbers, margin_value_and_slope, reduced, reduced_like
+from gif_kernels.autograd import Gradients, backward_of
+from gif_kernels.code_contrast.options import CodeContrastOptions
+from gif_kernels.device.margins import margin_arguments, margin_value_and_slope
+from gif_kernels.device.primitives import block_size, empty_like_if
+from gif_kernels.device.reduction import incoming_stride, reduced, reduced_like
+from gif_kernels.device.rows import ONE_WARP, inverse_norms, row_gradients
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
 from gif_kernels.precision import gradient_dtype, product
-from gif_kernels.primitives import SIGNATURE, block_size, empty_like_if
-from gif_kernels.reduction import Reduction
-from gif_kernels.row_kernels import ONE_WARP, inverse_norms, row_gradients, shipped_row_kernels
-from gif_kernels.tuning import Configuration
 
 AT_ONCE = 4096
 """Candidates that a program holds at once."""
 MOST_WARPS = 16
-"""That hold them, 8 a thread: with 16 a thread sm_86 spills."""
+"""Warps that hold so many candidates, 8 a thread: with 16 a thread sm_86 spills."""
 
 
 @triton.jit
@@ -38,12 +37,14 @@ def code_contrast_softmax(
     p_losses,  # (B,)
     count,
     scale,
-    margin_first,
-    margin_second,
-    margin_third,
+    m1,  # of psi, as the four that follow: see `margin_arguments`
+    m2,
+    cos_m2,
+    sin_m2,
+    drop,
     MASKED: tl.constexpr,
     SAVE: tl.constexpr,
-    BEND: tl.constexpr,
+    MARGIN: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -56,16 +57,23 @@ def code_contrast_softmax(
     row_inverse = tl.load(p_row_inverse + i)
     own = tl.load(p_products + target, mask=has_target, other=0.0)
     own *= row_inverse * tl.load(p_vector_inverse + target, mask=has_target, other=0.0)
-    value, slope = margin_value_and_slope(own, margin_first, margin_second, margin_third, BEND, STRAIGHT_THROUGH)
+    value, slope = margin_value_and_slope(own, m1, m2, cos_m2, sin_m2, drop, MARGIN, STRAIGHT_THROUGH)
     own_logit = value * scale
     largest = own_logit
     others = 0.0  # sum of exp(logit - largest) over the others
     o_n = tl.arange(0, BLOCK_N)
     for i_n in range(0, count, BLOCK_N):
         b_logit, _ = _other_logits(
-            p_products + i_n, p_vector_inverse + i_n, p_competes + i_n if MASKED else p_competes, o_n, count - i_n,
-            target - i_n, row_inverse, scale, MASKED,
-        )  # fmt: skip
+            p_products=p_products + i_n,
+            p_vector_inverse=p_vector_inverse + i_n,
+            p_competes=p_competes + i_n if MASKED else p_competes,
+            o_n=o_n,
+            count=count - i_n,
+            target=target - i_n,
+            row_inverse=row_inverse,
+            scale=scale,
+            MASKED=MASKED,
+        )
         b_largest = tl.maximum(largest, tl.max(b_logit, 0))
         others = others * tl.exp(largest - b_largest) + tl.sum(tl.exp(b_logit - b_largest), 0)
         largest = b_largest
@@ -77,9 +85,16 @@ def code_contrast_softmax(
         own_weight = -others * slope * factor  # probability - 1, without a difference of near equals
         for i_n in range(0, count, BLOCK_N):
             b_logit, b_inverse = _other_logits(
-                p_products + i_n, p_vector_inverse + i_n, p_competes + i_n if MASKED else p_competes, o_n,
-                count - i_n, target - i_n, row_inverse, scale, MASKED,
-            )  # fmt: skip
+                p_products=p_products + i_n,
+                p_vector_inverse=p_vector_inverse + i_n,
+                p_competes=p_competes + i_n if MASKED else p_competes,
+                o_n=o_n,
+                count=count - i_n,
+                target=target - i_n,
+                row_inverse=row_inverse,
+                scale=scale,
+                MASKED=MASKED,
+            )
             b_weight = tl.exp(b_logit - largest) * factor
             b_weight = tl.where(o_n == target - i_n, own_weight, b_weight) * b_inverse
             tl.store(p_weights + i_n + o_n, b_weight, mask=o_n < count - i_n)
@@ -100,18 +115,26 @@ def _other_logits(
 
 
 def code_contrast(
-    embeddings: Tensor,
-    vectors: Tensor,
-    targets: Tensor,
-    competes: Tensor | None,
-    margin: AngularMargin,
-    scale: float,
-    reduction: Reduction,
-    operand: torch.dtype,
+    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor | None, options: CodeContrastOptions
 ) -> Tensor:
     """The reduced loss; arguments as of the specification."""
-    loss: Tensor = _CodeContrast.apply(embeddings, vectors, targets, competes, margin, scale, reduction, operand)
+    loss: Tensor = _CodeContrast.apply(embeddings, vectors, targets, competes, options)
     return loss
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    embeddings: Tensor
+    vectors: Tensor
+    share: Tensor
+    """See `reduced`."""
+    weights: Tensor
+    """dloss/dcosine over both norms and the scale, (B, C)"""
+    row_inverse: Tensor
+    """1 / ||z||, (B,)"""
+    vector_inverse: Tensor
+    """1 / ||h||, (C,)"""
 
 
 class _CodeContrast(torch.autograd.Function):
@@ -122,52 +145,40 @@ class _CodeContrast(torch.autograd.Function):
         vectors: Tensor,
         targets: Tensor,
         competes: Tensor | None,
-        margin: AngularMargin,
-        scale: float,
-        reduction: Reduction,
-        operand: torch.dtype,
+        options: CodeContrastOptions,
     ) -> Tensor:
         save = any(ctx.needs_input_grad)
-        compiling = torch.compiler.is_compiling()
-        forward: Callable[..., Any] = torch.ops.gif_kernels.code_contrast_forward if compiling else _forward
-        loss, *saved = forward(
-            embeddings, vectors, targets, competes, *margin_numbers(margin), scale, reduction, operand, save
+        forward = _forward_in_graph if torch.compiler.is_compiling() else _forward
+        loss, share, weights, row_inverse, vector_inverse = forward(
+            embeddings, vectors, targets, competes, options, save
         )
         if save:
-            ctx.scale, ctx.operand = scale, operand
-            ctx.save_for_backward(embeddings, vectors, *saved)
+            saved = _Saved(
+                embeddings=embeddings,
+                vectors=vectors,
+                share=share,
+                weights=weights,
+                row_inverse=row_inverse,
+                vector_inverse=vector_inverse,
+            )
+            ctx.scale, ctx.operand = options.scale, options.operand
+            ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        backward: Callable[..., Any] = torch.ops.gif_kernels.code_contrast_backward if compiling else _backward
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
+        saved = _Saved(*ctx.saved_tensors)
         need_embeddings, need_vectors = ctx.needs_input_grad[:2]
+        backward = _backward_in_graph if torch.compiler.is_compiling() else _backward
         with full_precision(incoming.device):
             of_embeddings, of_vectors = backward(
-                *ctx.saved_tensors, incoming, ctx.scale, ctx.operand, need_embeddings, need_vectors
+                saved, incoming, ctx.scale, ctx.operand, need_embeddings=need_embeddings, need_vectors=need_vectors
             )
-        return of_embeddings if need_embeddings else None, of_vectors if need_vectors else None, *(None,) * 6
-
-
-# ---- launches
-
-
-@functools.cache
-def _softmax_constants(count: int, bend: str, straight_through: bool) -> dict[str, Any]:
-    """What `code_contrast_softmax` compiles with, but for MASKED and SAVE."""
-    block = block_size(count, AT_ONCE)
-    warps = max(1, min(MOST_WARPS, block // ONE_WARP))
-    return {"BEND": bend, "STRAIGHT_THROUGH": straight_through, "BLOCK_N": block, "num_warps": warps}
-
-
-def _forward_outputs(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
-    """Memory for the losses (B,), and, empty unless ``save``, for the weights (B, C)."""
-    batch, count = len(embeddings), len(vectors)
-    losses = torch.empty(batch, dtype=torch.float32, device=embeddings.device)
-    weights = torch.empty((batch, count) if save else (0, 0), dtype=gradient_dtype(operand), device=embeddings.device)
-    return losses, weights
+        return {
+            "embeddings": of_embeddings if need_embeddings else None,
+            "vectors": of_vectors if need_vectors else None,
+        }
 
 
 def _forward(
@@ -175,19 +186,12 @@ def _forward(
     vectors: Tensor,
     targets: Tensor,
     competes: Tensor | None,
-    bend: str,
-    straight_through: bool,
-    margin_first: float,
-    margin_second: float,
-    margin_third: float,
-    scale: float,
-    reduction: str,
-    operand: torch.dtype,
+    options: CodeContrastOptions,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and share of a row (see `reduced`), and what `_backward` takes: dloss/dcosine over both norms and the scale
-    (B, C), 1 / norm of the rows (B,) and of the vectors (C,); empty unless ``save``."""
-    losses, weights = _forward_outputs(embeddings, vectors, operand, save)
+    """The loss, and the last four of `_Saved`, of which all but the share are empty unless ``save``."""
+    operand = options.operand
+    losses, weights = _memory(embeddings, vectors, operand, save)
     targets = targets.contiguous()
     row_inverse, vector_inverse = inverse_norms(embeddings, operand), inverse_norms(vectors, operand)
     if len(embeddings):
@@ -204,75 +208,149 @@ def _forward(
                 p_weights=weights,
                 p_losses=losses,
                 count=len(vectors),
-                scale=scale,
-                margin_first=margin_first,
-                margin_second=margin_second,
-                margin_third=margin_third,
+                scale=options.scale,
                 MASKED=competes is not None,
                 SAVE=save,
-                **_softmax_constants(len(vectors), bend, straight_through),
+                **margin_arguments(options.margin),
+                **softmax_constants(len(vectors)),
             )
-    kept = (row_inverse, vector_inverse) if save else (losses.new_empty(0), losses.new_empty(0))
-    return *reduced(losses, targets, reduction), weights, *kept
+    loss, share = reduced(losses, targets, options.reduction)
+    if not save:
+        row_inverse, vector_inverse = losses.new_empty(0), losses.new_empty(0)
+    return loss, share, weights, row_inverse, vector_inverse
+
+
+def _memory(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the losses (B,), and, empty unless ``save``, for the weights (B, C)."""
+    batch, count = len(embeddings), len(vectors)
+    losses = torch.empty(batch, dtype=torch.float32, device=embeddings.device)
+    weights = torch.empty((batch, count) if save else (0, 0), dtype=gradient_dtype(operand), device=embeddings.device)
+    return losses, weights
+
+
+@functools.cache
+def softmax_constants(count: int) -> dict[str, Any]:
+    """What `code_contrast_softmax` compiles with, but for the margin, MASKED and SAVE."""
+    block = block_size(count, AT_ONCE)
+    return {"BLOCK_N": block, "num_warps": max(1, min(MOST_WARPS, block // ONE_WARP))}
 
 
 def _backward(
-    embeddings: Tensor,
-    vectors: Tensor,
-    share: Tensor,
-    weights: Tensor,
-    row_inverse: Tensor,
-    vector_inverse: Tensor,
+    saved: _Saved,
     incoming: Tensor,
     scale: float,
     operand: torch.dtype,
+    *,
     need_embeddings: bool,
     need_vectors: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the embeddings (B, d) and of the vectors (C, d), each in its dtype; empty if not needed."""
     operand = gradient_dtype(operand)
+    embeddings, vectors, weights, share = saved.embeddings, saved.vectors, saved.weights, saved.share
     of_embeddings, of_vectors = empty_like_if(False, embeddings), empty_like_if(False, vectors)
     if need_embeddings:
         numerators = product(weights, vectors, operand)
-        of_embeddings = row_gradients(embeddings, row_inverse, numerators, incoming, share, scale)
+        of_embeddings = row_gradients(embeddings, saved.row_inverse, numerators, incoming, share, scale)
     if need_vectors:
         rows = embeddings
         if incoming_stride(incoming):  # the rows, which are summed here, count differently
             rows, incoming = embeddings * incoming.unsqueeze(1), incoming.new_ones(())
         numerators = product(weights.T, rows, operand)
-        of_vectors = row_gradients(vectors, vector_inverse, numerators, incoming, share, scale)
+        of_vectors = row_gradients(vectors, saved.vector_inverse, numerators, incoming, share, scale)
     return of_embeddings, of_vectors
 
 
-_forward_op = torch.library.custom_op("gif_kernels::code_contrast_forward", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("gif_kernels::code_contrast_backward", _backward, mutates_args=())
+# Under torch.compile both passes are operators of their own, which take the options one by one. The arguments on which
+# the outputs' shapes depend come first.
 
 
-@_forward_op.register_fake
-def _(
+def _forward_in_graph(
     embeddings: Tensor,
     vectors: Tensor,
     targets: Tensor,
     competes: Tensor | None,
-    bend: str,
-    straight_through: bool,
-    margin_first: float,
-    margin_second: float,
-    margin_third: float,
-    scale: float,
+    options: CodeContrastOptions,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_forward` as one node of a compiled graph."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.gif_kernels.code_contrast_forward(
+        embeddings=embeddings,
+        vectors=vectors,
+        reduction=options.reduction,
+        operand=options.operand,
+        save=save,
+        targets=targets,
+        competes=competes,
+        m1=options.margin.m1,
+        m2=options.margin.m2,
+        m3=options.margin.m3,
+        gradient=options.margin.gradient,
+        scale=options.scale,
+    )
+    return found
+
+
+@torch.library.custom_op("gif_kernels::code_contrast_forward", mutates_args=())
+def _forward_op(
+    embeddings: Tensor,
+    vectors: Tensor,
     reduction: str,
     operand: torch.dtype,
     save: bool,
+    targets: Tensor,
+    competes: Tensor | None,
+    m1: float,
+    m2: float,
+    m3: float,
+    gradient: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    margin = AngularMargin(m1=m1, m2=m2, m3=m3, gradient=gradient)  # type: ignore[arg-type]
+    options = CodeContrastOptions(margin=margin, scale=scale, reduction=reduction, operand=operand)  # type: ignore[arg-type]
+    return _forward(embeddings, vectors, targets, competes, options, save)
+
+
+@_forward_op.register_fake
+def _(
+    embeddings: Tensor, vectors: Tensor, reduction: str, operand: torch.dtype, save: bool, *_: Any
 ) -> tuple[Tensor, ...]:
-    losses, weights = _forward_outputs(embeddings, vectors, operand, save)
+    losses, weights = _memory(embeddings, vectors, operand, save)
     batch, count = (len(embeddings), len(vectors)) if save else (0, 0)
     return *reduced_like(losses, reduction), weights, losses.new_empty(batch), losses.new_empty(count)
 
 
-@_backward_op.register_fake
-def _(
+def _backward_in_graph(
+    saved: _Saved,
+    incoming: Tensor,
+    scale: float,
+    operand: torch.dtype,
+    *,
+    need_embeddings: bool,
+    need_vectors: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_backward` as one node of a compiled graph."""
+    found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.code_contrast_backward(
+        embeddings=saved.embeddings,
+        vectors=saved.vectors,
+        need_embeddings=need_embeddings,
+        need_vectors=need_vectors,
+        share=saved.share,
+        weights=saved.weights,
+        row_inverse=saved.row_inverse,
+        vector_inverse=saved.vector_inverse,
+        incoming=incoming,
+        scale=scale,
+        operand=operand,
+    )
+    return found
+
+
+@torch.library.custom_op("gif_kernels::code_contrast_backward", mutates_args=())
+def _backward_op(
     embeddings: Tensor,
     vectors: Tensor,
+    need_embeddings: bool,
+    need_vectors: bool,
     share: Tensor,
     weights: Tensor,
     row_inverse: Tensor,
@@ -280,27 +358,11 @@ def _(
     incoming: Tensor,
     scale: float,
     operand: torch.dtype,
-    need_embeddings: bool,
-    need_vectors: bool,
 ) -> tuple[Tensor, Tensor]:
+    saved = _Saved(embeddings, vectors, share, weights, row_inverse, vector_inverse)
+    return _backward(saved, incoming, scale, operand, need_embeddings=need_embeddings, need_vectors=need_vectors)
+
+
+@_backward_op.register_fake
+def _(embeddings: Tensor, vectors: Tensor, need_embeddings: bool, need_vectors: bool, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_like_if(need_embeddings, embeddings), empty_like_if(need_vectors, vectors)
-
-
-# ---- ahead of time
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: both dtypes of the weights, the margins at both ends."""
-    for dtype, bend, count in ((torch.bfloat16, "none", 3072), (torch.float32, "angle", 100_000)):
-        signature = {
-            **dict.fromkeys(["p_products", "p_row_inverse", "p_vector_inverse", "p_losses"], "*fp32"),
-            "p_targets": "*i64",
-            "p_competes": "*i1",
-            "p_weights": SIGNATURE[dtype],
-            "count": "i32",
-            **dict.fromkeys(["scale", "margin_first", "margin_second", "margin_third"], "fp32"),
-        }
-        constants = _softmax_constants(count, bend, False)
-        label = f"{count} {str(dtype).removeprefix('torch.')}, {bend}"
-        yield Configuration(label, code_contrast_softmax, signature, {**constants, "MASKED": True, "SAVE": True})
-    yield from shipped_row_kernels()

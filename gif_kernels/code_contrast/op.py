@@ -7,11 +7,11 @@ from torch import Tensor
 
 from gif_kernels import checks, dispatch
 from gif_kernels.code_contrast import blocked, reference
+from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.dispatch import Impl
 from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import in_range, operand_dtype
+from gif_kernels.precision import compute_dtype, in_range, operand_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
-from gif_kernels.sphere import compute_dtype
 
 OP = "code_contrast_loss"
 dispatch.register(
@@ -96,7 +96,11 @@ def code_contrast_loss(
     embeddings, vectors = in_range(embeddings, operand), in_range(vectors, operand)
     with dispatch.full_precision(embeddings.device):
         loss: Tensor = dispatch.implementation(OP, name)(
-            embeddings, vectors, targets, competes, margin, float(scale), reduction, operand
+            embeddings=embeddings,
+            vectors=vectors,
+            targets=targets,
+            competes=competes,
+            options=CodeContrastOptions(margin=margin, scale=float(scale), reduction=reduction, operand=operand),
         )
     return loss
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import rounded
-from gif_kernels.reduction import Reduction, reduce_rows
-from gif_kernels.sphere import compute_dtype, unit
+from gif_kernels.code_contrast.options import CodeContrastOptions
+from gif_kernels.precision import compute_dtype, rounded
+from gif_kernels.reduction import reduce_rows
+from gif_kernels.sphere import unit
 
 
 def code_contrast(
@@ -17,21 +17,15 @@ def code_contrast(
     vectors: Tensor,
     targets: Tensor,
     competes: Tensor | None,
-    margin: AngularMargin,
-    scale: float,
-    reduction: Reduction,
-    operand: torch.dtype,
+    options: CodeContrastOptions,
 ) -> Tensor:
-    """Cross entropy of each row over the vectors that compete (all, if None), reduced over targets >= 0.
-
-    ``operand`` is the dtype that the product's operands are rounded to.
-    """
+    """Cross entropy of each row over the vectors that compete (all, if None), reduced over targets >= 0."""
     dtype = compute_dtype(embeddings, vectors)
-    z, h = (rounded(unit(x.to(dtype)), operand) for x in (embeddings, vectors))
+    z, h = (rounded(unit(x.to(dtype)), options.operand) for x in (embeddings, vectors))
     cosine = z @ h.T  # (B, C)
     index = targets.clamp(min=0)
     own = F.one_hot(index, len(vectors)).bool()
-    logits = scale * torch.where(own, margin(cosine), cosine)
+    logits = options.scale * torch.where(own, options.margin(cosine), cosine)
     if competes is not None:
         logits = logits.masked_fill(~competes, -torch.inf)
-    return reduce_rows(F.cross_entropy(logits, index, reduction="none"), targets >= 0, reduction)
+    return reduce_rows(F.cross_entropy(logits, index, reduction="none"), targets >= 0, options.reduction)

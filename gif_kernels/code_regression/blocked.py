@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gif_kernels.autograd import differentiable_once
+from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_regression.reference import has_target
+from gif_kernels.precision import compute_dtype
 from gif_kernels.reduction import Reduction, row_weights
-from gif_kernels.sphere import compute_dtype, inverse_norm
+from gif_kernels.sphere import inverse_norm
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Pull:
             weight = weight * (target_rows >= 0).unsqueeze(1)
         slope = weight * (cosine - 1)
         return Pull(
-            (slope * (cosine - 1)).squeeze(1) / 2,
-            -slope * cosine * z_inverse.square(),
-            slope * z_inverse * h_inverse,
-            -slope * cosine * h_inverse.square(),
+            losses=(slope * (cosine - 1)).squeeze(1) / 2,
+            along=-slope * cosine * z_inverse.square(),
+            towards=slope * z_inverse * h_inverse,
+            back=-slope * cosine * h_inverse.square(),
         )
 
     @staticmethod
@@ -59,6 +60,17 @@ def code_regression(embeddings: Tensor, targets: Tensor, target_rows: Tensor | N
     return loss
 
 
+class _Saved(NamedTuple):
+    """What the backward pass reads; the last three are of `Pull`."""
+
+    embeddings: Tensor
+    targets: Tensor
+    target_rows: Tensor | None
+    along: Tensor
+    towards: Tensor
+    back: Tensor
+
+
 class _CodeRegression(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,13 +80,21 @@ class _CodeRegression(torch.autograd.Function):
         counted = has_target(z, target_rows)
         pull = Pull.of(z, inverse_norm(z), targets, target_rows, row_weights(counted, reduction, z.dtype))
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(embeddings, targets, target_rows, pull.along, pull.towards, pull.back)
+            saved = _Saved(
+                embeddings=embeddings,
+                targets=targets,
+                target_rows=target_rows,
+                along=pull.along,
+                towards=pull.towards,
+                back=pull.back,
+            )
+            ctx.save_for_backward(*saved)
         return pull.losses if reduction == "none" else pull.losses.sum()
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, targets, target_rows, along, towards, back = ctx.saved_tensors
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
+        embeddings, targets, target_rows, along, towards, back = _Saved(*ctx.saved_tensors)
         z = embeddings.to(along.dtype)
         factor = incoming.view(-1, 1)  # one, or one a row
         towards = towards * factor
@@ -83,7 +103,7 @@ class _CodeRegression(torch.autograd.Function):
             embeddings_gradient = Pull.add_(z * (along * factor), targets, target_rows, towards).to(embeddings.dtype)
         if ctx.needs_input_grad[1]:  # without target_rows alone
             targets_gradient = (targets.to(z.dtype) * (back * factor)).addcmul_(z, towards).to(targets.dtype)
-        return embeddings_gradient, targets_gradient, None, None
+        return {"embeddings": embeddings_gradient, "targets": targets_gradient}
 
 
 def _gather(targets: Tensor, target_rows: Tensor | None) -> Tensor:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.autograd import differentiable_once
-from gif_kernels.cosine_kernels import (
-    gathered_index,
-    incoming_stride,
-    load_gathered,
-    reduced,
-    reduced_like,
-    row_factor,
-)
-from gif_kernels.primitives import block_size, empty_like_if, inside, inverse_norm, load_block
+from gif_kernels.autograd import Gradients, backward_of
+from gif_kernels.device.gathers import gathered_index, load_gathered
+from gif_kernels.device.primitives import block_size, empty_like_if, inside, inverse_norm, load_block
+from gif_kernels.device.reduction import incoming_stride, reduced, reduced_like, row_factor
+from gif_kernels.device.tuning import architecture, tile
 from gif_kernels.reduction import Reduction
-from gif_kernels.tuning import Configuration, architecture, tile
 
 
 @triton.jit
@@ -157,6 +150,18 @@ def code_regression(
     return loss
 
 
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    embeddings: Tensor
+    targets: Tensor
+    target_rows: Tensor | None
+    share: Tensor
+    """See `reduced`."""
+    norms_and_distance: Tensor
+    """1 / ||z||, 1 / ||h||, cosine - 1, (B, 3)"""
+
+
 class _CodeRegression(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -169,41 +174,47 @@ class _CodeRegression(torch.autograd.Function):
     ) -> Tensor:
         save = any(ctx.needs_input_grad)
         compiling = torch.compiler.is_compiling()
-        forward: Callable[..., Any] = torch.ops.gif_kernels.code_regression_forward if compiling else _forward
-        loss, share, saved = forward(embeddings, targets, target_rows, counted, reduction, save)
+        forward = torch.ops.gif_kernels.code_regression_forward if compiling else _forward
+        loss, share, norms_and_distance = forward(
+            embeddings=embeddings,
+            targets=targets,
+            target_rows=target_rows,
+            counted=counted,
+            reduction=reduction,
+            save=save,
+        )
         if save:
-            ctx.save_for_backward(embeddings, targets, target_rows, saved, share)
+            saved = _Saved(
+                embeddings=embeddings,
+                targets=targets,
+                target_rows=target_rows,
+                share=share,
+                norms_and_distance=norms_and_distance,
+            )
+            ctx.save_for_backward(*saved)
         return loss
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        backward: Callable[..., Any] = torch.ops.gif_kernels.code_regression_backward if compiling else _backward
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
+        saved = _Saved(*ctx.saved_tensors)
         need_embeddings, need_targets = ctx.needs_input_grad[:2]
-        gradients = backward(*ctx.saved_tensors, incoming, need_embeddings, need_targets)
-        return gradients[0] if need_embeddings else None, gradients[1] if need_targets else None, None, None, None
-
-
-# ---- launches
-
-
-@functools.cache
-def _constants(width: int, architecture: str) -> dict[str, Any]:
-    limits = tile("code_regression", torch.float32, architecture)
-    return {
-        "WIDTH": width,
-        "BLOCK_B": limits.rows,
-        "BLOCK_D": block_size(width, limits.width),
-        "num_warps": limits.warps,
-        "num_stages": limits.stages,
-    }
-
-
-def _forward_outputs(embeddings: Tensor, save: bool) -> tuple[Tensor, Tensor]:
-    batch, device = len(embeddings), embeddings.device
-    losses = torch.empty(batch, dtype=torch.float32, device=device)
-    return losses, torch.empty((batch if save else 0, 3), dtype=torch.float32, device=device)
+        compiling = torch.compiler.is_compiling()
+        backward = torch.ops.gif_kernels.code_regression_backward if compiling else _backward
+        embeddings_gradient, targets_gradient = backward(
+            embeddings=saved.embeddings,
+            targets=saved.targets,
+            target_rows=saved.target_rows,
+            share=saved.share,
+            norms_and_distance=saved.norms_and_distance,
+            incoming=incoming,
+            need_embeddings=need_embeddings,
+            need_targets=need_targets,
+        )
+        return {
+            "embeddings": embeddings_gradient if need_embeddings else None,
+            "targets": targets_gradient if need_targets else None,
+        }
 
 
 def _forward(
@@ -214,26 +225,43 @@ def _forward(
     reduction: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and share of a row (see `reduced`); then, empty unless ``save``: what the kernel saves, (B, 3)."""
-    losses, saved = _forward_outputs(embeddings, save)
+    """Loss and share of a row (see `reduced`); then, empty unless ``save``, the norms and the distance (B, 3)."""
+    losses, norms_and_distance = _memory(embeddings, save)
     batch, width = embeddings.shape
-    constants = _constants(width, architecture(embeddings.device))
+    constants = regression_constants(width, architecture(embeddings.device))
     target_rows = None if target_rows is None else target_rows.contiguous()
     with torch.cuda.device_of(embeddings):
         code_regression_forward[(triton.cdiv(batch, constants["BLOCK_B"]),)](
-            embeddings.contiguous(), targets.contiguous(), target_rows, counted, losses, saved,
-            batch, len(targets), 0 if counted is None else counted.stride(0),
-            HAS_TARGET_ROWS=target_rows is not None, HAS_COUNTED=counted is not None, SAVE=save, **constants,
-        )  # fmt: skip
-    return *reduced(losses, counted, reduction), saved
+            p_embeddings=embeddings.contiguous(),
+            p_targets=targets.contiguous(),
+            p_target_rows=target_rows,
+            p_counted=counted,
+            p_losses=losses,
+            p_saved=norms_and_distance,
+            batch=batch,
+            target_count=len(targets),
+            counted_stride=0 if counted is None else counted.stride(0),
+            HAS_TARGET_ROWS=target_rows is not None,
+            HAS_COUNTED=counted is not None,
+            SAVE=save,
+            **constants,
+        )
+    return *reduced(losses, counted, reduction), norms_and_distance
+
+
+def _memory(embeddings: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the losses (B,), and, empty unless ``save``, for the norms and the distance (B, 3)."""
+    batch, device = len(embeddings), embeddings.device
+    losses = torch.empty(batch, dtype=torch.float32, device=device)
+    return losses, torch.empty((batch if save else 0, 3), dtype=torch.float32, device=device)
 
 
 def _backward(
     embeddings: Tensor,
     targets: Tensor,
     target_rows: Tensor | None,
-    saved: Tensor,
     share: Tensor,
+    norms_and_distance: Tensor,
     incoming: Tensor,
     need_embeddings: bool,
     need_targets: bool,
@@ -242,17 +270,42 @@ def _backward(
     embeddings_gradient = empty_like_if(need_embeddings, embeddings)
     targets_gradient = empty_like_if(need_targets, targets)
     batch, width = embeddings.shape
-    constants = _constants(width, architecture(embeddings.device))
+    constants = regression_constants(width, architecture(embeddings.device))
     grid = (triton.cdiv(batch, constants["BLOCK_B"]), triton.cdiv(width, constants["BLOCK_D"]))
     target_rows = None if target_rows is None else target_rows.contiguous()
     with torch.cuda.device_of(embeddings):
         code_regression_backward[grid](
-            embeddings.contiguous(), targets.contiguous(), target_rows, saved, incoming, share,
-            embeddings_gradient, targets_gradient, batch, len(targets), incoming_stride(incoming),
-            MEAN=share.ndim == 0, HAS_TARGET_ROWS=target_rows is not None,
-            NEED_EMBEDDINGS=need_embeddings, NEED_TARGETS=need_targets, **constants,
-        )  # fmt: skip
+            p_embeddings=embeddings.contiguous(),
+            p_targets=targets.contiguous(),
+            p_target_rows=target_rows,
+            p_saved=norms_and_distance,
+            p_incoming=incoming,
+            p_share=share,
+            p_embeddings_gradient=embeddings_gradient,
+            p_targets_gradient=targets_gradient,
+            batch=batch,
+            target_count=len(targets),
+            incoming_stride=incoming_stride(incoming),
+            MEAN=share.ndim == 0,
+            HAS_TARGET_ROWS=target_rows is not None,
+            NEED_EMBEDDINGS=need_embeddings,
+            NEED_TARGETS=need_targets,
+            **constants,
+        )
     return embeddings_gradient, targets_gradient
+
+
+@functools.cache
+def regression_constants(width: int, architecture: str) -> dict[str, Any]:
+    """What both kernels compile with, but for their switches."""
+    limits = tile("code_regression", torch.float32, architecture)
+    return {
+        "WIDTH": width,
+        "BLOCK_B": limits.rows,
+        "BLOCK_D": block_size(width, limits.width),
+        "num_warps": limits.warps,
+        "num_stages": limits.stages,
+    }
 
 
 _forward_op = torch.library.custom_op("gif_kernels::code_regression_forward", _forward, mutates_args=())
@@ -265,40 +318,22 @@ def _(
     targets: Tensor,
     target_rows: Tensor | None,
     counted: Tensor | None,
-    reduction: Reduction,
+    reduction: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    losses, saved = _forward_outputs(embeddings, save)
-    return *reduced_like(losses, reduction), saved
+    losses, norms_and_distance = _memory(embeddings, save)
+    return *reduced_like(losses, reduction), norms_and_distance
 
 
 @_backward_op.register_fake
-def _(embeddings: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_embeddings, need_targets = rest[-2:]
+def _(
+    embeddings: Tensor,
+    targets: Tensor,
+    target_rows: Tensor | None,
+    share: Tensor,
+    norms_and_distance: Tensor,
+    incoming: Tensor,
+    need_embeddings: bool,
+    need_targets: bool,
+) -> tuple[Tensor, Tensor]:
     return empty_like_if(need_embeddings, embeddings), empty_like_if(need_targets, targets)
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: two dtypes, both gradients, three chunks of the width."""
-    width, label = 768, "768 bfloat16 and float32"
-    constants = _constants(width, architecture)
-    inputs = {
-        "p_embeddings": "*bf16",
-        "p_targets": "*fp32",
-        "p_target_rows": "*i64",
-        "p_saved": "*fp32",
-        **dict.fromkeys(["batch", "target_count"], "i32"),
-    }
-    yield Configuration(
-        label,
-        code_regression_forward,
-        {**inputs, "p_counted": "*i64", "p_losses": "*fp32", "counted_stride": "i32"},
-        {**constants, "HAS_TARGET_ROWS": True, "HAS_COUNTED": True, "SAVE": True},
-    )
-    gradients = {"p_embeddings_gradient": "*bf16", "p_targets_gradient": "*fp32"}
-    yield Configuration(
-        label,
-        code_regression_backward,
-        {**inputs, **gradients, "p_incoming": "*fp32", "p_share": "*fp32", "incoming_stride": "i32"},
-        {**constants, "MEAN": True, "HAS_TARGET_ROWS": True, "NEED_EMBEDDINGS": True, "NEED_TARGETS": True},
-    )

@@ -10,8 +10,8 @@ from gif_kernels import checks, dispatch
 from gif_kernels.code_regression import blocked, reference
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
+from gif_kernels.precision import compute_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
-from gif_kernels.sphere import compute_dtype
 
 OP = "code_regression_loss"
 dispatch.register(

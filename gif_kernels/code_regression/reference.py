@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gif_kernels.precision import compute_dtype
 from gif_kernels.reduction import Reduction, reduce_rows
-from gif_kernels.sphere import compute_dtype, unit
+from gif_kernels.sphere import unit
 
 
 def code_regression(embeddings: Tensor, targets: Tensor, target_rows: Tensor | None, reduction: Reduction) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,28 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gif_kernels.device.primitives import block_size, inside, inverse_norm, load_block
+from gif_kernels.device.rows import row_constants, unit_rows
+from gif_kernels.device.tuning import Tile, architecture, fused_potential_tile, multiprocessors, tile
 from gif_kernels.gaussian_potential import one_sweep
-from gif_kernels.primitives import (
-    SIGNATURE,
-    block_size,
-    float32_precision,
-    inside,
-    inverse_norm,
-    load_block,
-    tf32_allowed,
-)
-from gif_kernels.row_kernels import row_constants, unit_rows
-from gif_kernels.tuning import (
-    FUSED_POTENTIAL,
-    WIDEST_ROWS,
-    Configuration,
-    MatrixUnits,
-    Tile,
-    architecture,
-    fused_potential_tile,
-    multiprocessors,
-    tile,
-)
+from gif_kernels.gaussian_potential.options import GaussianPotentialOptions
+from gif_kernels.precision import float32_precision, gradient_dtype, tf32_allowed
 
 BLOCK = 8192
 """Rows of a block in the second design: 128 MiB of bfloat16 pairs. Larger than a cache, but on an H100 the products of
@@ -224,60 +207,66 @@ def gaussian_potential_gradient(
     tl.store(p_gradient + i * WIDTH + o_d, b_gradient * inverse, mask=inside(o_d, WIDTH, BLOCK_D))
 
 
-def gaussian_potential(vectors: Tensor, others: Tensor | None, offset: int, t: float) -> Tensor:
+def gaussian_potential(vectors: Tensor, others: Tensor | None, options: GaussianPotentialOptions) -> Tensor:
     """log mean_{i != j} exp(-t ||h_i - h_j||^2), (); with ``others`` (m, d), the share of rows [offset, offset + n)."""
-    return one_sweep.gaussian_potential(vectors, others, offset, t, potential_and_gradient)
+    return one_sweep.gaussian_potential(vectors, others, options, potential_and_gradient)
 
 
 def potential_and_gradient(
-    vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool
+    vectors: Tensor, others: Tensor | None, options: GaussianPotentialOptions, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss () and its gradient (n, d) at ``vectors``, empty unless wanted; float32."""
     if torch.compiler.is_compiling():
         found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.gaussian_potential_triton(
-            vectors, others, offset, t, want_gradient
+            vectors, others, options.offset, options.t, want_gradient
         )
         return found
-    return _potential_and_gradient(vectors, others, offset, t, want_gradient)
-
-
-# ---- launches
+    return _potential_and_gradient(vectors, others, options, want_gradient)
 
 
 def _potential_and_gradient(
-    vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool
+    vectors: Tensor, others: Tensor | None, options: GaussianPotentialOptions, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     n, width = vectors.shape
     gradient = torch.empty((n, width) if want_gradient else 0, dtype=torch.float32, device=vectors.device)
     with torch.cuda.device_of(vectors):
         rows = unit_rows(vectors)
         columns = None if others is None else unit_rows(others)
-        total, numerators = pair_sums(rows, columns, offset, t, want_gradient)
+        total, numerators = pair_sums(rows, columns, options, want_gradient)
         if want_gradient:
             gaussian_potential_gradient[(n,)](
-                vectors, numerators, total, gradient, n, len(numerators), 4 * t, vectors.stride(0),
+                p_vectors=vectors,
+                p_numerators=numerators,
+                p_total=total,
+                p_gradient=gradient,
+                rows=n,
+                splits=len(numerators),
+                slope=4 * options.t,
+                vectors_stride=vectors.stride(0),
                 **row_constants(width, vectors.stride(1)),
-            )  # fmt: skip
+            )
     return one_sweep.log_mean(total, n if others is None else len(others)).float(), gradient
 
 
 def pair_sums(
-    rows: Tensor, others: Tensor | None, offset: int, t: float, want_numerators: bool
+    rows: Tensor, others: Tensor | None, options: GaussianPotentialOptions, want_numerators: bool
 ) -> tuple[Tensor, Tensor]:
     """Z () float64 and sum_j P_ij h_j in parts (splits, n, d) to be added, empty unless wanted, of unit rows."""
     if not want_numerators:
-        return _pair_sums_in_blocks(rows, others, offset, t, False)
+        return _pair_sums_in_blocks(rows, others, options, False)
     limits = None if len(rows if others is None else others) > FUSED_UP_TO else _fused_tile(rows)
     if limits is None:
-        return _pair_sums_in_blocks(rows, others, offset, t, True)
-    return _pair_sums_fused(rows, rows if others is None else others, offset, t, limits)
+        return _pair_sums_in_blocks(rows, others, options, True)
+    return _pair_sums_fused(rows, rows if others is None else others, options, limits)
 
 
 def _fused_tile(rows: Tensor) -> Tile | None:
     return fused_potential_tile(rows.dtype, rows.shape[1], architecture(rows.device))
 
 
-def _pair_sums_fused(rows: Tensor, others: Tensor, offset: int, t: float, limits: Tile) -> tuple[Tensor, Tensor]:
+def _pair_sums_fused(
+    rows: Tensor, others: Tensor, options: GaussianPotentialOptions, limits: Tile
+) -> tuple[Tensor, Tensor]:
     """Every row's sums in one launch; the columns in as many parts as fill the device where the rows are few."""
     n, width = rows.shape
     row_blocks, column_blocks = triton.cdiv(n, limits.rows), triton.cdiv(len(others), limits.columns)
@@ -286,22 +275,31 @@ def _pair_sums_fused(rows: Tensor, others: Tensor, offset: int, t: float, limits
     sums = torch.empty((splits, n), dtype=torch.float32, device=rows.device)
     numerators = torch.empty((splits, n, width), dtype=torch.float32, device=rows.device)
     gaussian_potential_fused[(row_blocks, splits)](
-        rows, others, sums, numerators, n, len(others), offset, blocks_a_split * limits.columns, _sharpness(t),
-        **_product_constants(limits, width, limits.width, _precision(rows)),
-    )  # fmt: skip
+        p_rows=rows,
+        p_columns=others,
+        p_sums=sums,
+        p_numerators=numerators,
+        rows=n,
+        columns=len(others),
+        offset=options.offset,
+        split_columns=blocks_a_split * limits.columns,
+        sharpness=_sharpness(options.t),
+        **product_constants(limits, width, limits.width, _precision(rows)),
+    )
     return sums.sum(dtype=torch.float64), numerators
 
 
 def _pair_sums_in_blocks(
-    rows: Tensor, others: Tensor | None, offset: int, t: float, want_numerators: bool
+    rows: Tensor, others: Tensor | None, options: GaussianPotentialOptions, want_numerators: bool
 ) -> tuple[Tensor, Tensor]:
     """Pairs of blocks, one at a time: P is written, then multiplied by a library for both of its sides."""
     n, width = rows.shape
     columns = rows if others is None else others
-    constants = _pairs_constants(rows.dtype, width, want_numerators, _precision(rows), architecture(rows.device))
-    pairs_dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32  # float16 cannot hold exp(-4t)
+    constants = pairs_constants(rows.dtype, width, want_numerators, _precision(rows), architecture(rows.device))
     workspace = torch.empty(
-        min(n, BLOCK) * min(len(columns), BLOCK) if want_numerators else 0, dtype=pairs_dtype, device=rows.device
+        min(n, BLOCK) * min(len(columns), BLOCK) if want_numerators else 0,
+        dtype=gradient_dtype(rows.dtype),  # float16 cannot hold exp(-4t)
+        device=rows.device,
     )
     numerators = torch.zeros((1, n, width) if want_numerators else 0, dtype=torch.float32, device=rows.device)
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
@@ -320,8 +318,8 @@ def _pair_sums_in_blocks(
                 p_sums=sums,
                 rows=len(left),
                 columns=len(right),
-                offset=i + offset - j,
-                sharpness=_sharpness(t),
+                offset=i + options.offset - j,
+                sharpness=_sharpness(options.t),
                 weight=2.0 if mirrored else 1.0,
                 EVEN=len(left) % constants["BLOCK_M"] == 0 and len(right) % constants["BLOCK_N"] == 0,
                 **constants,
@@ -354,7 +352,7 @@ def _precision(rows: Tensor) -> str:
     return float32_precision(tf32_allowed(), architecture(rows.device))
 
 
-def _product_constants(limits: Tile, width: int, chunk: int, precision: str) -> dict[str, Any]:
+def product_constants(limits: Tile, width: int, chunk: int, precision: str) -> dict[str, Any]:
     return {
         "WIDTH": width,
         "PRECISION": precision,
@@ -367,47 +365,19 @@ def _product_constants(limits: Tile, width: int, chunk: int, precision: str) -> 
 
 
 @functools.cache
-def _pairs_constants(dtype: torch.dtype, width: int, store: bool, precision: str, architecture: str) -> dict[str, Any]:
+def pairs_constants(dtype: torch.dtype, width: int, store: bool, precision: str, architecture: str) -> dict[str, Any]:
     limits = tile("gaussian_potential_pairs", dtype, architecture)
-    constants = _product_constants(limits, width, block_size(width, limits.width), precision)
+    constants = product_constants(limits, width, block_size(width, limits.width), precision)
     return {**constants, "STORE": store, "GROUP": GROUP}
 
 
-_op = torch.library.custom_op("gif_kernels::gaussian_potential_triton", _potential_and_gradient, mutates_args=())
+@torch.library.custom_op("gif_kernels::gaussian_potential_triton", mutates_args=())
+def _op(vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    """The launches as one node of a compiled graph."""
+    return _potential_and_gradient(vectors, others, GaussianPotentialOptions(t=t, offset=offset), want_gradient)
 
 
 @_op.register_fake
 def _(vectors: Tensor, others: Tensor | None, offset: int, t: float, want_gradient: bool) -> tuple[Tensor, Tensor]:
     shape = vectors.shape if want_gradient else 0
     return vectors.new_empty((), dtype=torch.float32), vectors.new_empty(shape, dtype=torch.float32)
-
-
-# ---- ahead of time
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: every fused tile at the largest width, and the products."""
-    sizes = dict.fromkeys(["rows", "columns", "offset", "split_columns", "splits", "vectors_stride"], "i32")
-    common = {
-        **sizes,
-        **dict.fromkeys(["sharpness", "weight", "slope"], "fp32"),
-        "p_sums": "*fp32",
-        "p_numerators": "*fp32",
-    }
-    bf16 = {**common, **dict.fromkeys(["p_rows", "p_columns", "p_vectors"], SIGNATURE[torch.bfloat16])}
-    for width, limits in FUSED_POTENTIAL.get(architecture, {}).items():
-        constants = _product_constants(limits, width, limits.width, float32_precision(False, architecture))
-        units: MatrixUnits = "widest" if limits.rows >= WIDEST_ROWS else "any"
-        yield Configuration(f"{width} bfloat16", gaussian_potential_fused, bf16, constants, units)
-    for dtype, width in ((torch.bfloat16, 768), (torch.float32, 400)):
-        pointers = dict.fromkeys(["p_rows", "p_columns", "p_pairs"], SIGNATURE[dtype])
-        constants = _pairs_constants(dtype, width, True, float32_precision(False, architecture), architecture)
-        units = "widest" if dtype == torch.bfloat16 else "none"
-        label = f"{width} {str(dtype).removeprefix('torch.')}"
-        for even in (True, False):
-            name = label if even else f"{label}, masked"
-            switches = {**constants, "EVEN": even}
-            yield Configuration(name, gaussian_potential_pairs, {**common, **pointers}, switches, units)
-    rows = row_constants(768, 1)
-    signature = {**bf16, "p_total": "*fp64", "p_gradient": "*fp32"}
-    yield Configuration("768 bfloat16", gaussian_potential_gradient, signature, rows)

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gif_kernels.autograd import differentiable_once
+from gif_kernels.autograd import Gradients, backward_of
+from gif_kernels.gaussian_potential.options import GaussianPotentialOptions
 
-Sweep = Callable[[Tensor, Tensor | None, int, float, bool], tuple[Tensor, Tensor]]
-"""(vectors, others, offset, t, want_gradient) -> loss () and its gradient at ``vectors``, empty unless wanted."""
+Sweep = Callable[[Tensor, Tensor | None, GaussianPotentialOptions, bool], tuple[Tensor, Tensor]]
+"""(vectors, others, options, want_gradient) -> loss () and its gradient at ``vectors``, empty unless wanted."""
 
 
-def gaussian_potential(vectors: Tensor, others: Tensor | None, offset: int, t: float, sweep: Sweep) -> Tensor:
+def gaussian_potential(
+    vectors: Tensor, others: Tensor | None, options: GaussianPotentialOptions, sweep: Sweep
+) -> Tensor:
     """The loss of ``sweep``, (), differentiable once with respect to ``vectors``."""
-    loss: Tensor = _OneSweep.apply(vectors, others, offset, t, sweep)
+    loss: Tensor = _OneSweep.apply(vectors, others, options, sweep)
     return loss
 
 
@@ -28,14 +31,16 @@ def log_mean(total: Tensor, m: int) -> Tensor:
 
 class _OneSweep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, others: Tensor | None, offset: int, t: float, sweep: Sweep) -> Tensor:
-        loss, gradient = sweep(vectors, others, offset, t, ctx.needs_input_grad[0])
+    def forward(
+        ctx: Any, vectors: Tensor, others: Tensor | None, options: GaussianPotentialOptions, sweep: Sweep
+    ) -> Tensor:
+        loss, gradient = sweep(vectors, others, options, ctx.needs_input_grad[0])
         ctx.dtype = vectors.dtype
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
         (gradient,) = ctx.saved_tensors
-        return (gradient * loss_gradient).to(ctx.dtype), *(None,) * 4
+        return {"vectors": (gradient * incoming).to(ctx.dtype)}

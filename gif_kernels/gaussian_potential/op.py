@@ -9,7 +9,8 @@ from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
 from gif_kernels.gaussian_potential import blocked, reference
-from gif_kernels.sphere import compute_dtype
+from gif_kernels.gaussian_potential.options import GaussianPotentialOptions
+from gif_kernels.precision import compute_dtype
 
 OP = "gaussian_potential"
 dispatch.register(
@@ -58,7 +59,7 @@ def gaussian_potential(
     checks.positive("t", t)
     implementation = dispatch.select(OP, impl, vectors.device, compute_dtype(vectors))
     with dispatch.full_precision(vectors.device):
-        loss: Tensor = implementation(vectors, others, offset, float(t))
+        loss: Tensor = implementation(vectors, others, GaussianPotentialOptions(t=float(t), offset=offset))
     return loss
 
 

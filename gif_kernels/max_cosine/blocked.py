@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gif_kernels.precision import product
-from gif_kernels.sphere import compute_dtype, inverse_norm
+from gif_kernels.precision import compute_dtype, product
+from gif_kernels.sphere import inverse_norm
 
 ROWS, COLUMNS = 1024, 4096
 

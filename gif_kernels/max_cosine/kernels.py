@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,18 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.primitives import (
-    SIGNATURE,
-    TRITON_DTYPE,
-    block_size,
-    float32_precision,
-    inside,
-    load_block,
-    shared_dtype,
-    tf32_allowed,
-)
-from gif_kernels.row_kernels import inverse_norms
-from gif_kernels.tuning import Configuration, MatrixUnits, architecture, multiprocessors, tile
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, inside, load_block
+from gif_kernels.device.rows import inverse_norms
+from gif_kernels.device.tuning import architecture, multiprocessors, tile
+from gif_kernels.precision import float32_precision, shared_dtype, tf32_allowed
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "split_columns"])
@@ -89,7 +80,7 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
     columns = vectors if others is None else others.contiguous()
     n, width = vectors.shape
     operand = shared_dtype(vectors.dtype, columns.dtype)
-    constants = _constants(operand, width, others is None, tf32_allowed(), architecture(vectors.device))
+    constants = search_constants(operand, width, others is None, tf32_allowed(), architecture(vectors.device))
     row_blocks = triton.cdiv(n, constants["BLOCK_M"])
     column_blocks = triton.cdiv(len(columns), constants["BLOCK_N"])
     side_by_side = max(1, multiprocessors(vectors.device) // row_blocks)
@@ -116,13 +107,11 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
     return best, lowest.long()
 
 
-# ---- launches
-
-
 @functools.cache
-def _constants(
+def search_constants(
     operand: torch.dtype, width: int, among_themselves: bool, tf32: bool, architecture: str
 ) -> dict[str, Any]:
+    """What the kernel compiles with."""
     limits = tile("max_cosine", operand, architecture)
     return {
         "WIDTH": width,
@@ -135,18 +124,3 @@ def _constants(
         "num_warps": limits.warps,
         "num_stages": limits.stages,
     }
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: matrix units and exact products."""
-    common = {
-        **dict.fromkeys(["p_vectors_inverse", "p_others_inverse", "p_cosine"], "*fp32"),
-        "p_index": "*i32",
-        **dict.fromkeys(["rows", "columns", "split_columns"], "i32"),
-    }
-    for dtype, width in ((torch.bfloat16, 768), (torch.float32, 400)):
-        signature = {**common, **dict.fromkeys(["p_vectors", "p_others"], SIGNATURE[dtype])}
-        constants = _constants(dtype, width, dtype == torch.bfloat16, False, architecture)
-        units: MatrixUnits = "widest" if dtype == torch.bfloat16 else "none"
-        label = f"{width} {str(dtype).removeprefix('torch.')}"
-        yield Configuration(label, max_cosine_search, signature, constants, units)

@@ -9,7 +9,7 @@ from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
 from gif_kernels.max_cosine import blocked, reference
-from gif_kernels.sphere import compute_dtype
+from gif_kernels.precision import compute_dtype
 
 OP = "max_cosine"
 dispatch.register(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gif_kernels.sphere import compute_dtype, unit
+from gif_kernels.precision import compute_dtype
+from gif_kernels.sphere import unit
 
 
 def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:

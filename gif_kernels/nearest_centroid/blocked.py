@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gif_kernels.sphere import compute_dtype, inverse_norm
+from gif_kernels.precision import compute_dtype
+from gif_kernels.sphere import inverse_norm
 
 ROWS = 1 << 14
 """Rows gathered for one batched product, padding included; and centroids, where segments are shorter than k."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,18 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.primitives import (
-    SIGNATURE,
-    TRITON_DTYPE,
-    block_size,
-    float32_precision,
-    inside,
-    load_block,
-    shared_dtype,
-    tf32_allowed,
-)
-from gif_kernels.row_kernels import inverse_norms
-from gif_kernels.tuning import Configuration, MatrixUnits, architecture, tile
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, inside, load_block
+from gif_kernels.device.rows import inverse_norms
+from gif_kernels.device.tuning import architecture, tile
+from gif_kernels.precision import float32_precision, shared_dtype, tf32_allowed
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -87,7 +78,7 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
         return index, cosine
     vectors, centroids = vectors.contiguous(), centroids.contiguous()
     operand = shared_dtype(vectors.dtype, centroids.dtype)
-    constants = _constants(operand, count, width, tf32_allowed(), architecture(vectors.device))
+    constants = search_constants(operand, count, width, tf32_allowed(), architecture(vectors.device))
     rows = constants["BLOCK_M"]
     # a segment's last block may be partly empty: as many programs as there can be, so that no one waits for the sizes
     programs = torch.arange(triton.cdiv(n, rows) + segments, device=vectors.device)
@@ -111,7 +102,8 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
 
 
 @functools.cache
-def _constants(operand: torch.dtype, count: int, width: int, tf32: bool, architecture: str) -> dict[str, Any]:
+def search_constants(operand: torch.dtype, count: int, width: int, tf32: bool, architecture: str) -> dict[str, Any]:
+    """What the kernel compiles with."""
     limits = tile("nearest_centroid", operand, architecture)
     columns = block_size(count, limits.columns)
     return {
@@ -124,26 +116,3 @@ def _constants(operand: torch.dtype, count: int, width: int, tf32: bool, archite
         "BLOCK_D": block_size(width, limits.width),
         **limits.launch(columns),
     }
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: usual sizes, many centroids, exact products."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for rows, centroids, count, width in (
-        (bf16, bf16, 20, 512),
-        (fp16, fp16, 256, 768),
-        (bf16, fp32, 20, 512),
-        (fp32, fp32, 20, 400),
-        (fp32, fp32, 256, 512),
-    ):
-        constants = _constants(shared_dtype(rows, centroids), count, width, False, architecture)
-        signature = {
-            "p_vectors": SIGNATURE[rows],
-            "p_centroids": SIGNATURE[centroids],
-            **dict.fromkeys(["p_offsets", "p_segment", "p_first", "p_index"], "*i64"),
-            **dict.fromkeys(["p_row_inverse", "p_centroid_inverse", "p_cosine"], "*fp32"),
-            "segments": "i32",
-        }
-        dtypes = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (rows, centroids)))
-        units: MatrixUnits = "none" if constants["OPERAND"] == tl.float32 else "widest"
-        yield Configuration(f"{count} x {width} {dtypes}", nearest_centroid_search, signature, constants, units)

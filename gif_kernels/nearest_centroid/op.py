@@ -8,7 +8,7 @@ from torch import Tensor
 from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
 from gif_kernels.nearest_centroid import blocked, reference
-from gif_kernels.sphere import compute_dtype
+from gif_kernels.precision import compute_dtype
 
 OP = "nearest_centroid"
 dispatch.register(

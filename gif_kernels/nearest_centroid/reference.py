@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from gif_kernels.sphere import compute_dtype, unit
+from gif_kernels.precision import compute_dtype
+from gif_kernels.sphere import unit
 
 
 def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,24 +7,58 @@ of a number that is already there, so that no normalised copy of the embeddings 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gif_kernels.autograd import differentiable_once
+from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_regression.blocked import Pull
 from gif_kernels.dispatch import full_precision
-from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import add_products, gradient_dtype, product
-from gif_kernels.reduction import Reduction, row_weights
-from gif_kernels.sphere import compute_dtype, inverse_norm, tangent
+from gif_kernels.precision import add_products, compute_dtype, gradient_dtype, product
+from gif_kernels.reduction import row_weights
+from gif_kernels.sphere import inverse_norm, tangent
+from gif_kernels.token_margin.options import TokenMarginOptions
 
 
-def token_margin(embeddings: Tensor, centers: Tensor, *rest: Any) -> Tensor:
+def token_margin(
+    embeddings: Tensor,
+    centers: Tensor,
+    projections: Tensor | None,
+    codes: Tensor,
+    token_weights: Tensor | None,
+    targets: Tensor | None,
+    target_rows: Tensor | None,
+    options: TokenMarginOptions,
+) -> Tensor:
     """The reduced loss; arguments as of the specification."""
-    loss: Tensor = _TokenMargin.apply(embeddings, centers, *rest)
+    loss: Tensor = _TokenMargin.apply(
+        embeddings, centers, projections, codes, token_weights, targets, target_rows, options
+    )
     return loss
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads."""
+
+    embeddings: Tensor
+    centers: Tensor
+    projections: Tensor | None
+    targets: Tensor | None
+    target_rows: Tensor | None
+    center_inverse: Tensor
+    """1 / ||w||, (l, v, 1)"""
+    projected: Tensor | None
+    """u, (B, l, d')"""
+    slopes: Tensor
+    """dloss/dcosine / ||row||, (l, v, B)"""
+    radial: Tensor
+    """What the tangent projection takes from each row, (1 or l, 1, B)"""
+    along: Tensor | None
+    """`Pull.along`, (B, 1)"""
+    towards: Tensor | None
+    """`Pull.towards`, (B, 1)"""
 
 
 class _TokenMargin(torch.autograd.Function):
@@ -38,12 +72,9 @@ class _TokenMargin(torch.autograd.Function):
         token_weights: Tensor | None,
         targets: Tensor | None,
         target_rows: Tensor | None,
-        pull: float,
-        margin: AngularMargin,
-        scale: float,
-        reduction: Reduction,
-        operand: torch.dtype,
+        options: TokenMarginOptions,
     ) -> Tensor:
+        scale, operand = options.scale, options.operand
         dtype = compute_dtype(embeddings, centers, projections)
         length, vocab, inner = centers.shape
         z, w = embeddings.to(dtype), centers.to(dtype)
@@ -62,15 +93,15 @@ class _TokenMargin(torch.autograd.Function):
 
         index = codes.T.clamp(min=0).unsqueeze(1)  # (l, 1, B)
         own = logits.gather(1, index)
-        value, slope = margin.value_and_slope(own / scale)
+        value, slope = options.margin.value_and_slope(own / scale)
         logarithms = logits.scatter_(1, index, value * scale).log_softmax(1)
-        row_weight = row_weights(codes[:, 0] >= 0, reduction, dtype)
+        row_weight = row_weights(codes[:, 0] >= 0, options.reduction, dtype)
         weight = row_weight * (1 / length if token_weights is None else token_weights.to(dtype).view(-1, 1, 1))
         losses = (logarithms.gather(1, index) * weight).sum((0, 1)).neg_()
         pulled = None
         if targets is not None:
             z_inverse = inverse_norm(z) if u is not None else inverse.view(-1, 1)
-            pulled = Pull.of(z, z_inverse, targets, target_rows, pull * row_weight)
+            pulled = Pull.of(z, z_inverse, targets, target_rows, options.pull * row_weight)
             losses += pulled.losses
 
         if any(ctx.needs_input_grad):
@@ -81,32 +112,41 @@ class _TokenMargin(torch.autograd.Function):
             radial = logits.scatter_(1, index, own).mul_(slopes).sum((0, 1) if u is None else 1, keepdim=True)
             radial = radial * inverse / -scale  # (1 or l, 1, B)
             ctx.operand = operand
-            ctx.save_for_backward(
-                embeddings, centers, w_inverse, projections, u, slopes, radial, targets, target_rows,
-                *((None, None) if pulled is None else (pulled.along, pulled.towards)),
-            )  # fmt: skip
-        return losses if reduction == "none" else losses.sum()
+            saved = _Saved(
+                embeddings=embeddings,
+                centers=centers,
+                projections=projections,
+                targets=targets,
+                target_rows=target_rows,
+                center_inverse=w_inverse,
+                projected=u,
+                slopes=slopes,
+                radial=radial,
+                along=None if pulled is None else pulled.along,
+                towards=None if pulled is None else pulled.towards,
+            )
+            ctx.save_for_backward(*saved)
+        return losses if options.reduction == "none" else losses.sum()
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
         with full_precision(incoming.device):
-            return *_gradients(ctx, incoming), *(None,) * 9
+            return _gradients(_Saved(*ctx.saved_tensors), incoming, gradient_dtype(ctx.operand), ctx.needs_input_grad)
 
 
-def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    embeddings, centers, w_inverse, projections, u, slopes, radial, targets, target_rows, along, towards = (
-        ctx.saved_tensors
-    )
-    need_embeddings, need_centers, need_projections = ctx.needs_input_grad[:3]
-    operand = gradient_dtype(ctx.operand)
-    z, w = embeddings.to(slopes.dtype), centers.to(slopes.dtype) * w_inverse
+def _gradients(saved: _Saved, incoming: Tensor, operand: torch.dtype, needed: Sequence[bool]) -> Gradients:
+    """Those of the embeddings, centres and projections, where they are ``needed``."""
+    embeddings, centers, projections = saved.embeddings, saved.centers, saved.projections
+    need_embeddings, need_centers, need_projections = needed[:3]
+    dtype = saved.slopes.dtype
+    z, w = embeddings.to(dtype), centers.to(dtype) * saved.center_inverse
     factor = incoming.view(-1)  # one, or one a row
-    slopes, radial = slopes * factor, radial * factor
+    slopes, radial = saved.slopes * factor, saved.radial * factor
 
     direction = embeddings_gradient = projections_gradient = None
-    along = None if along is None else along * factor.unsqueeze(1)
-    if projections is None:
+    along = None if saved.along is None else saved.along * factor.unsqueeze(1)
+    if projections is None or saved.projected is None:
         flat = slopes.flatten(0, 1)
         if need_centers:
             direction = product(flat, z, operand).view_as(w)
@@ -114,7 +154,7 @@ def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None
             radial = radial.view(-1, 1) if along is None else radial.view(-1, 1) + along
             embeddings_gradient = product(flat.T, w.flatten(0, 1), operand).addcmul_(z, radial)
     else:
-        u = u.transpose(0, 1)  # (l, B, d')
+        u = saved.projected.transpose(0, 1)  # (l, B, d')
         if need_centers:
             direction = product(slopes, u, operand)
         if need_embeddings or need_projections:
@@ -127,11 +167,11 @@ def _gradients(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, Tensor | None
             if along is not None:
                 embeddings_gradient.addcmul_(z, along)
     if embeddings_gradient is not None:
-        if towards is not None:
-            Pull.add_(embeddings_gradient, targets, target_rows, towards * factor.unsqueeze(1))
+        if saved.targets is not None and saved.towards is not None:
+            Pull.add_(embeddings_gradient, saved.targets, saved.target_rows, saved.towards * factor.unsqueeze(1))
         embeddings_gradient = embeddings_gradient.to(embeddings.dtype)
-    centers_gradient = None if direction is None else tangent(direction, w, w_inverse).to(centers.dtype)
-    return embeddings_gradient, centers_gradient, projections_gradient
+    centers_gradient = None if direction is None else tangent(direction, w, saved.center_inverse).to(centers.dtype)
+    return {"embeddings": embeddings_gradient, "centers": centers_gradient, "projections": projections_gradient}
 
 
 def _flatten(projections: Tensor) -> Tensor:

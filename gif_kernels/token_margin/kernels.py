@@ -7,52 +7,32 @@ Both are rows (B, T, d'), T = 1 or l. Norms, margins, logits and sums are float3
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.autograd import differentiable_once
+from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_regression.kernels import code_regression, regression_cosine, regression_loss
-from gif_kernels.cosine_kernels import (
-    Pulled,
-    cosine_gradients,
-    gathered_index,
-    margin_numbers,
-    margin_value_and_slope,
-    matrix_units,
-    reduced,
-    reduced_like,
-    shipped_backward,
-    shipped_shared,
-    slopes_stride,
-)
+from gif_kernels.device.cosine_gradients import Cosines, Pulled, cosine_gradients, slopes_stride
+from gif_kernels.device.gathers import gathered_index
+from gif_kernels.device.margins import margin_arguments, margin_value_and_slope
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, empty_like_if, inside, inverse_norm, load_block
+from gif_kernels.device.reduction import reduced, reduced_like
+from gif_kernels.device.tuning import MAX_VOCAB, WIDE_VOCAB, architecture, tile
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
-from gif_kernels.primitives import (
-    SIGNATURE,
-    TRITON_DTYPE,
-    block_size,
-    empty_like_if,
-    float32_precision,
-    inside,
-    inverse_norm,
-    load_block,
-    tf32_allowed,
-)
-from gif_kernels.reduction import Reduction
-from gif_kernels.tuning import MAX_VOCAB, WIDE_VOCAB, Configuration, architecture, tile
+from gif_kernels.precision import float32_precision, tf32_allowed
+from gif_kernels.token_margin.options import TokenMarginOptions
 
 
 @triton.jit
 def block_inverse_norms(
     p, o_row, m_row, STRIDE: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 / norm of a block of rows rounded to OPERAND: a loop of its own, for what row_kernels.py says of products."""
+    """1 / norm of a block of rows rounded to OPERAND: a loop of its own, for what rows.py says of products."""
     b_square = tl.zeros((o_row.shape[0], BLOCK_D), tl.float32)
     for i_d in tl.static_range(0, WIDTH, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
@@ -79,9 +59,11 @@ def token_margin_forward(
     target_count,
     pull,
     scale,
-    margin_first,
-    margin_second,
-    margin_third,
+    m1,  # of psi, as the four that follow: see `margin_arguments`
+    m2,
+    cos_m2,
+    sin_m2,
+    drop,
     LENGTH: tl.constexpr,
     VOCAB: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -91,7 +73,7 @@ def token_margin_forward(
     PULLED: tl.constexpr,
     HAS_TARGET_ROWS: tl.constexpr,
     SAVE: tl.constexpr,
-    BEND: tl.constexpr,
+    MARGIN: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -160,9 +142,7 @@ def token_margin_forward(
         b_weight = tl.where(m_wrong_code & m_code, float("nan"), b_weight)
         m_own = o_v[None, None, :] == b_code[:, :, None]
         b_own = tl.sum(tl.where(m_own, b_cosine, 0.0), 2)
-        b_value, b_slope = margin_value_and_slope(
-            b_own, margin_first, margin_second, margin_third, BEND, STRAIGHT_THROUGH
-        )
+        b_value, b_slope = margin_value_and_slope(b_own, m1, m2, cos_m2, sin_m2, drop, MARGIN, STRAIGHT_THROUGH)
         b_logit = tl.where(m_v, tl.where(m_own, b_value[:, :, None], b_cosine) * scale, -float("inf"))
         b_max = tl.max(b_logit, 2)
         b_exp = tl.exp(b_logit - b_max[:, :, None])
@@ -196,11 +176,7 @@ def token_margin(
     token_weights: Tensor | None,
     targets: Tensor | None,
     target_rows: Tensor | None,
-    pull: float,
-    margin: AngularMargin,
-    scale: float,
-    reduction: Reduction,
-    operand: torch.dtype,
+    options: TokenMarginOptions,
 ) -> Tensor:
     """The reduced loss; arguments as of the specification. At most MAX_VOCAB centres a token.
 
@@ -208,15 +184,27 @@ def token_margin(
     """
     loss: Tensor
     if targets is None or projections is None:
-        loss = _TokenMargin.apply(
-            embeddings, centers, projections, codes, token_weights, targets, target_rows, pull, margin, scale,
-            reduction, operand,
-        )  # fmt: skip
+        loss = _TokenMargin.apply(embeddings, centers, projections, codes, token_weights, targets, target_rows, options)
         return loss
-    loss = _TokenMargin.apply(
-        embeddings, centers, projections, codes, token_weights, None, None, 0.0, margin, scale, reduction, operand
-    )
-    return loss + pull * code_regression(embeddings, targets, target_rows, reduction, codes[:, 0])
+    loss = _TokenMargin.apply(embeddings, centers, projections, codes, token_weights, None, None, options)
+    return loss + options.pull * code_regression(embeddings, targets, target_rows, options.reduction, codes[:, 0])
+
+
+class _Saved(NamedTuple):
+    """What the backward pass reads; what the kernels call it where they do."""
+
+    embeddings: Tensor
+    projections: Tensor | None
+    rows: Tensor
+    centers: Tensor
+    targets: Tensor | None
+    target_rows: Tensor | None
+    share: Tensor
+    slopes: Tensor
+    row_inverse: Tensor
+    radial: Tensor
+    center_inverse: Tensor
+    pull: Tensor
 
 
 class _TokenMargin(torch.autograd.Function):
@@ -230,34 +218,56 @@ class _TokenMargin(torch.autograd.Function):
         token_weights: Tensor | None,
         targets: Tensor | None,
         target_rows: Tensor | None,
-        pull: float,
-        margin: AngularMargin,
-        scale: float,
-        reduction: Reduction,
-        operand: torch.dtype,
+        options: TokenMarginOptions,
     ) -> Tensor:
-        rows = embeddings.unsqueeze(1) if projections is None else _project(embeddings, projections, operand)
+        rows = embeddings.unsqueeze(1) if projections is None else _project(embeddings, projections, options.operand)
         save = any(ctx.needs_input_grad)
-        compiling = torch.compiler.is_compiling()
-        forward: Callable[..., Any] = torch.ops.gif_kernels.token_margin_forward if compiling else _forward
-        loss, *saved = forward(
-            rows, centers, codes, token_weights, targets, target_rows, pull, *margin_numbers(margin), scale,
-            reduction, operand, save,
-        )  # fmt: skip
+        forward = _forward_in_graph if torch.compiler.is_compiling() else _forward
+        found = _Found(*forward(rows, centers, codes, token_weights, targets, target_rows, options, save))
         if save:
-            ctx.operand = operand
-            ctx.save_for_backward(embeddings, projections, rows, centers, targets, target_rows, *saved)
-        return loss
+            saved = _Saved(
+                embeddings=embeddings,
+                projections=projections,
+                rows=rows,
+                centers=centers,
+                targets=targets,
+                target_rows=target_rows,
+                share=found.share,
+                slopes=found.slopes,
+                row_inverse=found.row_inverse,
+                radial=found.radial,
+                center_inverse=found.center_inverse,
+                pull=found.pull,
+            )
+            ctx.operand = options.operand
+            ctx.save_for_backward(*saved)
+        return found.loss
 
     @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, projections, *saved = ctx.saved_tensors
+    @backward_of(forward)
+    def backward(ctx: Any, incoming: Tensor) -> Gradients:
+        saved = _Saved(*ctx.saved_tensors)
+        embeddings, projections = saved.embeddings, saved.projections
         need_embeddings, need_centers, need_projections = ctx.needs_input_grad[:3]
-        compiling = torch.compiler.is_compiling()
-        backward: Callable[..., Any] = torch.ops.gif_kernels.token_margin_backward if compiling else _backward
-        need_rows = need_embeddings or need_projections
-        row_gradient, centers_gradient = backward(*saved, incoming, ctx.operand, need_rows, need_centers)
+        cosines = Cosines(
+            rows=saved.rows,
+            centers=saved.centers,
+            slopes=saved.slopes,
+            row_inverse=saved.row_inverse,
+            radial=saved.radial,
+            center_inverse=saved.center_inverse,
+        )
+        pulled = None if saved.targets is None else Pulled(saved.pull, saved.targets, saved.target_rows)
+        backward = _backward_in_graph if torch.compiler.is_compiling() else cosine_gradients
+        row_gradient, centers_gradient = backward(
+            cosines,
+            pulled,
+            incoming,
+            saved.share,
+            ctx.operand,
+            need_rows=need_embeddings or need_projections,
+            need_centers=need_centers,
+        )
         embeddings_gradient = projections_gradient = None
         flat = row_gradient.flatten(1)  # (B, T d')
         if projections is None:
@@ -269,12 +279,11 @@ class _TokenMargin(torch.autograd.Function):
                 if need_projections:
                     projections_gradient = (flat.T @ embeddings.to(flat.dtype)).to(projections.dtype)
                     projections_gradient = projections_gradient.view_as(projections)
-        return (
-            embeddings_gradient if need_embeddings else None,
-            centers_gradient if need_centers else None,
-            projections_gradient,
-            *(None,) * 9,
-        )
+        return {
+            "embeddings": embeddings_gradient if need_embeddings else None,
+            "centers": centers_gradient if need_centers else None,
+            "projections": projections_gradient,
+        }
 
 
 def _project(embeddings: Tensor, projections: Tensor, operand: torch.dtype) -> Tensor:
@@ -287,22 +296,95 @@ def _flatten(projections: Tensor, dtype: torch.dtype) -> Tensor:
     return projections.to(dtype).reshape(-1, projections.shape[-1])  # (l d', d)
 
 
-# ---- launches
+class _Found(NamedTuple):
+    """What the forward launches give: the loss, and for the backward pass the rest, empty where there is none."""
+
+    loss: Tensor
+    share: Tensor
+    """See `reduced`."""
+    slopes: Tensor
+    """(B, T, `slopes_stride`)"""
+    row_inverse: Tensor
+    """(B, T)"""
+    radial: Tensor
+    """(B, T)"""
+    center_inverse: Tensor
+    """(l, v)"""
+    pull: Tensor
+    """(B,)"""
+
+
+def _forward(
+    rows: Tensor,
+    centers: Tensor,
+    codes: Tensor,
+    token_weights: Tensor | None,
+    targets: Tensor | None,
+    target_rows: Tensor | None,
+    options: TokenMarginOptions,
+    save: bool,
+) -> _Found:
+    """Launch the forward kernel and the reduction; with ``save`` for a backward pass too."""
+    memory = _memory(rows, centers, targets is not None, save)
+    batch, tokens, _ = rows.shape
+    constants = forward_constants(options.operand, tokens, *centers.shape, tf32_allowed(), architecture(rows.device))
+    codes = codes.contiguous()
+    token_weights, targets, target_rows = (
+        x if x is None else x.contiguous() for x in (token_weights, targets, target_rows)
+    )
+    with torch.cuda.device_of(rows):
+        token_margin_forward[(triton.cdiv(batch, constants["BLOCK_B"]),)](
+            p_rows=rows.contiguous(),
+            p_centers=centers.contiguous(),
+            p_codes=codes,
+            p_weights=token_weights,
+            p_targets=targets,
+            p_target_rows=target_rows,
+            p_losses=memory.loss,
+            p_slopes=memory.slopes,
+            p_row_inverse=memory.row_inverse,
+            p_radial=memory.radial,
+            p_center_inverse=memory.center_inverse,
+            p_pull=memory.pull,
+            batch=batch,
+            target_count=0 if targets is None else len(targets),
+            pull=options.pull,
+            scale=options.scale,
+            WEIGHED=token_weights is not None,
+            PULLED=targets is not None,
+            HAS_TARGET_ROWS=target_rows is not None,
+            SAVE=save,
+            **margin_arguments(options.margin),
+            **constants,
+        )
+    loss, share = reduced(memory.loss, codes[:, 0], options.reduction)
+    return memory._replace(loss=loss, share=share)
+
+
+def _memory(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> _Found:
+    """Memory for what the forward kernel writes, the losses not reduced yet; empty, but for those, unless ``save``."""
+    batch, tokens, _ = rows.shape
+    length, vocab, _ = centers.shape
+
+    def numbers(*shape: int, wanted: bool = save) -> Tensor:
+        return torch.empty(shape if wanted else 0, dtype=torch.float32, device=rows.device)
+
+    return _Found(
+        loss=numbers(batch, wanted=True),
+        share=numbers(wanted=False),
+        slopes=numbers(batch, tokens, slopes_stride(length * vocab // tokens)),
+        row_inverse=numbers(batch, tokens),
+        radial=numbers(batch, tokens),
+        center_inverse=numbers(length, vocab),
+        pull=numbers(batch, wanted=save and pulled),
+    )
 
 
 @functools.cache
-def _forward_constants(
-    operand: torch.dtype,
-    tokens: int,
-    length: int,
-    vocab: int,
-    width: int,
-    bend: str,
-    straight_through: bool,
-    tf32: bool,
-    architecture: str,
+def forward_constants(
+    operand: torch.dtype, tokens: int, length: int, vocab: int, width: int, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    """What the kernel compiles with, but for WEIGHED, PULLED, HAS_TARGET_ROWS and SAVE."""
+    """What the kernel compiles with, but for the margin, WEIGHED, PULLED, HAS_TARGET_ROWS and SAVE."""
     limits = tile("token_margin_forward_wide" if vocab > WIDE_VOCAB else "token_margin_forward", operand, architecture)
     block_v = block_size(vocab, MAX_VOCAB)
     group = block_size(length, max(1, limits.columns // block_v), least=1) if tokens == 1 else 1
@@ -313,8 +395,6 @@ def _forward_constants(
         "WIDTH": width,
         "SLOPES": slopes_stride(length * vocab // tokens),
         "SHARED": tokens == 1,
-        "BEND": bend,
-        "STRAIGHT_THROUGH": straight_through,
         "OPERAND": TRITON_DTYPE[operand],
         "PRECISION": float32_precision(tf32, architecture),
         "BLOCK_B": limits.rows_beside(columns),
@@ -325,177 +405,124 @@ def _forward_constants(
     }
 
 
-def _forward_outputs(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> tuple[Tensor, ...]:
-    batch, tokens, _ = rows.shape
-    length, vocab, _ = centers.shape
-    slopes = (batch, tokens, slopes_stride(length * vocab // tokens))
-    sizes = [(batch,), slopes, (batch, tokens), (batch, tokens), (length, vocab)]
-    sizes.append((batch if pulled else 0,))
-    return tuple(
-        torch.empty(size if save or i == 0 else 0, dtype=torch.float32, device=rows.device)
-        for i, size in enumerate(sizes)
-    )
+# Under torch.compile both passes are operators of their own, which take the options one by one. The arguments on which
+# the outputs' shapes depend come first.
 
 
-def _forward(
+def _forward_in_graph(
     rows: Tensor,
     centers: Tensor,
     codes: Tensor,
     token_weights: Tensor | None,
     targets: Tensor | None,
     target_rows: Tensor | None,
-    pull: float,
-    bend: str,
-    straight_through: bool,
-    margin_first: float,
-    margin_second: float,
-    margin_third: float,
-    scale: float,
-    reduction: str,
-    operand: torch.dtype,
+    options: TokenMarginOptions,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and share of a row (see `reduced`), and what `_backward` takes: slopes (B, T, stride), row inverse norms
-    and radial parts (B, T), center inverse norms (l, v), pull (B,); empty unless ``save``."""
-    losses, *saved = _forward_outputs(rows, centers, targets is not None, save)
-    batch, tokens, _ = rows.shape
-    constants = _forward_constants(
-        operand, tokens, *centers.shape, bend, straight_through, tf32_allowed(), architecture(rows.device)
+) -> tuple[Tensor, ...]:
+    """`_forward` as one node of a compiled graph."""
+    found: tuple[Tensor, ...] = torch.ops.gif_kernels.token_margin_forward(
+        rows=rows,
+        centers=centers,
+        targets=targets,
+        reduction=options.reduction,
+        save=save,
+        codes=codes,
+        token_weights=token_weights,
+        target_rows=target_rows,
+        m1=options.margin.m1,
+        m2=options.margin.m2,
+        m3=options.margin.m3,
+        gradient=options.margin.gradient,
+        scale=options.scale,
+        pull=options.pull,
+        operand=options.operand,
     )
-    codes = codes.contiguous()
-    token_weights, targets, target_rows = (
-        x if x is None else x.contiguous() for x in (token_weights, targets, target_rows)
-    )
-    with torch.cuda.device_of(losses):
-        token_margin_forward[(triton.cdiv(batch, constants["BLOCK_B"]),)](
-            rows.contiguous(), centers.contiguous(), codes, token_weights, targets, target_rows, losses, *saved,
-            batch, 0 if targets is None else len(targets), pull, scale, margin_first, margin_second, margin_third,
-            WEIGHED=token_weights is not None, PULLED=targets is not None, HAS_TARGET_ROWS=target_rows is not None,
-            SAVE=save, **constants,
-        )  # fmt: skip
-    return *reduced(losses, codes[:, 0], reduction), *saved  # type: ignore[return-value]
+    return found
 
 
-def _backward(
+@torch.library.custom_op("gif_kernels::token_margin_forward", mutates_args=())
+def _forward_op(
     rows: Tensor,
     centers: Tensor,
     targets: Tensor | None,
+    reduction: str,
+    save: bool,
+    codes: Tensor,
+    token_weights: Tensor | None,
     target_rows: Tensor | None,
+    m1: float,
+    m2: float,
+    m3: float,
+    gradient: str,
+    scale: float,
+    pull: float,
+    operand: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    margin = AngularMargin(m1=m1, m2=m2, m3=m3, gradient=gradient)  # type: ignore[arg-type]
+    options = TokenMarginOptions(margin=margin, scale=scale, pull=pull, reduction=reduction, operand=operand)  # type: ignore[arg-type]
+    return tuple(_forward(rows, centers, codes, token_weights, targets, target_rows, options, save))  # type: ignore[return-value]
+
+
+@_forward_op.register_fake
+def _(rows: Tensor, centers: Tensor, targets: Tensor | None, reduction: str, save: bool, *_: Any) -> tuple[Tensor, ...]:
+    memory = _memory(rows, centers, targets is not None, save)
+    loss, share = reduced_like(memory.loss, reduction)
+    return tuple(memory._replace(loss=loss, share=share))
+
+
+def _backward_in_graph(
+    cosines: Cosines,
+    pulled: Pulled | None,
+    incoming: Tensor,
     share: Tensor,
+    operand: torch.dtype,
+    *,
+    need_rows: bool,
+    need_centers: bool,
+) -> tuple[Tensor, Tensor]:
+    """`cosine_gradients` as one node of a compiled graph."""
+    pull, targets, target_rows = pulled or (None, None, None)
+    found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.token_margin_backward(
+        rows=cosines.rows,
+        centers=cosines.centers,
+        need_rows=need_rows,
+        need_centers=need_centers,
+        slopes=cosines.slopes,
+        row_inverse=cosines.row_inverse,
+        radial=cosines.radial,
+        center_inverse=cosines.center_inverse,
+        pull=pull,
+        targets=targets,
+        target_rows=target_rows,
+        incoming=incoming,
+        share=share,
+        operand=operand,
+    )
+    return found
+
+
+@torch.library.custom_op("gif_kernels::token_margin_backward", mutates_args=())
+def _backward_op(
+    rows: Tensor,
+    centers: Tensor,
+    need_rows: bool,
+    need_centers: bool,
     slopes: Tensor,
     row_inverse: Tensor,
     radial: Tensor,
     center_inverse: Tensor,
-    pull: Tensor,
+    pull: Tensor | None,
+    targets: Tensor | None,
+    target_rows: Tensor | None,
     incoming: Tensor,
+    share: Tensor,
     operand: torch.dtype,
-    need_rows: bool,
-    need_centers: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the rows (B, T, d') and of the centres (l, v, d'), each in its dtype; empty if not needed."""
-    pulled = None
-    if targets is not None:
-        pulled = Pulled(pull, targets.contiguous(), None if target_rows is None else target_rows.contiguous())
-    return cosine_gradients(
-        rows, centers, slopes, row_inverse, radial, center_inverse, incoming, share, pulled, operand, need_rows,
-        need_centers,
-    )  # fmt: skip
-
-
-_forward_op = torch.library.custom_op("gif_kernels::token_margin_forward", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("gif_kernels::token_margin_backward", _backward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(
-    rows: Tensor, centers: Tensor, codes: Tensor, token_weights: Tensor | None, targets: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    reduction, _, save = rest[-3:]
-    losses, *saved = _forward_outputs(rows, centers, targets is not None, save)
-    return *reduced_like(losses, reduction), *saved
+    cosines = Cosines(rows, centers, slopes, row_inverse, radial, center_inverse)
+    pulled = None if pull is None or targets is None else Pulled(pull, targets, target_rows)
+    return cosine_gradients(cosines, pulled, incoming, share, operand, need_rows=need_rows, need_centers=need_centers)
 
 
 @_backward_op.register_fake
-def _(rows: Tensor, centers: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_rows, need_centers = rest[-2:]
+def _(rows: Tensor, centers: Tensor, need_rows: bool, need_centers: bool, *_: Any) -> tuple[Tensor, Tensor]:
     return empty_like_if(need_rows, rows), empty_like_if(need_centers, centers)
-
-
-# ---- ahead of time
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Dtypes and sizes to compile for; ``projected`` gives each token a row of its own."""
-
-    rows: torch.dtype
-    centers: torch.dtype
-    operand: torch.dtype
-    length: int
-    vocab: int
-    width: int
-    projected: bool = False
-    pulled: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.length if self.projected else 1
-
-    def __str__(self) -> str:
-        dtypes = dict.fromkeys(str(x).removeprefix("torch.") for x in (self.rows, self.centers, self.operand))
-        notes = [name for name in ("projected", "pulled") if getattr(self, name)]
-        return ", ".join([f"{self.length} x {self.vocab} x {self.width} {' and '.join(dtypes)}", *notes])
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``: usual sizes, and the largest and oddest of each kind."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    usual = _Sizes(bf16, bf16, bf16, 5, 20, 512)
-    projected = _Sizes(bf16, bf16, bf16, 5, 20, 512, projected=True)
-    autocast = _Sizes(bf16, fp32, bf16, 5, 20, 512, pulled=True)
-    mixed = _Sizes(bf16, fp32, fp32, 5, 20, 512)
-    exact = _Sizes(fp32, fp32, fp32, 5, 20, 512)
-    yield _shipped_forward(architecture, usual)
-    yield _shipped_forward(architecture, projected)
-    yield _shipped_forward(architecture, autocast)
-    yield _shipped_forward(architecture, _Sizes(fp16, fp16, fp16, 7, 16, 768), bend="angle")
-    yield _shipped_forward(architecture, _Sizes(bf16, bf16, bf16, 4, MAX_VOCAB, 400))
-    yield _shipped_forward(architecture, mixed)
-    yield _shipped_forward(architecture, exact, tf32=True)
-    yield _shipped_forward(architecture, _Sizes(fp32, fp32, fp32, 4, MAX_VOCAB, 512, projected=True))
-    for sizes in (
-        usual,
-        projected,
-        autocast,
-        _Sizes(fp16, fp16, fp16, 5, 20, 512),
-        _Sizes(bf16, bf16, bf16, 7, 20, 400),
-        mixed,
-        _Sizes(fp32, fp32, fp32, 5, 20, 512, projected=True),
-    ):
-        columns = sizes.length * sizes.vocab // sizes.tokens
-        yield shipped_backward(
-            architecture, str(sizes), sizes.rows, sizes.centers, sizes.operand, sizes.tokens, columns, sizes.width,
-            pulled=sizes.pulled,
-        )  # fmt: skip
-    yield from shipped_shared()
-
-
-def _shipped_forward(architecture: str, sizes: _Sizes, bend: str = "shift", tf32: bool = False) -> Configuration:
-    shape = (sizes.length, sizes.vocab, sizes.width)
-    constants = _forward_constants(sizes.operand, sizes.tokens, *shape, bend, False, tf32, architecture)
-    pointers = {"p_targets": SIGNATURE[sizes.centers], "p_target_rows": "*i64"}
-    floats = ["p_weights", "p_losses", "p_slopes", "p_row_inverse", "p_radial", "p_center_inverse", "p_pull"]
-    signature = {
-        "p_rows": SIGNATURE[sizes.rows],
-        "p_centers": SIGNATURE[sizes.centers],
-        "p_codes": "*i64",
-        **dict.fromkeys(floats, "*fp32"),
-        **dict.fromkeys(["batch", "target_count"], "i32"),
-        **dict.fromkeys(["pull", "scale", "margin_first", "margin_second", "margin_third"], "fp32"),
-        **(pointers if sizes.pulled else {}),
-    }
-    absent = {} if sizes.pulled else dict.fromkeys(pointers)
-    switches = {"WEIGHED": True, "PULLED": sizes.pulled, "HAS_TARGET_ROWS": sizes.pulled, "SAVE": True}
-    constants = {**constants, **absent, **switches}
-    label = f"{sizes}, {bend}{', TF32' if tf32 else ''}"
-    return Configuration(label, token_margin_forward, signature, constants, matrix_units(constants))

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from gif_kernels import checks, dispatch
 from gif_kernels.code_regression.op import CodeRegression, check_targets, looked_up
+from gif_kernels.device.tuning import MAX_VOCAB
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import in_range, operand_dtype
+from gif_kernels.precision import compute_dtype, in_range, operand_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
-from gif_kernels.sphere import compute_dtype
 from gif_kernels.token_margin import blocked, reference
-from gif_kernels.tuning import MAX_VOCAB
+from gif_kernels.token_margin.options import TokenMarginOptions
 
 OP = "token_margin_loss"
 dispatch.register(
@@ -107,9 +107,17 @@ def token_margin_loss(
     embeddings, centers = in_range(embeddings, operand), in_range(centers, operand)
     with dispatch.full_precision(embeddings.device):
         loss: Tensor = dispatch.implementation(OP, name)(
-            embeddings, centers, projections, codes, token_weights, targets, target_rows, float(pull), margin,
-            float(scale), reduction, operand,
-        )  # fmt: skip
+            embeddings=embeddings,
+            centers=centers,
+            projections=projections,
+            codes=codes,
+            token_weights=token_weights,
+            targets=targets,
+            target_rows=target_rows,
+            options=TokenMarginOptions(
+                margin=margin, scale=float(scale), pull=float(pull), reduction=reduction, operand=operand
+            ),
+        )
     if checks.seen_not_finite(loss):
         checks.refuse_not_finite(
             embeddings=embeddings,

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gif_kernels.code_regression import reference as code_regression
-from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import rounded
-from gif_kernels.reduction import Reduction, reduce_rows
-from gif_kernels.sphere import compute_dtype, unit
+from gif_kernels.precision import compute_dtype, rounded
+from gif_kernels.reduction import reduce_rows
+from gif_kernels.sphere import unit
+from gif_kernels.token_margin.options import TokenMarginOptions
 
 
 def token_margin(
@@ -21,16 +21,10 @@ def token_margin(
     token_weights: Tensor | None,
     targets: Tensor | None,
     target_rows: Tensor | None,
-    pull: float,
-    margin: AngularMargin,
-    scale: float,
-    reduction: Reduction,
-    operand: torch.dtype,
+    options: TokenMarginOptions,
 ) -> Tensor:
-    """sum_j lambda_j CE(logit_j, c_j) of each row, and pull / 2 (zhat . hhat - 1)^2 where there are targets, reduced.
-
-    ``operand`` is the dtype that the products' operands are rounded to.
-    """
+    """sum_j lambda_j CE(logit_j, c_j) a row, and pull / 2 (zhat . hhat - 1)^2 where there are targets, reduced."""
+    operand = options.operand
     dtype = compute_dtype(embeddings, centers, projections)
     z = rounded(unit(embeddings.to(dtype)), operand)  # (B, d)
     w = rounded(unit(centers.to(dtype)), operand)  # (l, v, d')
@@ -40,12 +34,12 @@ def token_margin(
         cosine = u @ w[j].T  # (B, v)
         index = codes[:, j].clamp(min=0)
         own = F.one_hot(index, w.shape[1]).bool()
-        logits = scale * torch.where(own, margin(cosine), cosine)
+        logits = options.scale * torch.where(own, options.margin(cosine), cosine)
         weight = 1 / len(w) if token_weights is None else token_weights[j].to(dtype)
         losses = losses + weight * F.cross_entropy(logits, index, reduction="none")
     if targets is not None:
-        losses = losses + pull * code_regression.rows(embeddings, targets, target_rows)
-    return reduce_rows(losses, codes[:, 0] >= 0, reduction)
+        losses = losses + options.pull * code_regression.rows(embeddings, targets, target_rows)
+    return reduce_rows(losses, codes[:, 0] >= 0, options.reduction)
 
 
 def _projected(z: Tensor, projection: Tensor, operand: torch.dtype) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gif_kernels.device.primitives import inside, inverse_norm
+from gif_kernels.device.rows import row_constants, unit_rows
 from gif_kernels.gaussian_potential import one_sweep
 from gif_kernels.gaussian_potential.kernels import pair_sums, tangent_gradient
-from gif_kernels.primitives import SIGNATURE, inside, inverse_norm
+from gif_kernels.gaussian_potential.options import GaussianPotentialOptions
 from gif_kernels.rounding import SIGNIFICAND_BITS, mixed_seed
-from gif_kernels.row_kernels import row_constants, unit_rows
-from gif_kernels.tuning import Configuration
+from gif_kernels.uniformity_step.options import UniformityStepOptions
 
 LOWEST_EXPONENT = {torch.bfloat16: 8, torch.float16: 113}
 """Biased by 127: numbers below it share its unit in the last place. float16's is its own, 2^-24; bfloat16's is kept a
@@ -79,16 +79,26 @@ def uniformity_step(
         tl.store(p_table + o_d * COLUMN_STRIDE, b_moved, mask=inside(o_d, WIDTH, BLOCK_D))
 
 
-def step_(table: Tensor, index: Tensor, lr: float, t: float, seed: int) -> Tensor:
+def step_(table: Tensor, index: Tensor, options: UniformityStepOptions) -> Tensor:
     """Move the rows of ``table`` (m, d) that ``index`` (n,) names; returns the loss before, ()."""
     n = len(index)
     index = index.contiguous()
     with torch.cuda.device_of(table):
-        total, numerators = pair_sums(unit_rows(table, index), None, 0, t, True)
+        potential = GaussianPotentialOptions(t=options.t)
+        total, numerators = pair_sums(unit_rows(table, index), None, potential, want_numerators=True)
         uniformity_step[(n,)](
-            table, index, numerators, total, n, len(numerators), 4 * t, lr * n, _signed(mixed_seed(seed)),
-            table.stride(0), **_constants(table.dtype, table.shape[1], table.stride(1)),
-        )  # fmt: skip
+            p_table=table,
+            p_index=index,
+            p_numerators=numerators,
+            p_total=total,
+            rows=n,
+            splits=len(numerators),
+            slope=4 * options.t,
+            rate=options.lr * n,
+            mixed_seed=_signed(mixed_seed(options.seed)),
+            table_stride=table.stride(0),
+            **step_constants(table.dtype, table.shape[1], table.stride(1)),
+        )
     return one_sweep.log_mean(total, n).float()
 
 
@@ -97,20 +107,8 @@ def _signed(bits: int) -> int:
     return bits - (bits >> 31 << 32)
 
 
-def _constants(dtype: torch.dtype, width: int, column_stride: int) -> dict[str, Any]:
+def step_constants(dtype: torch.dtype, width: int, column_stride: int) -> dict[str, Any]:
+    """What the kernel compiles with."""
     rounding = {"DIGITS": SIGNIFICAND_BITS.get(dtype, 0), "LOWEST": LOWEST_EXPONENT.get(dtype, 0)}
     rows = row_constants(width, column_stride)
     return {**rows, **rounding, "num_warps": 2 * rows["num_warps"]}  # rounding needs registers of its own
-
-
-def shipped(architecture: str) -> Iterator[Configuration]:
-    """What `gif_kernels.aot` compiles for ``architecture``."""
-    signature = {
-        "p_table": SIGNATURE[torch.bfloat16],
-        "p_index": "*i64",
-        "p_numerators": "*fp32",
-        "p_total": "*fp64",
-        **dict.fromkeys(["rows", "splits", "mixed_seed", "table_stride"], "i32"),
-        **dict.fromkeys(["slope", "rate"], "fp32"),
-    }
-    yield Configuration("768 bfloat16", uniformity_step, signature, _constants(torch.bfloat16, 768, 1))

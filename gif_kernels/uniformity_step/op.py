@@ -8,8 +8,9 @@ from torch import Tensor
 from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
-from gif_kernels.sphere import compute_dtype
+from gif_kernels.precision import compute_dtype
 from gif_kernels.uniformity_step import blocked, reference
+from gif_kernels.uniformity_step.options import UniformityStepOptions
 
 OP = "uniformity_step_"
 dispatch.register(
@@ -56,21 +57,21 @@ def uniformity_step_(
     if torch.compiler.is_compiling():
         loss: Tensor = torch.ops.gif_kernels.uniformity_step_(table, index, float(lr), float(t), seed, impl)
         return loss
-    return _step(table, index, float(lr), float(t), seed, impl)
+    return _step(table, index, UniformityStepOptions(lr=float(lr), t=float(t), seed=seed), impl)
 
 
 @torch.no_grad()
-def _step(table: Tensor, index: Tensor, lr: float, t: float, seed: int, impl: Impl) -> Tensor:
+def _step(table: Tensor, index: Tensor, options: UniformityStepOptions, impl: Impl) -> Tensor:
     implementation = dispatch.select(OP, impl, table.device, compute_dtype(table))
     with dispatch.full_precision(table.device):
-        loss: Tensor = implementation(table, index, lr, t, seed)
+        loss: Tensor = implementation(table, index, options)
     return loss
 
 
 @torch.library.custom_op("gif_kernels::uniformity_step_", mutates_args=("table",))
 def _step_op(table: Tensor, index: Tensor, lr: float, t: float, seed: int, impl: str) -> Tensor:
     """The step as one node of a compiled graph."""
-    return _step(table, index, lr, t, seed, impl)  # type: ignore[arg-type]
+    return _step(table, index, UniformityStepOptions(lr=lr, t=t, seed=seed), impl)  # type: ignore[arg-type]
 
 
 @_step_op.register_fake

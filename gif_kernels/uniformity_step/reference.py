@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gif_kernels.sphere import inverse_norm, tangent, unit
 from gif_kernels.uniformity_step import in_rows
+from gif_kernels.uniformity_step.options import UniformityStepOptions
 
 
-def step_(table: Tensor, index: Tensor, lr: float, t: float, seed: int) -> Tensor:
+def step_(table: Tensor, index: Tensor, options: UniformityStepOptions) -> Tensor:
     """Move the rows of ``table`` (m, d) that ``index`` (n,) names; returns the loss before, ()."""
-    return in_rows.step_(table, index, lr, t, seed, moved_rows)
+    return in_rows.step_(table, index, options, moved_rows)
 
 
 def moved_rows(rows: Tensor, lr: float, t: float) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from benchmarks.gpu.tune import TASKS
 from benchmarks.report import report
 from gif.vectors import CodeVectors
 from gif_kernels import gaussian_potential, tuning
-from gif_kernels.tuning import Tile
+from gif_kernels.device.tuning import Tile
 
 NAMES = [stage.name for stage in STAGES]
 SECONDS = 600

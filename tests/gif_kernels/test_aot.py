@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gif_kernels import tuning
+from gif_kernels.device import tuning
 
 pytest.importorskip("triton", reason="Triton is not installed")
 aot = import_module("gif_kernels.aot")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gif_kernels.races import overwritten_operands
+from gif_kernels.device.races import overwritten_operands
 
 LOOP = """
 module {{

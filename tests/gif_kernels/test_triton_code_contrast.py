@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import pytest
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gif_kernels import AngularMargin, code_contrast_loss, dispatch
+from gif_kernels.code_contrast.options import CodeContrastOptions
 
 kernels = pytest.importorskip("gif_kernels.code_contrast.kernels", reason="Triton is not installed")
-shared = pytest.importorskip("gif_kernels.cosine_kernels", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
     pytest.skip("needs a CUDA or ROCm device; test_interpreter.py runs it without one", allow_module_level=True)
 
@@ -104,9 +104,9 @@ def test_reductions(reduction, differentiate, agree):
 def test_a_softmax_in_several_steps(monkeypatch, differentiate, agree):
     """As for more candidates than a program takes at once (4,096)."""
     monkeypatch.setattr(kernels, "AT_ONCE", 16)
-    kernels._softmax_constants.cache_clear()
+    kernels.softmax_constants.cache_clear()
     check_against_float64(Case(5, 200, 16), differentiate, agree)
-    kernels._softmax_constants.cache_clear()
+    kernels.softmax_constants.cache_clear()
 
 
 def test_every_margin(margin, differentiate, agree):
@@ -275,12 +275,12 @@ def test_custom_ops_keep_their_word(masked):
     competes = torch.arange(11) != 5 if masked else None
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     for save, reduction in ((False, "sum"), (True, "none"), (True, "mean")):
-        numbers = (*shared.margin_numbers(AngularMargin()), 64.0)
-        inputs = (z, h, labels, competes, *numbers, reduction, torch.float32, save)
+        options = CodeContrastOptions(AngularMargin(), 64.0, reduction, torch.float32)
+        inputs = (z, h, reduction, torch.float32, save, labels, competes, *astuple(options.margin), options.scale)
         check(torch.ops.gif_kernels.code_contrast_forward.default, inputs)
-    _, *saved = kernels._forward(*inputs)
+    _, *saved = kernels._forward(z, h, labels, competes, options, save)
     for needs in ((True, True), (True, False), (False, True)):
-        backward = (z, h, *saved, torch.ones(()), 64.0, torch.float32, *needs)
+        backward = (z, h, *needs, *saved, torch.ones(()), 64.0, torch.float32)
         check(torch.ops.gif_kernels.code_contrast_backward.default, backward)
 
 

@@ -161,7 +161,7 @@ def test_custom_ops_keep_their_word():
             check(torch.ops.gif_kernels.code_regression_forward.default, inputs)
         _, share, saved = kernels._forward(*inputs)
         for needs in ((True, True), (True, False), (False, True)) if target_rows is None else ((True, False),):
-            backward = (z, targets, target_rows, saved, share, torch.ones(()), *needs)
+            backward = (z, targets, target_rows, share, saved, torch.ones(()), *needs)
             check(torch.ops.gif_kernels.code_regression_backward.default, backward)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gif_kernels import dispatch, gaussian_potential
-from gif_kernels.tuning import Tile
+from gif_kernels.device.tuning import Tile
 
 kernels = pytest.importorskip("gif_kernels.gaussian_potential.kernels", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
@@ -44,9 +44,9 @@ def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if not fused:
         monkeypatch.setattr(kernels, "BLOCK", 16)
         monkeypatch.setattr(kernels, "tile", lambda *_: SMALL_TILE)
-    kernels._pairs_constants.cache_clear()
+    kernels.pairs_constants.cache_clear()
     yield
-    kernels._pairs_constants.cache_clear()
+    kernels.pairs_constants.cache_clear()
 
 
 def short_row(vectors: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gif_kernels import dispatch, max_cosine
-from gif_kernels.tuning import Tile
+from gif_kernels.device.tuning import Tile
 
 kernels = pytest.importorskip("gif_kernels.max_cosine.kernels", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
@@ -34,9 +34,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 16 x 32, in several parts of the columns."""
     monkeypatch.setattr(kernels, "tile", lambda *_: Tile(rows=16, columns=32, width=16, warps=4, stages=1))
     monkeypatch.setattr(kernels, "multiprocessors", lambda _: 6)
-    kernels._constants.cache_clear()
+    kernels.search_constants.cache_clear()
     yield
-    kernels._constants.cache_clear()
+    kernels.search_constants.cache_clear()
 
 
 def check(given, vectors, others, agree):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gif_kernels import dispatch, nearest_centroid
-from gif_kernels.tuning import Tile
+from gif_kernels.device.tuning import Tile
 
 kernels = pytest.importorskip("gif_kernels.nearest_centroid.kernels", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
@@ -43,9 +43,9 @@ def device() -> Iterator[None]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 16 rows, 32 centroids, 16 columns of both."""
     monkeypatch.setattr(kernels, "tile", lambda *_: Tile(rows=16, columns=32, width=16, warps=4, stages=1))
-    kernels._constants.cache_clear()
+    kernels.search_constants.cache_clear()
     yield
-    kernels._constants.cache_clear()
+    kernels.search_constants.cache_clear()
 
 
 def offsets_of(sizes: list[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import pytest
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gif_kernels import AngularMargin, CodeRegression, dispatch, token_margin_loss
-from gif_kernels.tuning import MAX_VOCAB
+from gif_kernels.device.tuning import MAX_VOCAB
+from gif_kernels.token_margin.options import TokenMarginOptions
 
 kernels = pytest.importorskip("gif_kernels.token_margin.kernels", reason="Triton is not installed")
-shared = pytest.importorskip("gif_kernels.cosine_kernels", reason="Triton is not installed")
+cosine_gradients = pytest.importorskip("gif_kernels.device.cosine_gradients", reason="Triton is not installed")
+shared_reduction = pytest.importorskip("gif_kernels.device.reduction", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
     pytest.skip("needs a CUDA or ROCm device; test_interpreter.py runs it without one", allow_module_level=True)
 
@@ -232,7 +234,7 @@ def test_pulled(case, gathered, reduction, differentiate, agree):
 def test_parts_of_the_batch(case, parts, monkeypatch, differentiate, agree):
     """Several blocks of rows a part, and parts that do not fill: the sums for the centre gradient."""
     blocks_d = -(-(case.inner or case.width) // 64)
-    monkeypatch.setattr(shared, "PROGRAMS", parts * blocks_d * (1 if case.inner is None else case.length))
+    monkeypatch.setattr(cosine_gradients, "PROGRAMS", parts * blocks_d * (1 if case.inner is None else case.length))
     case = replace(case, batch=257)  # 9 blocks of 32 rows, the last of one row
     tensors, codes = case.tensors(), case.codes()
     options = {"reduction": "none"}
@@ -377,14 +379,17 @@ def test_custom_ops_keep_their_word(case):
     rows = kernels._project(z, *projections, operand) if projections else z.unsqueeze(1)
     pulls = [(None, None)] if projections else [(None, None), (torch.randn(3, case.width), torch.arange(5) % 3)]
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    for targets in pulls:
+    for targets, target_rows in pulls:
         for save, reduction in ((False, "sum"), (True, "none"), (True, "mean")):
-            numbers = (0.5, *shared.margin_numbers(AngularMargin()), 64.0)
-            inputs = (rows, w, case.codes(), case.weights(), *targets, *numbers, reduction, operand, save)
+            options = TokenMarginOptions(AngularMargin(), 64.0, 0.5, reduction, operand)
+            numbers = (*astuple(options.margin), options.scale, options.pull, operand)
+            codes, weights = case.codes(), case.weights()
+            inputs = (rows, w, targets, reduction, save, codes, weights, target_rows, *numbers)
             check(torch.ops.gif_kernels.token_margin_forward.default, inputs)
-        _, *saved = kernels._forward(*inputs)
+        _, share, *saved, pull = kernels._forward(rows, w, codes, weights, targets, target_rows, options, save)
+        pulled = (None, None, None) if targets is None else (pull, targets, target_rows)
         for needs in ((True, True), (True, False), (False, True)):
-            backward = (rows, w, *targets, *saved, torch.ones(()), operand, *needs)
+            backward = (rows, w, *needs, *saved, *pulled, torch.ones(()), share, operand)
             check(torch.ops.gif_kernels.token_margin_backward.default, backward)
 
 
@@ -411,10 +416,13 @@ class Counted:
 def test_launches_of_a_step_without_projections(reduction, pulled, launches, monkeypatch):
     """Three for the loss and its gradients, one more for a mean; around them nothing touches the device."""
     counts = []
-    for module, names in ((kernels, ["token_margin_forward"]), (shared, ["cosine_backward", "center_gradient"])):
+    for module, names in (
+        (kernels, ["token_margin_forward"]),
+        (cosine_gradients, ["cosine_backward", "center_gradient"]),
+    ):
         for name in names:
             monkeypatch.setattr(module, name, Counted(getattr(module, name), counts))
-    monkeypatch.setattr(shared, "reduce_losses", Counted(shared.reduce_losses, counts))
+    monkeypatch.setattr(shared_reduction, "reduce_losses", Counted(shared_reduction.reduce_losses, counts))
     monkeypatch.setattr("gif_kernels.checks.looks_at_values", lambda tensor: False)
     case = CASES["few"]
     tensors = [x.requires_grad_() for x in case.tensors()]

@@ -90,9 +90,14 @@ def test_rounding_is_that_of_the_other_implementations_to_the_bit(dtype, seed):
     rows = torch.tensor([0, 1, 2**20, 2**31, 2**32 + 5, 2**33, 7, 10**12])
     given = torch.empty_like(values)
     round_rows[(8,)](
-        values, rows, given, kernels._signed(kernels.mixed_seed(seed)),
-        WIDTH=64, DIGITS=kernels.SIGNIFICAND_BITS[dtype], LOWEST=kernels.LOWEST_EXPONENT[dtype],
-    )  # fmt: skip
+        p_x=values,
+        p_rows=rows,
+        p_out=given,
+        seed=kernels._signed(kernels.mixed_seed(seed)),
+        WIDTH=64,
+        DIGITS=kernels.SIGNIFICAND_BITS[dtype],
+        LOWEST=kernels.LOWEST_EXPONENT[dtype],
+    )
     assert torch.equal(given.to(dtype), stochastic_round(values, dtype, rows, seed))
     assert torch.equal(given, given.to(dtype).float())
 

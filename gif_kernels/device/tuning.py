@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 
@@ -187,25 +186,3 @@ def architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-MatrixUnits = Literal["none", "any", "widest"]
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One compilation of a kernel that is shipped, for `gif_kernels.aot`.
-
-    Args:
-        label: sizes and dtypes, one line.
-        kernel: the jitted function.
-        signature: Triton type by argument name; pointers are aligned to 16 bytes, as PyTorch's memory is.
-        constants: value by constexpr argument name, and launch options.
-        matrix: the matrix units that its products must use: the architecture's widest, any, or none.
-    """
-
-    label: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    matrix: MatrixUnits = "none"

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.cosine_kernels import incoming_stride
-from gif_kernels.primitives import SIGNATURE, TRITON_DTYPE, inside, inverse_norm
-from gif_kernels.tuning import Configuration
+from gif_kernels.device.primitives import TRITON_DTYPE, inside, inverse_norm
+from gif_kernels.device.reduction import incoming_stride
 
-ONE_WARP, MOST_WARPS = 256, 8
-"""Elements of a row that one warp takes, and warps at most."""
+ONE_WARP = 256
+"""Elements of a row that one warp takes."""
+MOST_WARPS = 8
+"""Warps of a program, however wide the row is."""
 
 
 @triton.jit
@@ -149,34 +150,7 @@ def row_gradients(
 
 
 def row_constants(width: int, column_stride: int) -> dict[str, Any]:
-    """What the kernels of a row a program compile with: the sizes, and as many warps as the row is wide."""
+    """The constants of kernels that take a row a program: sizes, strides, and more warps for a wider row."""
     block = triton.next_power_of_2(width)
     warps = max(1, min(MOST_WARPS, block // ONE_WARP))
     return {"WIDTH": width, "COLUMN_STRIDE": column_stride, "BLOCK_D": block, "num_warps": warps}
-
-
-def shipped_row_kernels() -> list[Configuration]:
-    """What `gif_kernels.aot` compiles."""
-    bf16, constants = SIGNATURE[torch.bfloat16], row_constants(768, 1)
-    rows = {"p_rows": bf16, "rows_stride": "i32"}
-    gradients = dict.fromkeys(["p_inverse", "p_numerators", "p_incoming", "p_share"], "*fp32")
-    return [
-        Configuration(
-            "768 bfloat16",
-            unit_rows_kernel,
-            {**rows, "p_index": "*i64", "p_unit": bf16},
-            {**constants, "GATHER": True},
-        ),
-        Configuration(
-            "768 bfloat16",
-            inverse_norms_kernel,
-            {**rows, "p_inverse": "*fp32"},
-            {**constants, "OPERAND": tl.bfloat16},
-        ),
-        Configuration(
-            "768 bfloat16",
-            row_gradients_kernel,
-            {**rows, **gradients, "p_gradient": bf16, "scale": "fp32", "incoming_stride": "i32"},
-            {**constants, "MEAN": True},
-        ),
-    ]

@@ -1,4 +1,4 @@
-"""What the Triton kernels share, on the device and before a launch."""
+"""The smallest parts of the Triton kernels: blocks, masks and norms on the device; sizes and memory before a launch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ SMALLEST_SQUARE = tl.constexpr(1.1754944e-38)
 """The smallest normal float32: a sum of squares below it counts as 0, since hardware may flush it to 0 anyway."""
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-SIGNATURE = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-"""How Triton writes the type of a pointer."""
+"""What Triton calls the dtype of an operand; `gif_kernels.precision` says which one it is."""
 
 SMALLEST_BLOCK = 16
-"""Of each dimension of a product."""
+"""The fewest rows or columns that Triton multiplies as a block."""
 
 
 @triton.jit
@@ -41,27 +40,6 @@ def load_block(p, o_row, m_row, o_column, m_column, STRIDE: tl.constexpr):
 def block_size(size: int, most: int, least: int = SMALLEST_BLOCK) -> int:
     """The power of two that covers ``size``, between ``least`` and ``most``, both powers of two."""
     return max(least, min(most, triton.next_power_of_2(size)))
-
-
-def shared_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that a product's operands are brought to: their own if they share it, else float32."""
-    return dtypes[0] if len(set(dtypes)) == 1 else torch.float32
-
-
-def float32_precision(tf32: bool, architecture: str) -> str:
-    """How Triton multiplies float32 on ``architecture``; ``tf32``: operands may be rounded to TF32.
-
-    Else NVIDIA's matrix units multiply in three TF32 products, of the leading and the following digits. On an H100 that
-    is three times as fast as multiply-adds, and as exact as PyTorch's float32 products: half of their error.
-    """
-    if tf32 and (architecture.startswith("sm_") or architecture == "gfx942"):
-        return "tf32"
-    return "tf32x3" if architecture.startswith("sm_") else "ieee"
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 matrix products round their operands to TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def empty_like_if(needed: bool, tensor: Tensor) -> Tensor:

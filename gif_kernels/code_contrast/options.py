@@ -1,0 +1,27 @@
+"""Code contrast: what its implementations are told beside tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gif_kernels.margins import AngularMargin
+from gif_kernels.reduction import Reduction
+
+
+@dataclass(frozen=True)
+class CodeContrastOptions:
+    """The arguments of `code_contrast_loss` that are no tensors, checked.
+
+    Args:
+        margin: psi.
+        scale: s, what a cosine is multiplied by to be a logit.
+        reduction: "mean", "sum" or "none".
+        operand: the dtype that the products' operands are rounded to.
+    """
+
+    margin: AngularMargin
+    scale: float
+    reduction: Reduction
+    operand: torch.dtype
