@@ -43,15 +43,6 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values if world_size() == 1 else sum_over_processes(values) / world_size()
 
 
-def shared_seed(device: torch.device) -> int:
-    """A fresh seed in [0, 2^31) from rank 0's default generator, the same on each process."""
-    seed = torch.randint(1 << 31, (1,))
-    if world_size() > 1:
-        seed = seed.to(device)
-        dist.broadcast(seed, 0)
-    return int(seed)
-
-
 def rank() -> int:
     """Which of the processes this one is: 0 where no process group is initialised."""
     return dist.get_rank() if world_size() > 1 else 0

@@ -25,6 +25,7 @@ from gif_kernels.max_cosine.op import max_cosine
 from gif_kernels.nearest_centroid.op import nearest_centroid
 from gif_kernels.token_margin.op import token_margin_loss
 from gif_kernels.uniformity_step.op import uniformity_step_
+from gif_kernels.vector_step.op import vector_step_
 
 __all__ = [
     "AngularMargin",
@@ -37,4 +38,5 @@ __all__ = [
     "nearest_centroid",
     "token_margin_loss",
     "uniformity_step_",
+    "vector_step_",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
@@ -42,7 +43,12 @@ BATCH = ("B", "n")
 
 def looks_at_values(tensor: Tensor) -> bool:
     """Whether values may be read here without a host synchronisation or a graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not is_traced(tensor)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call with ``tensor`` is recorded and not run: by torch.compile, or because the tensor has no values."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def floating(name: str, tensor: object, shape: Sequence[int | str], *, finite: bool = True) -> Tensor:
@@ -140,10 +146,16 @@ def angular_margin(margin: object) -> None:
 
 def positive(name: str, value: float) -> None:
     """Raise TypeError unless ``value`` is a number, ValueError unless it is finite and > 0."""
-    if not isinstance(value, (int, float)):  # torch 2.9 cannot compile int | float
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}; convert it with float()")
+    _number(name, value)
     if not 0 < value < math.inf:
         raise InputError(f"{name} must be a finite number > 0, got {value}")
+
+
+def finite(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is finite."""
+    _number(name, value)
+    if not -math.inf < value < math.inf:
+        raise InputError(f"{name} must be a finite number, got {value}")
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -152,6 +164,11 @@ def same_device(**tensors: Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise InputError(f"all inputs must be on one device, got {where}; move them with .to(device)")
+
+
+def _number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)):  # torch 2.9 cannot compile int | float
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}; convert it with float()")
 
 
 def _tensor(name: str, tensor: object) -> Tensor:

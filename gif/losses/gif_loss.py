@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gif.codes import IdentityCodes
 from gif.data.identities import require_same
-from gif.distributed import gather_rows, mean_over_processes, shared_seed
+from gif.distributed import gather_rows, mean_over_processes
 from gif.errors import InputError
 from gif.head import Head
 from gif.losses.health import against_others
@@ -25,7 +25,7 @@ from gif.vectors.store import CodeVectors
 from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regression_loss, token_margin_loss
 from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
-from gif_kernels.rounding import uniform
+from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
 
 
 class GIFLoss(nn.Module, Head):
@@ -58,6 +58,10 @@ class GIFLoss(nn.Module, Head):
         step_share: what share of an optimizer's step one forward pass is, 1 / k where gradients accumulate over k
             micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
         moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
+        draws: None, or () int64, a buffer: the seed of a step's random numbers, which are negatives and the rounding of
+            code vectors that move. Each backward pass adds one. It is part of the state, so that a run that continues
+            draws what it would have drawn; a state without it leaves it as it is. Like the parameters it must be the
+            same on each process, as `gif.distributed.replicate` and DistributedDataParallel make it.
         stayed: how many code vectors could not take their step, summed over the steps: () int64 on the table's device,
             so that counting waits for nothing.
 
@@ -116,9 +120,8 @@ class GIFLoss(nn.Module, Head):
                 nn.init.orthogonal_(matrix)
         self.register_buffer("token_weights", _weights(token_weights, length), persistent=False)
         self.token_weights: Tensor
-        if self.recipe.negatives:
-            self.register_buffer("draws", torch.randint(1 << 62, ()))
-            self.draws: Tensor
+        self.register_buffer("draws", torch.randint(1 << 62, ()) if self._draws_at_random() else None)
+        self.draws: Tensor | None
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, reduction: Reduction = "mean") -> Tensor:
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; a label of -1 is ignored.
@@ -195,8 +198,9 @@ class GIFLoss(nn.Module, Head):
             moves = self.recipe.moves_vectors and self.training and torch.is_grad_enabled()
             contrast = self._contrast_that_steps if moves else self._contrast
             losses = contrast(embeddings, labels, vectors, candidates)
-            if self.training and not moves and not _repeated():
-                self._draw_others()
+            if self.training and not moves and losses.grad_fn is not None:
+                # after the backward pass: a checkpointed forward pass is repeated before
+                losses.grad_fn.register_hook(lambda *_: self._draw_others())
         return reduce_rows(losses, labels >= 0, reduction)
 
     def _candidates(self, labels: Tensor) -> Tensor:
@@ -223,12 +227,18 @@ class GIFLoss(nn.Module, Head):
         numbers = torch.arange(count, device=device)
         if count == m:
             return numbers
+        assert self.draws is not None  # there are negatives
         places = numbers + uniform(self.draws.to(device).view(1), numbers, 0).double()
         return places.mul_(m / count).long().clamp_(max=m - 1)
 
+    def _draws_at_random(self) -> bool:
+        """Whether a training step draws random numbers: negatives, or the rounding of code vectors that move."""
+        rounds = self.vectors is not None and self.vectors.table.dtype in SIGNIFICAND_BITS
+        return self.recipe.negatives > 0 or (rounds and self.recipe.moves_vectors)
+
     def _draw_others(self) -> None:
-        """From now on: other negatives."""
-        if self.recipe.negatives:
+        """From now on: other negatives, and other rounding."""
+        if self.draws is not None:
             self.draws += 1
 
     def _contrast(self, embeddings: Tensor, labels: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:
@@ -254,7 +264,7 @@ class GIFLoss(nn.Module, Head):
             losses = self._contrast(point, labels, vectors.requires_grad_(), candidates)
         of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
         gradient = mean_over_processes(of_vectors / (labels >= 0).sum().clamp(min=1))
-        step = partial(self._move, candidates, gradient, self.recipe.vector_lr * self.step_share, self._seed(vectors))
+        step = partial(self._move, candidates, gradient, self.recipe.vector_lr * self.step_share)
         losses = losses.detach()
         if embeddings.requires_grad:
             return with_row_gradients(losses, embeddings, of_embeddings, step)
@@ -262,13 +272,9 @@ class GIFLoss(nn.Module, Head):
             step()
         return losses
 
-    def _seed(self, vectors: Tensor) -> int:
-        """Of the rounding of a step that was computed from ``vectors``, the same on every process."""
-        rounds = self.vectors is not None and self.vectors.table.dtype.itemsize < vectors.dtype.itemsize
-        return shared_seed(vectors.device) if rounds else 0
-
-    def _move(self, candidates: Tensor, gradient: Tensor, lr: float, seed: int) -> None:
+    def _move(self, candidates: Tensor, gradient: Tensor, lr: float) -> None:
         assert self.vectors is not None  # checked at construction
+        seed = 0 if self.draws is None else self.draws
         self.stayed += self.vectors.move_(candidates, gradient, lr, seed=seed)
         self._draw_others()
         if self.moved is not None:
@@ -362,6 +368,17 @@ class GIFLoss(nn.Module, Head):
             f"this state was trained with {what} (fingerprint {there[:12]}..., the codes here have {here[:12]}...); "
             "load the codes file that was used in training"
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """As of any module, but for `draws`: a state may have it or not.
+
+        A head that draws keeps its own count where the state has none; one that does not draw passes over it.
+        """
+        if self.draws is None:
+            state_dict.pop(f"{prefix}draws", None)
+        else:
+            state_dict.setdefault(f"{prefix}draws", self.draws)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"{self.codes}, {self.recipe}"

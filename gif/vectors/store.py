@@ -11,8 +11,7 @@ from torch import Tensor
 from gif.data.identities import Identities, check_count
 from gif.errors import InputError
 from gif.files import check_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
-from gif_kernels import checks
-from gif_kernels.rounding import stochastic_round
+from gif_kernels import checks, vector_step_
 
 FORMAT = "gif.code_vectors/1"
 ROWS_A_BLOCK = 1 << 18  # of a table, that are looked at together
@@ -94,28 +93,21 @@ class CodeVectors:
         check_mapped(self.table)
         return self.table[rows].to(labels.device)
 
-    @torch.no_grad()
-    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int = 0) -> Tensor:
+    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int | Tensor = 0) -> Tensor:
         """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
 
         ``gradient`` (C, d) belongs to the labels row by row; an identity named more than once takes the sum of its
         gradients. A row whose step is not finite stays as it is: one overflow upstream must not outlive the step it
         spoils. A low-precision table is rounded stochastically, so that small steps survive on average; give a new
-        ``seed`` in each step.
+        ``seed`` in each step, a number or () int64, which no host reads where it is on the table's device.
 
         Returns how many rows stayed, () int64 on the table's device. Raises TypeError for labels that are not integers,
         ValueError for another shape or a label outside [0, m).
         """
-        gradient = gradient.to(self.table.device, torch.promote_types(gradient.dtype, torch.float32))
-        rows, step, once = _summed(self._rows(labels), gradient)
+        rows = self._rows(labels)
         check_mapped(self.table)
-        before = self.table[rows]
-        moved = step.mul_(-lr).add_(before)
-        norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-        moves = norm.isfinite() & (norm > 0)  # NaN and infinity anywhere in a row reach its norm
-        moved = stochastic_round(moved.div_(norm), self.table.dtype, rows, seed)
-        self.table[rows] = torch.where(moves, moved, before)
-        return (~moves.squeeze(1) & once).sum()
+        seed = seed.to(self.table.device) if isinstance(seed, Tensor) else seed
+        return vector_step_(self.table, rows, gradient.to(self.table.device), lr=lr, seed=seed)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that follow from the vectors as they are now, and from whose they are.
@@ -161,23 +153,3 @@ def digest_rows(table: Tensor) -> str:
         rows = table[torch.linspace(0, len(table) - 1, _DIGEST_ROWS, dtype=torch.float64).long().to(table.device)]
     digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (k,) of a table, the sum of the gradients (C, d) of each, and which of them stand for the first time.
-
-    On a CPU without repeats. On an accelerator, where the host would wait for their number, with them: each repeat has
-    the whole sum, so it is the same row that is written twice. Sums have a fixed order.
-    """
-    if checks.looks_at_values(rows):
-        distinct, place = rows.unique(return_inverse=True)
-        sums = gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, place, gradient)
-        return distinct, sums, torch.ones_like(distinct, dtype=torch.bool)
-    ordered, order = rows.sort(stable=True)
-    numbers = torch.arange(len(rows), device=rows.device)
-    begins = torch.ones_like(ordered, dtype=torch.bool)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    first = order[torch.where(begins, numbers, 0).cummax(0).values]
-    place = torch.empty_like(order).scatter_(0, order, first)
-    sums = torch.zeros_like(gradient).index_put_((place,), gradient, accumulate=True)
-    return rows, sums[place], place == numbers

@@ -4,6 +4,7 @@
     margins           psi and its slope on the device
     gathers           rows of a table by index
     rows              kernels that take a row a program: unit rows, norms, gradients back through a norm
+    rounding          stochastic rounding, with the random numbers of the other implementations
     reduction         a loss a row to a mean or a sum, and the factor that a mean leaves for the backward pass
     cosine_gradients  gradients of rows and centres from the slopes of their cosines
     tuning            tile sizes by kernel, architecture and dtype

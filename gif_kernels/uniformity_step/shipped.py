@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from gif_kernels.device.rounding import rounded_row_constants
 from gif_kernels.device.shipped import POINTER, Configuration
-from gif_kernels.uniformity_step.kernels import step_constants, uniformity_step
+from gif_kernels.uniformity_step.kernels import uniformity_step
 
 
 def configurations(architecture: str) -> Iterator[Configuration]:
@@ -20,4 +21,4 @@ def configurations(architecture: str) -> Iterator[Configuration]:
         **dict.fromkeys(["rows", "splits", "mixed_seed", "table_stride"], "i32"),
         **dict.fromkeys(["slope", "rate"], "fp32"),
     }
-    yield Configuration("768 bfloat16", uniformity_step, signature, step_constants(torch.bfloat16, 768, 1))
+    yield Configuration("768 bfloat16", uniformity_step, signature, rounded_row_constants(torch.bfloat16, 768, 1))

@@ -20,6 +20,8 @@ if not (dispatch.INTERPRETING or torch.cuda.is_available()):
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from gif_kernels.device import rounding  # noqa: E402
+
 DEVICE = "cpu" if dispatch.INTERPRETING else "cuda"
 pytestmark = [] if dispatch.INTERPRETING else [pytest.mark.gpu]
 on_a_gpu = pytest.mark.skipif(dispatch.INTERPRETING, reason="needs a CUDA or ROCm device, not the interpreter")
@@ -79,7 +81,7 @@ def round_rows(p_x, p_rows, p_out, seed, WIDTH: tl.constexpr, DIGITS: tl.constex
     tl.store(p_out + i * WIDTH + o_d, kernels_round(x, tl.load(p_rows + i), o_d, seed, DIGITS, LOWEST))
 
 
-kernels_round = kernels._stochastic_round
+kernels_round = rounding.stochastic_round
 
 
 @pytest.mark.parametrize("seed", [0, 1, -5, 2**40 + 3])
@@ -95,8 +97,8 @@ def test_rounding_is_that_of_the_other_implementations_to_the_bit(dtype, seed):
         p_out=given,
         seed=kernels._signed(kernels.mixed_seed(seed)),
         WIDTH=64,
-        DIGITS=kernels.SIGNIFICAND_BITS[dtype],
-        LOWEST=kernels.LOWEST_EXPONENT[dtype],
+        DIGITS=rounding.SIGNIFICAND_BITS[dtype],
+        LOWEST=rounding.LOWEST_EXPONENT[dtype],
     )
     assert torch.equal(given.to(dtype), stochastic_round(values, dtype, rows, seed))
     assert torch.equal(given, given.to(dtype).float())

@@ -1,0 +1,118 @@
+"""Vector step: the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gif_kernels import checks, dispatch
+from gif_kernels.dispatch import Impl
+from gif_kernels.errors import InputError
+from gif_kernels.precision import compute_dtype
+from gif_kernels.rounding import MASK
+from gif_kernels.vector_step import blocked, reference
+
+OP = "vector_step_"
+dispatch.register(
+    OP,
+    reference=reference.step_,
+    blocked=blocked.step_,
+    triton="gif_kernels.vector_step.kernels:step_",
+)
+
+_ANY = torch.iinfo(torch.int64)
+
+
+def vector_step_(
+    table: Tensor,
+    rows: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float,
+    seed: int | Tensor = 0,
+    row_ids: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """One step of gradient descent on the sphere for some rows of a table, in place: h <- normalise(h - lr g).
+
+    A row whose step is not finite, or has no direction, stays as it is to the bit: one overflow upstream must not
+    outlive the step it spoils. Nothing of the table's size is read, written or allocated, and on an accelerator no host
+    waits.
+
+    Args:
+        table: (n, d) float32, bfloat16, float16 (or float64). A low-precision table is rounded stochastically, so that
+            steps below its resolution survive on average.
+        rows: (B,) integer < n: the row that each gradient belongs to. A negative one is skipped. A row that is named
+            more than once takes the sum of its gradients, added in the order in which they stand.
+        gradient: g, (B, d); summed in float32, or in float64 where it or the table is.
+        lr: the rate, a finite number.
+        seed: of the rounding: an int, or () int64 on the table's device, so that a replayed CUDA graph draws anew. Both
+            draw the same numbers, which follow from (seed, row, column); give each step its own.
+        row_ids: (n,) integer: what the rows are called in the rounding, where the table is gathered rows of a larger
+            one. None: row k is called k.
+        impl: "auto", "triton", "blocked" or "reference".
+
+    Returns:
+        () int64: how many distinct rows were named and stayed.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a row >= n (on an accelerator the Triton
+            kernel skips it).
+    """
+    checks.floating("table", table, ("n", "d"), finite=False)
+    n, width = table.shape
+    rows = checks.integer("rows", rows, ("B",), low=_ANY.min, high=_ANY.max, hint="name rows of the table", asserted=False)
+    gradient = checks.floating("gradient", gradient, (len(rows), width), finite=False).detach()
+    checks.finite("lr", lr)
+    if row_ids is not None:
+        hint = "name each row of the table"
+        row_ids = checks.integer("row_ids", row_ids, (n,), low=_ANY.min, high=_ANY.max, hint=hint, asserted=False)
+    tensor_seed = _checked_seed(seed)
+    checks.same_device(table=table, rows=rows, gradient=gradient, row_ids=row_ids, seed=tensor_seed)
+    name = dispatch.resolve(OP, impl, table.device, compute_dtype(table, gradient))
+    if name != "triton" or checks.looks_at_values(rows):
+        checks.require((rows < n).all(), f"rows must lie below {n}, the rows of the table; a negative one is skipped")
+    if checks.is_traced(table):
+        if tensor_seed is None:
+            tensor_seed = torch.full((), seed & MASK, dtype=torch.int64, device=table.device)
+        stayed: Tensor = torch.ops.gif_kernels.vector_step_(table, rows, gradient, row_ids, tensor_seed, float(lr), impl)
+        return stayed
+    return _step(table, rows, gradient, row_ids, seed, float(lr), name)
+
+
+def _checked_seed(seed: object) -> Tensor | None:
+    """The seed where it is a tensor. Raises TypeError or ValueError unless it is an int or () int64."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim:
+            raise InputError(f"seed must be an int or () int64, got {tuple(seed.shape)} {seed.dtype}; convert it")
+        return seed
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a () int64 tensor, got {type(seed).__name__}")
+    return None
+
+
+@torch.no_grad()
+def _step(
+    table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float, name: str
+) -> Tensor:
+    if len(rows) == 0 or len(table) == 0:
+        return torch.zeros((), dtype=torch.int64, device=table.device)
+    with dispatch.full_precision(table.device):
+        stayed: Tensor = dispatch.implementation(OP, name)(table, rows, gradient, row_ids, seed, lr)
+    return stayed
+
+
+@torch.library.custom_op("gif_kernels::vector_step_", mutates_args=("table",))
+def _step_op(
+    table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: Tensor, lr: float, impl: str
+) -> Tensor:
+    """The step as one node of a compiled graph."""
+    name = dispatch.resolve(OP, impl, table.device, compute_dtype(table, gradient))  # type: ignore[arg-type]
+    return _step(table, rows, gradient, row_ids, seed, lr, name)
+
+
+@_step_op.register_fake
+def _(
+    table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: Tensor, lr: float, impl: str
+) -> Tensor:
+    return table.new_empty((), dtype=torch.int64)
