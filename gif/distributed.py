@@ -26,16 +26,31 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     No gradient flows back. The tensor's device must suit the process group: CUDA for nccl.
     """
-    if world_size() == 1:
-        return rows
-    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
-    counts = [int(size) for size in sizes]
+    return rows if world_size() == 1 else _gather(rows, _counts(rows))
+
+
+def _counts(rows: Tensor) -> list[int]:
+    """How many rows each process has. By the CPU where the group has a backend for it: no host waits for a device."""
+    device = torch.device("cpu") if "cpu" in dist.get_backend_config() else rows.device
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=device))
+    return [int(size) for size in sizes]
+
+
+def _gather(rows: Tensor, counts: list[int]) -> Tensor:
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     blocks = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(blocks, padded)
     return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
+
+
+def gather_part(rows: Tensor) -> tuple[Tensor, int]:
+    """`gather_rows`, and where this process's own rows begin in them."""
+    if world_size() == 1:
+        return rows, 0
+    counts = _counts(rows)
+    return _gather(rows, counts), sum(counts[: rank()])
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -159,7 +174,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     own = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
         yield own
     finally:

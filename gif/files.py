@@ -452,6 +452,11 @@ def check_mapped(tensor: Tensor) -> None:
         check_length(pages.path, pages, len(pages))
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether `map_tensor` made ``tensor``, or the one that it is a part of."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() in _MAPPED
+
+
 def check_length(path: Path, pages: mmap.mmap, length: int) -> None:
     """Raise DamagedFileError if a mapped file has fewer than ``length`` bytes by now: to look there is a bus error."""
     if (size := pages.size()) < length:

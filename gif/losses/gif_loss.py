@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +15,66 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gif.codes import IdentityCodes
 from gif.data.identities import require_same
-from gif.distributed import gather_rows, mean_over_processes
+from gif.distributed import gather_part, mean_over_processes
 from gif.errors import InputError
 from gif.head import Head
 from gif.losses.health import against_others
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
+from gif.vectors.divided import DividedCodeVectors
+from gif.vectors.rows import Rows
+from gif.vectors.staging import to_device
 from gif.vectors.store import CodeVectors
 from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regression_loss, token_margin_loss
 from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
 from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
+
+
+class PreparedLabels:
+    """Labels of a batch, and what a `GIFLoss` reads of its tables for them; `GIFLoss.prepare` makes it.
+
+    What is on the host, or in a file, is asked for at once; the rest when it is used.
+
+    Attributes:
+        labels: (B,) int64, where the loss is.
+        candidates: (C,) identities that the batch is contrasted with, where the loss is.
+    """
+
+    def __init__(self, loss_fn: GIFLoss, labels: Tensor, device: torch.device, ahead: int) -> None:
+        self._codes, self._vectors, self._device = loss_fn.codes, loss_fn.vectors, device
+        self._given = labels
+        self.labels = to_device(labels, device)
+        self._rows: Rows | None = None
+        if loss_fn.vectors is not None and loss_fn.recipe.needs_vectors:
+            identities, self._begin = loss_fn.candidates(labels, ahead)
+            self.candidates = to_device(identities, device)
+            if not loss_fn.reads_whole_table(device):
+                self._rows = loss_fn.vectors.rows(identities, device)
+        if labels.device != device:
+            self.tokens  # noqa: B018 (what is on the host is asked for at once)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """The tokens (B, l) of the labels' codes."""
+        return to_device(self._codes.lookup(self._given), self._device)
+
+    @property
+    def rows(self) -> Rows:
+        """The code vectors of the candidates, to be moved."""
+        assert self._rows is not None  # a term asks for them
+        return self._rows
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """The code vectors (C, d) of the candidates; float32 at least, for steps are smaller than bfloat16 tells."""
+        values = self.rows.values
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    @property
+    def own_vectors(self) -> Tensor:
+        """The code vectors (B, d) of the labels."""
+        return self.vectors[self._begin : self._begin + len(self.labels)]
 
 
 class GIFLoss(nn.Module, Head):
@@ -122,26 +171,37 @@ class GIFLoss(nn.Module, Head):
         self.token_weights: Tensor
         self.register_buffer("draws", torch.randint(1 << 62, ()) if self._draws_at_random() else None)
         self.draws: Tensor | None
+        self._draw_seen = (0, -1)  # what draws was on the host, and the version of the tensor then
 
-    def forward(self, embeddings: Tensor, labels: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor | PreparedLabels, *, reduction: Reduction = "mean") -> Tensor:
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; a label of -1 is ignored.
 
         With reduction "none" it is the loss of each row, (B,), to be weighted; the code vectors step by the mean's.
+        Labels that were prepared (`prepare`) are those of these very embeddings, and are used once.
         """
         checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
-        labels = self._checked(labels, embeddings)
+        found = self._prepared(labels, embeddings)
         recipe = self.recipe
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if recipe.code_weight > 0:
             regression = None
             if recipe.regression_weight > 0:
-                regression = CodeRegression(*self._targets(labels), recipe.regression_weight / recipe.code_weight)
-            loss = loss + recipe.code_weight * self.code_loss(embeddings, labels, reduction, regression)
+                regression = CodeRegression(*self._targets(found), recipe.regression_weight / recipe.code_weight)
+            loss = loss + recipe.code_weight * self._code_loss(embeddings, found, reduction, regression)
         elif recipe.regression_weight > 0:
-            loss = loss + recipe.regression_weight * self.regression_loss(embeddings, labels, reduction)
+            loss = loss + recipe.regression_weight * self._regression_loss(embeddings, found, reduction)
         if recipe.contrast_weight > 0:
-            loss = loss + recipe.contrast_weight * self.contrast_loss(embeddings, labels, reduction)
+            loss = loss + recipe.contrast_weight * self._contrast_loss(embeddings, found, reduction)
         return loss
+
+    def prepare(self, labels: Tensor, device: torch.device, ahead: int = 0) -> PreparedLabels:
+        """What the loss of a batch with ``labels`` (B,) needs of the tables, on its way to ``device``.
+
+        Known from the labels alone, so it may be asked for while a step runs: rows on the host or in a file are read
+        meanwhile, and labels on the CPU keep the host from waiting. ``ahead``: how many forward passes come before this
+        one, from now on; the negatives are drawn for it. Of several processes each prepares the same passes.
+        """
+        return PreparedLabels(self, self._checked(labels, "B"), device, ahead)
 
     def code_loss(
         self,
@@ -151,11 +211,15 @@ class GIFLoss(nn.Module, Head):
         regression: CodeRegression | None = None,
     ) -> Tensor:
         """L_C (): cross entropy of the tokens, unweighted; and the pull of ``regression``, in one pass."""
-        labels = self._checked(labels, embeddings)
+        return self._code_loss(embeddings, self._prepared(labels, embeddings), reduction, regression)
+
+    def _code_loss(
+        self, embeddings: Tensor, found: PreparedLabels, reduction: Reduction, regression: CodeRegression | None
+    ) -> Tensor:
         return token_margin_loss(
             embeddings,
             self.centers,
-            self.codes.lookup(labels),
+            found.tokens,
             projections=self.projections,
             token_weights=self.token_weights,
             regression=regression,
@@ -166,16 +230,27 @@ class GIFLoss(nn.Module, Head):
 
     def regression_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_AR (): squared distance of the cosine to the own code vector from 1, halved, unweighted."""
-        targets, rows = self._targets(self._checked(labels, embeddings))
+        return self._regression_loss(embeddings, self._prepared(labels, embeddings), reduction)
+
+    def _regression_loss(self, embeddings: Tensor, found: PreparedLabels, reduction: Reduction) -> Tensor:
+        targets, rows = self._targets(found)
         return code_regression_loss(embeddings, targets, rows=rows, reduction=reduction)
 
-    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The code vectors and the row of each label in them: the table itself, or, if it moves, a copy of its rows."""
-        assert self.vectors is not None  # checked at construction
-        if self.vectors.table.device == labels.device and not self.recipe.moves_vectors:
+    def _targets(self, found: PreparedLabels) -> tuple[Tensor, Tensor]:
+        """Code vectors and the row of each label in them: the table itself if it may be, or the batch's own rows."""
+        labels = found.labels
+        if self.reads_whole_table(labels.device):
+            assert self.vectors is not None  # checked at construction
             return self.vectors.table, labels
         rows = torch.arange(len(labels), device=labels.device)
-        return self.vectors.lookup(labels.clamp(min=0)), torch.where(labels >= 0, rows, -1)
+        return found.own_vectors, torch.where(labels >= 0, rows, -1)
+
+    def reads_whole_table(self, device: torch.device) -> bool:
+        """Whether only the pull reads code vectors, and the whole table where it is: it stays, on ``device``."""
+        vectors = self.vectors
+        assert vectors is not None  # checked at construction
+        whole = vectors.table.device == device and len(vectors.table) == len(vectors)
+        return whole and self.recipe.contrast_weight == 0
 
     def contrast_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
@@ -186,38 +261,40 @@ class GIFLoss(nn.Module, Head):
         Processes that train together (`torch.distributed`) share their candidates, and all take the same step with the
         mean of their gradients: that is the one step of the whole batch, and each process's table stays the same.
         """
-        assert self.vectors is not None  # checked at construction
-        labels = self._checked(labels, embeddings)
-        candidates = self._candidates(labels)
-        if len(candidates) == 0:
+        return self._contrast_loss(embeddings, self._prepared(labels, embeddings), reduction)
+
+    def _contrast_loss(self, embeddings: Tensor, found: PreparedLabels, reduction: Reduction) -> Tensor:
+        labels = found.labels
+        if len(found.candidates) == 0:
             losses = embeddings.sum(1, dtype=torch.float32)  # zero, and differentiable
         else:
-            vectors = self.vectors.lookup(candidates)
-            # Steps are smaller than what a bfloat16 gradient tells apart.
-            vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
             moves = self.recipe.moves_vectors and self.training and torch.is_grad_enabled()
             contrast = self._contrast_that_steps if moves else self._contrast
-            losses = contrast(embeddings, labels, vectors, candidates)
+            losses = contrast(embeddings, found)
             if self.training and not moves and losses.grad_fn is not None:
                 # after the backward pass: a checkpointed forward pass is repeated before
                 losses.grad_fn.register_hook(lambda *_: self._draw_others())
         return reduce_rows(losses, labels >= 0, reduction)
 
-    def _candidates(self, labels: Tensor) -> Tensor:
-        """The identities (C,) that a batch is contrasted with: its own, then their siblings; of all processes' batches.
+    def candidates(self, labels: Tensor, ahead: int = 0) -> tuple[Tensor, int]:
+        """The identities (C,) that a batch is contrasted with, and where among them those of its ``labels`` (B,) begin.
 
-        Outside of training they are this process's alone. There is none for an empty batch. The recipe's negatives,
-        which are the same for all processes, come last.
+        Its own, then their siblings; of all processes' batches in the order of their ranks, but outside of training of
+        this process's alone; then the recipe's negatives, the same for all. There is none for an empty batch. Without
+        a contrast they are the own identities, of all processes where each has a part of the code vectors.
         """
         largest = torch.cat([labels.new_zeros(1), labels]).max()
-        own = torch.where(labels >= 0, labels, largest)  # an ignored row brings nobody new
+        own, begin = torch.where(labels >= 0, labels, largest), 0  # an ignored row brings nobody new
+        if self.recipe.contrast_weight == 0:
+            return gather_part(own) if isinstance(self.vectors, DividedCodeVectors) else (own, begin)
         candidates = torch.cat([own, self.codes.siblings(own, self.recipe.siblings).flatten()])
-        candidates = gather_rows(candidates) if self.training else candidates
+        if self.training:
+            candidates, begin = gather_part(candidates)
         if self.recipe.negatives and len(candidates):
-            candidates = torch.cat([candidates, self._negatives(candidates.device)])
-        return candidates
+            candidates = torch.cat([candidates, self._negatives(candidates.device, ahead)])
+        return candidates, begin
 
-    def _negatives(self, device: torch.device) -> Tensor:
+    def _negatives(self, device: torch.device, ahead: int) -> Tensor:
         """Identities (min(negatives, m),) of this step, each as likely as any other and hardly any twice.
 
         One is drawn from each of as many equal parts of [0, m), by a counter-based generator: no process need tell
@@ -228,7 +305,8 @@ class GIFLoss(nn.Module, Head):
         if count == m:
             return numbers
         assert self.draws is not None  # there are negatives
-        places = numbers + uniform(self.draws.to(device).view(1), numbers, 0).double()
+        draw = self._draw_on_host() if device.type == "cpu" else self.draws
+        places = numbers + uniform((draw + ahead).view(1), numbers, 0).double()
         return places.mul_(m / count).long().clamp_(max=m - 1)
 
     def _draws_at_random(self) -> bool:
@@ -240,31 +318,40 @@ class GIFLoss(nn.Module, Head):
         """From now on: other negatives, and other rounding."""
         if self.draws is not None:
             self.draws += 1
+            number, version = self._draw_seen
+            self._draw_seen = (number + 1, self.draws._version) if version == self.draws._version - 1 else (0, -1)
 
-    def _contrast(self, embeddings: Tensor, labels: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:
+    def _draw_on_host(self) -> Tensor:
+        """``draws`` on the CPU: read once, and counted from then on, so that the host waits once."""
+        assert self.draws is not None  # there are negatives
+        if self._draw_seen[1] != self.draws._version:
+            self._draw_seen = (int(self.draws), self.draws._version)
+        return torch.tensor(self._draw_seen[0])
+
+    def _contrast(self, embeddings: Tensor, found: PreparedLabels, vectors: Tensor | None = None) -> Tensor:
         """L_CC of each row, (B,), against the code vectors (C, d) of the candidates (C,)."""
         return code_contrast_loss(
             embeddings,
-            vectors,
-            labels,
-            candidates=candidates,
+            found.vectors if vectors is None else vectors,
+            found.labels,
+            candidates=found.candidates,
             margin=self.recipe.contrast_margin,
             scale=self.recipe.contrast_scale,
             reduction="none",
         )
 
-    def _contrast_that_steps(self, embeddings: Tensor, labels: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:
+    def _contrast_that_steps(self, embeddings: Tensor, found: PreparedLabels) -> Tensor:
         """`_contrast`, after which the code vectors of the candidates take their step.
 
         Both gradients are computed here, with the losses: the vectors' gives the step, which the backward pass takes
         when it comes by and hands the embeddings theirs; where they need none the step is taken here.
         """
-        point = embeddings.detach().requires_grad_()
+        point, vectors = embeddings.detach().requires_grad_(), found.vectors.detach().requires_grad_()
         with _kept_graph():
-            losses = self._contrast(point, labels, vectors.requires_grad_(), candidates)
+            losses = self._contrast(point, found, vectors)
         of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
-        gradient = mean_over_processes(of_vectors / (labels >= 0).sum().clamp(min=1))
-        step = partial(self._move, candidates, gradient, self.recipe.vector_lr * self.step_share)
+        gradient = mean_over_processes(of_vectors / (found.labels >= 0).sum().clamp(min=1))
+        step = partial(self._move, found.rows, gradient, self.recipe.vector_lr * self.step_share)
         losses = losses.detach()
         if embeddings.requires_grad:
             return with_row_gradients(losses, embeddings, of_embeddings, step)
@@ -272,19 +359,24 @@ class GIFLoss(nn.Module, Head):
             step()
         return losses
 
-    def _move(self, candidates: Tensor, gradient: Tensor, lr: float) -> None:
-        assert self.vectors is not None  # checked at construction
-        seed = 0 if self.draws is None else self.draws
-        self.stayed += self.vectors.move_(candidates, gradient, lr, seed=seed)
+    def _move(self, rows: Rows, gradient: Tensor, lr: float) -> None:
+        stayed = rows.move_(gradient, lr, 0 if self.draws is None else self.draws)
+        self.stayed = self.stayed.to(stayed.device) + stayed
         self._draw_others()
         if self.moved is not None:
-            self.moved[candidates.to(self.moved.device)] = True
+            rows.mark(self.moved)
 
-    def _checked(self, labels: Tensor, embeddings: Tensor) -> Tensor:
-        """The labels of the embeddings' rows, (B,) int64."""
+    def _prepared(self, labels: Tensor | PreparedLabels, embeddings: Tensor) -> PreparedLabels:
+        if not isinstance(labels, PreparedLabels):
+            return PreparedLabels(self, self._checked(labels, len(embeddings)), embeddings.device, 0)
+        if len(labels.labels) != len(embeddings):
+            raise InputError(f"{len(labels.labels)} labels were prepared, for {len(embeddings)} embeddings")
+        return labels
+
+    def _checked(self, labels: Tensor, count: int | str) -> Tensor:
+        """So many labels, (B,) int64."""
         hint = "these codes were made for other identities (-1 marks a row to ignore)"
-        shape = (len(embeddings),)
-        return checks.integer("labels", labels, shape, low=-1, high=len(self.codes), hint=hint, asserted=False)
+        return checks.integer("labels", labels, (count,), low=-1, high=len(self.codes), hint=hint, asserted=False)
 
     @torch.no_grad()
     def predict(self, embeddings: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from gif.data.identities import Identities, check_count
 from gif.errors import InputError
-from gif.files import check_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
+from gif.files import check_mapped, is_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
+from gif.vectors.rows import Rows, RowsInPlace, StagedRows
+from gif.vectors.staging import Stage
 from gif_kernels import checks, vector_step_
 
 FORMAT = "gif.code_vectors/1"
@@ -41,6 +43,7 @@ class CodeVectors:
         self.table = table.detach()
         self.identities = identities
         self.file: Path | None = None
+        self._stage: Stage | None = None
         if not normalized:
             for rows in self.table.split(ROWS_A_BLOCK):
                 norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
@@ -73,12 +76,14 @@ class CodeVectors:
 
     def part(self, begin: int, end: int) -> CodeVectors:
         """Rows [begin, end), sharing the table's memory: what one of several processes works on."""
+        self.settle()
         rows = CodeVectors(self.table[begin:end], normalized=True)
         rows.file = self.file
         return rows
 
     def save(self, path: str | Path) -> None:
         """Write the table, and whose rows they are where that is known, as safetensors, atomically."""
+        self.settle()
         who = self.identities
         names, metadata = ({}, {}) if who is None else (who.tensors(), who.metadata())
         save_tensors(path, {"vectors": self.table, **names}, format=FORMAT, **metadata)
@@ -89,9 +94,33 @@ class CodeVectors:
         Raises TypeError for labels that are not integers, ValueError for another shape or a label outside [0, m). Only
         the rows asked for are read or moved.
         """
+        self.settle()
         rows = self._rows(labels)
         check_mapped(self.table)
         return self.table[rows].to(labels.device)
+
+    def rows(self, identities: Tensor, device: torch.device) -> Rows:
+        """The rows of ``identities`` (C,) int64 for a step on ``device``, which may move them.
+
+        They are read where the table is on ``device`` and in memory; else a thread reads them, and what is asked for
+        while a step runs is there when the next one begins: the same bits as if that one had waited for it. Raises
+        ValueError for an identity outside [0, m).
+        """
+        if self.table.device.type == device.type and not is_mapped(self.table):
+            return RowsInPlace(self, identities.to(device))
+        return StagedRows.ask(self.stage_on(device), self._rows(identities))
+
+    def stage_on(self, device: torch.device) -> Stage:
+        """What brings rows of a table on the host to ``device``."""
+        if self._stage is None or self._stage.device != device:
+            self.settle()
+            self._stage = Stage(self.table, device, mapped=is_mapped(self.table))
+        return self._stage
+
+    def settle(self) -> None:
+        """Return when the table holds all rows that steps have moved; raise what writing one has raised."""
+        if self._stage is not None:
+            self._stage.settle()
 
     def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int | Tensor = 0) -> Tensor:
         """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
@@ -104,6 +133,7 @@ class CodeVectors:
         Returns how many rows stayed, () int64 on the table's device. Raises TypeError for labels that are not integers,
         ValueError for another shape or a label outside [0, m).
         """
+        self.settle()
         rows = self._rows(labels)
         check_mapped(self.table)
         seed = seed.to(self.table.device) if isinstance(seed, Tensor) else seed
@@ -114,6 +144,7 @@ class CodeVectors:
 
         They follow from all rows of a table up to 256 MiB, and from 8,192 rows at equal distances of a larger one.
         """
+        self.settle()
         return self._digest(digest_rows(self.table))
 
     def _digest(self, of_rows: str) -> str:
