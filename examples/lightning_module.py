@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from gif import GIFLoss, SpreadConfig, TokenizeConfig, initial_code_vectors, spread_code_vectors, tokenize
 from gif.backbones import BackboneConfig
-from gif.data import IdentityDataset, glyphs
-from gif.data.augment import RandomAffine, normalize_pixels
+from gif.data import IdentityDataset, glyphs, normalize_pixels
 from gif.encoders import PixelEncoder
+from gif.training.augmentation import RandomAffine
 
 
 class Recognition(lightning.LightningModule):

@@ -6,10 +6,10 @@ from torch.utils.data import DataLoader
 
 from gif import GIFLoss, SpreadConfig, TokenizeConfig, initial_code_vectors, spread_code_vectors, tokenize
 from gif.backbones import BackboneConfig
-from gif.data import IdentitySplit, glyphs
-from gif.data.augment import RandomAffine, normalize_pixels
+from gif.data import IdentitySplit, glyphs, normalize_pixels
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, embed, judge
+from gif.training.augmentation import RandomAffine
 
 
 def run(data: IdentitySplit, config: BackboneConfig, *, epochs: int = 4, batch_size: int = 128) -> Judgement:

@@ -1,6 +1,7 @@
 """Train recognition models with millions of identities: structured identity codes instead of a softmax."""
 
 from gif.codes import IdentityCodes, TokenizeConfig, tokenize
+from gif.head import Head
 from gif.losses import GIFLoss, MarginSoftmax
 from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
@@ -9,6 +10,7 @@ __all__ = [
     "AngularMargin",
     "CodeVectors",
     "GIFLoss",
+    "Head",
     "IdentityCodes",
     "MarginSoftmax",
     "SpreadConfig",

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from gif.codes.commands import export_codes, extend_codes, inspect_codes, tokenize_command
 from gif.data.convert import convert
+from gif.data.glyphs.report import glyph_report
 from gif.data.inspection import inspect
-from gif.data.report import glyph_report
 from gif.doctor import doctor
 from gif.errors import InputError, Interrupted
 from gif.evaluation.command import evaluate

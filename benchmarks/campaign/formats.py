@@ -31,7 +31,7 @@ from gif.files import load_tensors
 from gif.resume import UnfinishedWork, claim_folder
 from gif.training import Checkpoints
 from gif.training.checkpoint import TrainingState
-from gif.training.journal import TableJournal
+from gif.training.increments import TableIncrements
 from gif.weights import load_pytorch
 
 _DECODER = ImageDecoder(inputs.SIZE)
@@ -146,7 +146,7 @@ def read_checkpoint(folder: Path) -> Any:
     """The step that a run continues from, and a digest of all that it continues with."""
     backbone, head = inputs.untrained()
     model = torch.nn.ModuleDict({"backbone": backbone, "head": head})
-    tables = {name: TableJournal(folder / name, table) for name, table in head.tables().items()}
+    tables = {name: TableIncrements(folder / name, table) for name, table in head.tables().items()}
     optimizer = inputs.TRAINING.make_optimizer(model.parameters())
     steps = inputs.CROWD // inputs.TRAINING.batch_size
     state = TrainingState(model, optimizer, GradScaler("cpu", enabled=False), torch.full((steps,), math.nan), tables)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from gif import CodeVectors, GIFLoss, IdentityCodes, TokenizeConfig, tokenize
 from gif.backbones import BackboneConfig, save_backbone
 from gif.data import Identities, IdentityImages, Names
-from gif.data.augment import RandomAffine
 from gif.data.convert import convert
 from gif.data.pairs import write_bin
 from gif.evaluation.alignment import FIVE_POINTS
@@ -25,6 +24,7 @@ from gif.files import save_tensors, write_text
 from gif.progress import console
 from gif.resume import UnfinishedWork, claim_folder
 from gif.training import TrainingConfig, train
+from gif.training.augmentation import RandomAffine
 
 PEOPLE, TEMPLATES_EACH, IMAGES_EACH = 6, 2, 3
 HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
 from gif.data.encoded import EncodedImages, broken_report, left_out
-from gif.data.glyphs import glyphs
-from gif.data.glyphs_80k import glyphs_80k
+from gif.data.glyphs import glyphs, glyphs_80k
 from gif.data.identities import Identities, Names
-from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, split_identities
+from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, normalize_pixels, split_identities
 from gif.data.loading import HELD_OUT, load_data, open_data
 from gif.data.pairs import ImagePairs, read_bin
 
@@ -27,6 +26,7 @@ __all__ = [
     "glyphs_80k",
     "left_out",
     "load_data",
+    "normalize_pixels",
     "open_data",
     "read_bin",
     "split_identities",

@@ -255,6 +255,11 @@ def _places(data: IdentityDataset, seed: int) -> np.ndarray:
     return data.names.digests(f"{seed} {data.splits}").numpy().view(np.uint64)
 
 
+def normalize_pixels(images: Tensor) -> Tensor:
+    """(x / 255 - 0.5) / 0.5 of uint8 images: float32 in [-1, 1], the range that every backbone takes."""
+    return images.float().div_(127.5).sub_(1)
+
+
 def digest_images(count: int, read: Callable[[int], bytes]) -> str:
     """16 hexadecimal digits that follow from images as they are stored, ``read(index)`` for an index in [0, count).
 

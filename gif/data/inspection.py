@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,11 +11,13 @@ from gif.data.decoding import MAX_PIXELS, ImageDecoder
 from gif.data.encoded import EncodedImages, left_out, read_all
 from gif.data.images import IdentityDataset
 from gif.data.loading import open_data
-from gif.data.report import describe
 from gif.files import write_text
 from gif.ownership import check_folder
 from gif.plotting import COLORS, figure, save_figure
-from gif.progress import print_table, say
+from gif.progress import new_table, print_table, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def inspect(
@@ -53,6 +56,21 @@ def inspect(
         broken = data.broken(torch.arange(len(data))).nonzero().flatten().tolist()
         write_text(output / "broken.txt", "".join(f"{data.place(index)}\n" for index in broken))
         say(f"wrote {output / 'broken.txt'}")
+
+
+def describe(data: IdentityDataset) -> Table:
+    """The numbers of a data set: identities, images, and the quartiles of images an identity."""
+    counts = data.labels.bincount(minlength=data.num_identities).double()
+    table = new_table("measure", "value")
+    table.add_row("identities", f"{data.num_identities:,}")
+    table.add_row("images", f"{len(data):,}")
+    table.add_row("image", " x ".join(map(str, data.image_shape)))
+    quartiles = counts.quantile(torch.linspace(0, 1, 5, dtype=torch.float64)).tolist()
+    for name, value in zip(
+        ("minimum", "first quartile", "median", "third quartile", "maximum"), quartiles, strict=True
+    ):
+        table.add_row(f"images an identity, {name}", f"{value:g}")
+    return table
 
 
 def plot_long_tail(data: IdentityDataset, path: str | Path) -> None:

@@ -11,8 +11,7 @@ import torch
 from gif.data.decoding import ImageDecoder
 from gif.data.encoded import BrokenPolicy, EncodedImages, Labelled
 from gif.data.folder import read_folder
-from gif.data.glyphs import all_glyphs
-from gif.data.glyphs_80k import all_glyphs_80k
+from gif.data.glyphs import all_glyphs, all_glyphs_80k
 from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, check_held_out, split_identities
 from gif.data.listing import as_utf8
 from gif.data.records import read_records

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from gif.data.augment import normalize_pixels
-from gif.data.images import IdentityDataset
+from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
 from gif.data.workers import leave_signals_to_the_command
 from gif.distributed import gather_rows, rank, world_size

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from gif.codes import IdentityCodes
 from gif.data.identities import require_same
 from gif.distributed import gather_rows, mean_over_processes, shared_seed
 from gif.errors import InputError
+from gif.head import Head
+from gif.losses.health import against_others
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.vectors.store import CodeVectors
@@ -24,7 +27,7 @@ from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
 
 
-class GIFLoss(nn.Module):
+class GIFLoss(nn.Module, Head):
     """L = alpha L_C + gamma L_AR + beta L_CC: predict the identity's code, and find its code vector among others.
 
     Memory and time depend on the codes' length and vocabulary, not on the number of identities. The tables of codes and
@@ -60,6 +63,8 @@ class GIFLoss(nn.Module):
     Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other,
     or codes and vectors say that they are of other identities.
     """
+
+    under_autocast = True  # it rounds the operands of its products, and nothing else
 
     def __init__(
         self,
@@ -176,41 +181,58 @@ class GIFLoss(nn.Module):
         """
         assert self.vectors is not None  # checked at construction
         labels = self._checked(labels, embeddings)
-        recipe = self.recipe
+        candidates = self._candidates(labels)
+        if len(candidates) == 0:
+            losses = embeddings.sum(1, dtype=torch.float32)  # zero, and differentiable
+        else:
+            vectors = self.vectors.lookup(candidates)
+            # Steps are smaller than what a bfloat16 gradient tells apart.
+            vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+            moves = self.recipe.moves_vectors and self.training and torch.is_grad_enabled()
+            contrast = self._contrast_that_steps if moves else self._contrast
+            losses = contrast(embeddings, labels, vectors, candidates)
+        return reduce_rows(losses, labels >= 0, reduction)
+
+    def _candidates(self, labels: Tensor) -> Tensor:
+        """The identities (C,) that a batch is contrasted with: its own, then their siblings; of all processes' batches.
+
+        Outside of training they are this process's alone. There is none for an empty batch.
+        """
         largest = torch.cat([labels.new_zeros(1), labels]).max()
         own = torch.where(labels >= 0, labels, largest)  # an ignored row brings nobody new
-        candidates = torch.cat([own, self.codes.siblings(own, recipe.siblings).flatten()])
-        if self.training:
-            candidates = gather_rows(candidates)
-        counted = labels >= 0
-        if len(candidates) == 0:
-            nothing = embeddings.sum(1, dtype=torch.float32)
-            return reduce_rows(nothing, counted, reduction)  # zero, and differentiable
-        vectors = self.vectors.lookup(candidates)
-        # Steps are smaller than what a bfloat16 gradient tells apart.
-        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        moves = recipe.moves_vectors and self.training and torch.is_grad_enabled()
-        point = embeddings.detach().requires_grad_() if moves else embeddings
-        with _kept_graph() if moves else nullcontext():
-            losses = code_contrast_loss(
-                point,
-                vectors.requires_grad_(moves),
-                labels,
-                candidates=candidates,
-                margin=recipe.contrast_margin,
-                scale=recipe.contrast_scale,
-                reduction="none",
-            )
-        if moves:
-            of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
-            gradient = mean_over_processes(of_vectors / counted.sum().clamp(min=1))
-            step = partial(self._move, candidates, gradient, recipe.vector_lr * self.step_share, self._seed(vectors))
-            losses = losses.detach()
-            if embeddings.requires_grad:
-                losses = with_row_gradients(losses, embeddings, of_embeddings, step)
-            elif not _repeated():
-                step()
-        return reduce_rows(losses, counted, reduction)
+        candidates = torch.cat([own, self.codes.siblings(own, self.recipe.siblings).flatten()])
+        return gather_rows(candidates) if self.training else candidates
+
+    def _contrast(self, embeddings: Tensor, labels: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:
+        """L_CC of each row, (B,), against the code vectors (C, d) of the candidates (C,)."""
+        return code_contrast_loss(
+            embeddings,
+            vectors,
+            labels,
+            candidates=candidates,
+            margin=self.recipe.contrast_margin,
+            scale=self.recipe.contrast_scale,
+            reduction="none",
+        )
+
+    def _contrast_that_steps(self, embeddings: Tensor, labels: Tensor, vectors: Tensor, candidates: Tensor) -> Tensor:
+        """`_contrast`, after which the code vectors of the candidates take their step.
+
+        Both gradients are computed here, with the losses: the vectors' gives the step, which the backward pass takes
+        when it comes by and hands the embeddings theirs; where they need none the step is taken here.
+        """
+        point = embeddings.detach().requires_grad_()
+        with _kept_graph():
+            losses = self._contrast(point, labels, vectors.requires_grad_(), candidates)
+        of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
+        gradient = mean_over_processes(of_vectors / (labels >= 0).sum().clamp(min=1))
+        step = partial(self._move, candidates, gradient, self.recipe.vector_lr * self.step_share, self._seed(vectors))
+        losses = losses.detach()
+        if embeddings.requires_grad:
+            return with_row_gradients(losses, embeddings, of_embeddings, step)
+        if not _repeated():
+            step()
+        return losses
 
     def _seed(self, vectors: Tensor) -> int:
         """Of the rounding of a step that was computed from ``vectors``, the same on every process."""
@@ -244,6 +266,52 @@ class GIFLoss(nn.Module):
         The code vectors (m, d) under "vectors" where the recipe moves them, else nothing.
         """
         return {"vectors": self.vectors.table} if self.vectors is not None and self.recipe.moves_vectors else {}
+
+    def mark_moves(self, moved: Mapping[str, Tensor]) -> None:
+        """Mark the code vectors that move in ``moved["vectors"]``, (m,) bool."""
+        self.moved = moved["vectors"]
+
+    @contextmanager
+    def share_of_a_step(self, share: float) -> Iterator[None]:
+        """Within the block one forward pass is this share of an optimizer's step (`step_share`)."""
+        self.step_share = share
+        try:
+            yield
+        finally:
+            self.step_share = 1.0
+
+    def check_processes(self, processes: int) -> None:
+        """Raise InputError where each of several processes would move the rows of one file."""
+        if processes > 1 and self.tables() and self.vectors and self.vectors.file:
+            raise InputError(
+                f"each of {processes} processes would move the rows of {self.vectors.file}; load the code vectors "
+                "without writable=True: checkpoints keep what moved"
+            )
+
+    def save_tables(self, folder: Path) -> None:
+        """Write the code vectors to vectors.safetensors where training moved them."""
+        if self.vectors is not None and self.recipe.moves_vectors:
+            self.vectors.save(folder / "vectors.safetensors")
+
+    @torch.no_grad()
+    def health(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Named measures () of embeddings (B, d) with identities ``labels`` (B,); a label of -1 is ignored.
+
+        - ``token accuracy/1`` ... ``/l``: share of the batch whose likeliest token is right at each place of the code.
+        - ``code accuracy``: share whose whole code is right.
+        - ``code vectors stayed``: how many could not take their step so far, since it was not finite.
+        - those of `gif.losses.health.against_others`, among the code vectors of the batch and of their siblings.
+        """
+        embeddings, labels = embeddings[labels >= 0], labels[labels >= 0].long()
+        hits = self.predict(embeddings) == self.codes.lookup(labels)
+        measures = {f"token accuracy/{place}": share for place, share in enumerate(hits.float().mean(0), 1)}
+        measures["code accuracy"] = hits.all(1).float().mean()
+        if self.vectors is None:
+            return measures
+        candidates = torch.cat([labels, self.codes.siblings(labels, self.recipe.siblings).flatten()])
+        if self.recipe.moves_vectors:
+            measures["code vectors stayed"] = self.stayed.to(embeddings.device)
+        return measures | against_others(embeddings, labels, self.vectors.lookup(candidates), candidates)
 
     def get_extra_state(self) -> Tensor:
         """Fingerprints of the code table and, where known, of the names, as bytes: part of ``state_dict()``."""

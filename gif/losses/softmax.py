@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gif.errors import InputError
+from gif.head import Head
+from gif.losses.health import against_others
 from gif_kernels import AngularMargin, checks, code_contrast_loss
 
 DEVIATION = 0.01  # of a random centre's coordinates
 
 
-class MarginSoftmax(nn.Module):
+class MarginSoftmax(nn.Module, Head):
     """Margin softmax over all identities (ArcFace, CosFace, SphereFace), or over a sample of them (Partial FC).
 
     Its weight, its gradient and its momentum are (m, d) each: what GIFLoss does without.
@@ -27,6 +29,8 @@ class MarginSoftmax(nn.Module):
 
     Raises ValueError for a sample rate outside (0, 1], or centres of another shape.
     """
+
+    under_autocast = True  # it rounds the operands of its products, and nothing else
 
     def __init__(
         self,
@@ -70,6 +74,12 @@ class MarginSoftmax(nn.Module):
         priority[own] = 2.0
         count = max(len(own), int(self.sample_rate * self.num_classes))
         return priority.topk(count).indices.sort().values
+
+    @torch.no_grad()
+    def health(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """`gif.losses.health.against_others` of embeddings (B, d), among the centres of the batch's identities."""
+        embeddings, labels = embeddings[labels >= 0], labels[labels >= 0].long()
+        return against_others(embeddings, labels, self.weight[labels], labels)
 
     def extra_repr(self) -> str:
         return f"{self.num_classes} classes, {self.margin}, scale={self.scale}, sample_rate={self.sample_rate}"

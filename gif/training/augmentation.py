@@ -1,16 +1,50 @@
-"""Augmentation by name, as configs and the command line give it."""
+"""Augmentation: random changes of normalised images in training, by name as configs and the command line give them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gif.data.augment import RandomAffine
-
 AugmentationName = Literal["affine", "mirror", "none"]
+
+
+@dataclass(frozen=True)
+class RandomAffine:
+    """A random rotation, scale and shift for each image of a batch, by bilinear sampling.
+
+    Args:
+        degrees: rotation, uniform in [-degrees, degrees].
+        scale: largest factor; log-uniform in [1 / scale, scale].
+        shift: largest shift along each axis, as a share of the image's side.
+
+    Pixels from outside the image take the value ``fill`` (in the normalised range; -1 is black).
+    """
+
+    degrees: float = 10.0
+    scale: float = 1.15
+    shift: float = 0.08
+    fill: float = -1.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, c, h, w) float, changed; random numbers come from torch's global generator."""
+        count, device = len(images), images.device
+
+        def uniform(limit: float) -> Tensor:
+            return (torch.rand(count, device=device) * 2 - 1) * limit
+
+        angle = uniform(math.radians(self.degrees))
+        zoom = torch.exp(uniform(math.log(self.scale)))
+        cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+        x, y = uniform(2 * self.shift), uniform(2 * self.shift)
+        matrices = torch.stack([cosine, -sine, x, sine, cosine, y], 1).view(-1, 2, 3)
+        grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+        return F.grid_sample(images - self.fill, grid, align_corners=False) + self.fill
 
 
 def mirror(images: Tensor) -> Tensor:

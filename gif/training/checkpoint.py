@@ -19,7 +19,7 @@ from gif.distributed import first_decides, gather_objects, rank, wait_for_all
 from gif.errors import DamagedFileError, InputError, MissingFileError, in_short
 from gif.files import check_file, fsync, load_tensors, read_metadata, remove_temporaries, save_tensors
 from gif.progress import say
-from gif.training.journal import TableJournal
+from gif.training.increments import TableIncrements
 
 FORMAT = "gif.training_state/2"
 STATE = "state.safetensors"
@@ -39,7 +39,7 @@ class TrainingState:
     optimizer: Optimizer
     scaler: GradScaler
     losses: Tensor
-    tables: Mapping[str, TableJournal]
+    tables: Mapping[str, TableIncrements]
     step: int = 0
     validations: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class Checkpoints:
 
     Each is written beside its place, synced and renamed into it, so a killed run leaves the one before. It is one file,
     state.safetensors, with a checksum: the model, the optimizer, the losses, every process's random state, and the
-    names of the journal's files that restore the tables.
+    names of the files that restore the tables.
 
     With several processes the first writes, and all read: the folder must be one that all of them see.
     """
@@ -96,8 +96,8 @@ class Checkpoints:
         state.losses.copy_(tensors["losses"])
         state.step = progress["step"]
         state.validations = dict(progress["validations"])
-        for name, journal in state.tables.items():
-            journal.load(progress["tables"][name])
+        for name, table in state.tables.items():
+            table.load(progress["tables"][name])
         if rank() == 0:
             self._remove_old(state.tables)  # which a run that was killed here, at its last step, has left
         return _part(tensors, f"random.{rank()}.")
@@ -117,7 +117,7 @@ class Checkpoints:
         _fill(backbone, _part(tensors, "model.backbone."), best)
         return int(progress["step"])
 
-    def _newest_whole(self, tables: Mapping[str, TableJournal]) -> Path | None:
+    def _newest_whole(self, tables: Mapping[str, TableIncrements]) -> Path | None:
         """The newest checkpoint that can be restored; removes what is damaged, and what was after it."""
         remove_temporaries(self.folder, held=True)
         for left in self.folder.glob(".step-*.tmp"):
@@ -128,8 +128,8 @@ class Checkpoints:
             try:
                 files = self._check(place)
                 if newest is None:
-                    for name, journal in tables.items():
-                        journal.check(files[name])
+                    for name, table in tables.items():
+                        table.check(files[name])
                     newest = place
             except (DamagedFileError, MissingFileError) as error:
                 damaged[place] = error
@@ -144,7 +144,7 @@ class Checkpoints:
         return newest
 
     def _check(self, place: Path) -> dict[str, list[str]]:
-        """The journals' files that a checkpoint names; raises unless its own file is whole."""
+        """The tables' files that a checkpoint names; raises unless its own file is whole."""
         if not (place / STATE).exists() and any((place / name).exists() for name in _PICKLED):
             raise InputError(
                 f"{place} is a checkpoint of an older version, which kept it as a pickle, and a pickle is not read; "
@@ -164,7 +164,7 @@ class Checkpoints:
             "step": state.step,
             "scaler": state.scaler.state_dict(),
             "optimizer": scalars,
-            "tables": {name: journal.save(state.step) for name, journal in state.tables.items()},
+            "tables": {name: table.save(state.step) for name, table in state.tables.items()},
             "validations": list(state.validations.items()),
         }
         tensors = {f"model.{name}": value for name, value in _model_state(state).items()}
@@ -176,14 +176,14 @@ class Checkpoints:
         temporary.rename(place)
         fsync(self.folder)
 
-    def _remove_old(self, tables: Mapping[str, TableJournal]) -> None:
+    def _remove_old(self, tables: Mapping[str, TableIncrements]) -> None:
         """Keep the newest checkpoints and the best; of the tables, what the newest need."""
         places = self._places()
         newest = places[-self._keep :]
         for place in set(places) - {*newest, self._best()}:
             _remove(place)
-        for name, journal in tables.items():
-            journal.remove_others({file for place in newest for file in _read_progress(place)["tables"][name]})
+        for name, table in tables.items():
+            table.remove_others({file for place in newest for file in _read_progress(place)["tables"][name]})
 
     def _places(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{9}", path.name))

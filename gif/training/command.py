@@ -18,7 +18,8 @@ from gif.data.images import SPLIT_BY
 from gif.distributed import process_group, rank, wait_for_all
 from gif.errors import InputError
 from gif.files import save_tensors, write_text
-from gif.losses import GIFLoss, HeadConfig
+from gif.head import as_head
+from gif.losses import HeadConfig
 from gif.ownership import hold
 from gif.progress import say
 from gif.resume import WHO, claim_folder
@@ -123,8 +124,7 @@ def train_command(
             return
         save_backbone(output / "backbone.safetensors", network, backbone, trained_on=who)
         save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT, **who.metadata())
-        if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None and loss_fn.recipe.moves_vectors:
-            loss_fn.vectors.save(output / "vectors.safetensors")
+        as_head(loss_fn).save_tables(output)
         save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
         plot_losses({head.kind: log.losses}, output / "losses.png")
         say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")

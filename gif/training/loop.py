@@ -16,8 +16,7 @@ from torch.amp import GradScaler, autocast
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from gif.data.augment import RandomAffine, normalize_pixels
-from gif.data.images import IdentityDataset
+from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
 from gif.data.workers import leave_signals_to_the_command
 from gif.distributed import (
@@ -30,13 +29,13 @@ from gif.distributed import (
     world_size,
 )
 from gif.errors import DivergedError, InputError, Interrupted
-from gif.losses import GIFLoss, MarginSoftmax
+from gif.head import Head, as_head
 from gif.ownership import hold
 from gif.resume import LARGEST_SHARE
+from gif.training.augmentation import RandomAffine
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
 from gif.training.config import AUTOCAST, TrainingConfig
-from gif.training.health import health
-from gif.training.journal import TableJournal
+from gif.training.increments import TableIncrements
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, begin_epoch
 from gif.training.statistics import RunningStatistics
@@ -44,8 +43,6 @@ from gif.training.stop import StopRequest
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
-ROUNDS_PRODUCTS_ALONE = (GIFLoss, MarginSoftmax)
-"""Heads that autocast makes faster and no less exact: norms, margins, logits and sums stay float32."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def train(
 ) -> TrainingLog:
     """Train ``backbone`` and ``head``, where head(backbone(images), labels) is the loss, in place.
 
-    Code vectors that a `GIFLoss` moves are trained in place too.
+    Tables that a `gif.head.Head` moves, such as the code vectors of a `GIFLoss`, are trained in place too.
 
     In a `torch.distributed` process group, all processes call this with the same arguments, and train together: each
     step's batch is divided among them, gradients are averaged, and rank 0's initial values are everyone's. The order of
@@ -83,7 +80,7 @@ def train(
 
     Args:
         backbone: images (B, c, h, w) in [-1, 1] to embeddings (B, d).
-        head: embeddings and labels (B,) to a loss ().
+        head: embeddings and labels (B,) to a loss (); a `gif.head.Head` where it is asked for more.
         dataset: what to train on.
         config: how.
         augment: changes normalised images (B, c, h, w), on the device; draws from torch's generators alone.
@@ -115,7 +112,7 @@ def train(
         config.make_optimizer(model.parameters()),
         GradScaler(device.type, enabled=config.precision == "fp16"),
         losses=torch.full((steps,), math.nan, device=device),
-        tables={} if checkpoints is None else _journals(head, Path(checkpoints)),
+        tables={} if checkpoints is None else _tables(as_head(head), Path(checkpoints)),
     )
     with _kept(keeper) as stop:
         random = keeper.load(state) if keeper else {}
@@ -124,8 +121,9 @@ def train(
         take_step = _Step(backbone, head, augment, state, config)
         clock = _SaveClock(config)
 
-        with monitor(description, steps, before, config.batch_size, device, tensorboard) as (advance, report, tell):
-            start = time.monotonic()
+        with monitor(description, steps, before, config.batch_size, device, tensorboard) as monitored:
+            advance, report, report_scores = monitored
+            began = time.monotonic()
             for epoch in range(before // steps_an_epoch, config.epochs):
                 loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
                 position = state.step % steps_an_epoch
@@ -139,12 +137,12 @@ def train(
                     state.step += 1
                     if state.step % REPORT_EVERY == 0:
                         recent = losses.settle()[-REPORT_EVERY:].nanmean()
-                        measures = _numbers({"loss": recent, **health(head, embeddings, own_labels)})
+                        measures = _numbers({"loss": recent, **as_head(head).health(embeddings, own_labels)})
                         report(state.step, {"learning rate": lr, **measures})
                     scores = None
                     if validate and (state.step % validate_steps == 0 or state.step == steps):
                         state.validations[state.step] = scores = _scores(validate, model, device)
-                        tell(state.step, scores)
+                        report_scores(state.step, scores)
                     epoch_ends = state.step % steps_an_epoch == 0
                     stopped = stop.agreed(epoch_ends or state.step % REPORT_EVERY == 0) if keeper else None
                     if scores or epoch_ends or stopped or (keeper and clock.due(state.step)):
@@ -157,7 +155,7 @@ def train(
                             f"interrupted; the same command continues after step {state.step:,} of {steps:,}", stopped
                         )
                     advance()
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - began
     trained = (steps - before) * config.batch_size
     return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan, state.validations)
 
@@ -221,7 +219,7 @@ class _Step:
             some, own_labels = images.tensor_split(parts)[part], labels.tensor_split(parts)[part]
             share = len(some) / len(images)
             exchange = nullcontext if part == parts - 1 else self._without_exchange
-            with exchange(), _share_of_a_step(self._head, share):
+            with exchange(), as_head(self._head).share_of_a_step(share):
                 embeddings = self._embed(self._augment(normalize_pixels(some)))
                 part_loss = self._loss(embeddings, own_labels) * share
                 scaler.scale(part_loss).backward()
@@ -243,26 +241,13 @@ class _Step:
         return embeddings
 
     def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        with self._autocast(embeddings.device) if isinstance(self._head, ROUNDS_PRODUCTS_ALONE) else nullcontext():
+        with self._autocast(embeddings.device) if as_head(self._head).under_autocast else nullcontext():
             loss: Tensor = self._head(embeddings, labels)
         return loss
 
     def _autocast(self, device: torch.device) -> autocast:
         precision = self._config.precision
         return autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
-
-
-@contextmanager
-def _share_of_a_step(head: nn.Module, share: float) -> Iterator[None]:
-    """The code vectors that a `GIFLoss` moves in here take this share of their step."""
-    if not isinstance(head, GIFLoss):
-        yield
-        return
-    head.step_share = share
-    try:
-        yield
-    finally:
-        head.step_share = 1.0
 
 
 class _Losses:
@@ -329,21 +314,17 @@ def check_training(
             f"give a multiple of {processes}"
         )
     check_workers(config.workers, config.batch_size // processes, dataset.image_shape)
-    if processes > 1 and isinstance(head, GIFLoss) and head.tables() and head.vectors and head.vectors.file:
-        raise InputError(
-            f"each of {processes} processes would move the rows of {head.vectors.file}; load the code vectors without "
-            "writable=True: checkpoints keep what moved"
-        )
+    as_head(head).check_processes(processes)
     if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
         raise InputError('tensorboard is not installed; pip install "gif-recognition[tensorboard]", or train without')
 
 
-def _journals(head: nn.Module, folder: Path) -> dict[str, TableJournal]:
-    if not isinstance(head, GIFLoss):
-        return {}
-    journals = {name: TableJournal(folder / name, table) for name, table in head.tables().items()}
-    head.moved = journals["vectors"].changed if journals else None
-    return journals
+def _tables(head: Head, folder: Path) -> dict[str, TableIncrements]:
+    """How each table of the head is saved, in a folder of its own; the head marks the rows that move from now on."""
+    tables = {name: TableIncrements(folder / name, table) for name, table in head.tables().items()}
+    if tables:
+        head.mark_moves({name: saved.changed for name, saved in tables.items()})
+    return tables
 
 
 def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

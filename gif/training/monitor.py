@@ -1,4 +1,4 @@
-"""What a run tells of itself: the progress line, and TensorBoard."""
+"""What a run shows of itself: the progress line, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from gif.distributed import rank
 from gif.progress import progress, say
 from gif.training.checkpoint import mean_score
-from gif.training.health import summary
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -22,11 +21,11 @@ Report = Callable[[int, Mapping[str, float]], None]
 def monitor(
     description: str, steps: int, done: int, batch_size: int, device: torch.device, tensorboard: str | Path | None
 ) -> Iterator[tuple[Callable[[], None], Report, Report]]:
-    """Yield ``advance()``, to be called after each step, ``report(step, measures)`` and ``tell(step, scores)``.
+    """Yield ``advance()``, to be called after each step, ``report(step, measures)``, ``report_scores(step, scores)``.
 
     The progress line shows images a second, the time left, the loss, the head's health, memory and the last validation,
-    which also gets a line of its own; TensorBoard, all measures and scores. The first process tells; the others are
-    silent.
+    which also gets a line of its own; TensorBoard, all measures and scores. The first process reports; the others
+    are silent.
     """
     if rank() > 0:
         yield lambda: None, lambda step, measures: None, lambda step, scores: None
@@ -48,16 +47,16 @@ def monitor(
             parts = (f"loss {measures['loss']:.3f}", summary(measures), f"{memory:.1f} GB")
             note = ", ".join(part for part in parts if part)
 
-        def tell(step: int, scores: Mapping[str, float]) -> None:
+        def report_scores(step: int, scores: Mapping[str, float]) -> None:
             nonlocal validation, last_time, last_step
             last_time, last_step = time.monotonic(), step  # validating is no part of the speed
-            told = {**scores, "mean": mean_score(scores)} if len(scores) > 1 else dict(scores)
-            write(step, {f"validation/{name}": score for name, score in told.items()})
-            words = ", ".join(f"{name} {score:.4f}" for name, score in told.items())
+            shown = {**scores, "mean": mean_score(scores)} if len(scores) > 1 else dict(scores)
+            write(step, {f"validation/{name}": score for name, score in shown.items()})
+            words = ", ".join(f"{name} {score:.4f}" for name, score in shown.items())
             validation = f", validation {mean_score(scores):.4f}"
             say(f"{description}: validation after {step:,} steps: {words}")
 
-        yield lambda: bar(batch_size, note + validation), report, tell
+        yield lambda: bar(batch_size, note + validation), report, report_scores
 
 
 @contextmanager
@@ -89,3 +88,17 @@ def memory_gb(device: torch.device) -> float:
     except ModuleNotFoundError:
         return math.nan
     return psutil.Process().memory_info().rss / 1e9
+
+
+def summary(measures: Mapping[str, float]) -> str:
+    """The measures in one short line."""
+    parts = []
+    tokens = [value for name, value in measures.items() if name.startswith("token accuracy")]
+    if tokens:
+        parts.append(f"tokens {'/'.join(f'{value:.0%}'[:-1] for value in tokens)} %")
+        parts.append(f"codes {measures['code accuracy']:.0%}")
+    if "cosine to own" in measures:
+        parts.append(f"own {measures['cosine to own']:.2f}, impostor {measures['cosine to impostor']:.2f}")
+    if stayed := measures.get("code vectors stayed"):
+        parts.append(f"{stayed:,.0f} code vectors stayed")
+    return ", ".join(parts)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-_BETWEEN_EPOCHS = 1_000_003  # seeds of runs lie this far apart, so that no two runs share an epoch's
+from gif.seeds import seed_of
+
 _BETWEEN_RANKS = 500_000_003
 
 
@@ -15,7 +16,7 @@ def begin_epoch(seed: int, epoch: int, rank: int) -> tuple[int, int]:
 
     These two are the same on every process. What is drawn afterwards, such as augmentation, is each process's own.
     """
-    own = seed * _BETWEEN_EPOCHS + epoch
+    own = seed_of(seed, epoch)
     torch.manual_seed(own)
     loader_seed, order_seed = (int(torch.empty((), dtype=torch.int64).random_()) for _ in range(2))
     if rank > 0:

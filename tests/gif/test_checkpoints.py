@@ -17,15 +17,15 @@ from torch.multiprocessing import get_context
 from gif import CodeVectors, GIFLoss, IdentityCodes, files
 from gif.backbones import BackboneConfig, load_backbone
 from gif.data import IdentityImages
-from gif.data.augment import RandomAffine
 from gif.encoders import CLIPEncoder, DINOEncoder
 from gif.errors import DamagedFileError, InputError
 from gif.losses import MarginSoftmax
 from gif.progress import console
 from gif.training import Checkpoints, TrainingConfig, train
 from gif.training import checkpoint as checkpoint_module
-from gif.training import journal as journal_module
-from gif.training.journal import TableJournal
+from gif.training import increments as increments_module
+from gif.training.augmentation import RandomAffine
+from gif.training.increments import TableIncrements
 from gif.weights import load_pytorch
 
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
@@ -236,59 +236,59 @@ def test_another_run_is_refused(tmp_path):
         run(tmp_path, config=TrainingConfig(epochs=4, batch_size=8))
 
 
-class TestTableJournal:
+class TestTableIncrements:
     @pytest.fixture(params=[torch.float32, torch.bfloat16])
     def table(self, request, monkeypatch):
-        monkeypatch.setattr(journal_module, "_ROWS_A_BLOCK", 7)
+        monkeypatch.setattr(increments_module, "_ROWS_A_BLOCK", 7)
         return torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).to(request.param)
 
-    def change(self, journal, table, rows):
+    def change(self, increments, table, rows):
         table[rows] = torch.randn(len(rows), 3).to(table.dtype)
-        journal.changed[rows] = True
+        increments.changed[rows] = True
 
     def test_every_saved_state_comes_back(self, table, tmp_path):
-        journal = TableJournal(tmp_path, table)
+        increments = TableIncrements(tmp_path, table)
         states = []
         for step in range(12):
-            self.change(journal, table, torch.randperm(50)[: 13 if step % 3 else 1])
-            states.append((journal.save(step), table.clone()))
+            self.change(increments, table, torch.randperm(50)[: 13 if step % 3 else 1])
+            states.append((increments.save(step), table.clone()))
         assert len({files[0] for files, _ in states}) > 1, "the table was never copied again"
         assert all(len(files) <= 8 for files, _ in states)
         for names, wanted in states:
             other = torch.zeros_like(table)
-            TableJournal(tmp_path, other).load(names)
+            TableIncrements(tmp_path, other).load(names)
             assert torch.equal(other, wanted)
 
-    def test_a_restored_journal_goes_on(self, table, tmp_path):
-        journal = TableJournal(tmp_path, table)
-        files = journal.save(0)
+    def test_a_restored_table_goes_on(self, table, tmp_path):
+        increments = TableIncrements(tmp_path, table)
+        files = increments.save(0)
         other = torch.zeros_like(table)
-        journal = TableJournal(tmp_path, other)
-        self.change(journal, other, torch.arange(5))  # a run that went on after its checkpoint
-        journal.load(files)
-        assert journal.save(1) == files, "nothing changed, so nothing is written"
-        self.change(journal, other, torch.arange(3))
-        last = journal.save(2)
+        increments = TableIncrements(tmp_path, other)
+        self.change(increments, other, torch.arange(5))  # a run that went on after its checkpoint
+        increments.load(files)
+        assert increments.save(1) == files, "nothing changed, so nothing is written"
+        self.change(increments, other, torch.arange(3))
+        last = increments.save(2)
         assert last == [*files, "000000002-rows.safetensors"]
         again = torch.zeros_like(table)
-        TableJournal(tmp_path, again).load(last)
+        TableIncrements(tmp_path, again).load(last)
         assert torch.equal(again, other)
 
     def test_a_save_costs_what_changed(self, tmp_path):
         table = torch.randn(4096, 64)
-        journal = TableJournal(tmp_path, table)
-        (whole,) = journal.save(0)
-        journal.changed[:40] = True
-        _, change = journal.save(1)
+        increments = TableIncrements(tmp_path, table)
+        (whole,) = increments.save(0)
+        increments.changed[:40] = True
+        _, change = increments.save(1)
         size = {name: (tmp_path / name).stat().st_size for name in (whole, change)}
         assert size[change] < 40 * (64 * 4 + 8) + 500 < size[whole] / 90
 
     def test_files_that_no_checkpoint_needs_go(self, table, tmp_path):
-        journal = TableJournal(tmp_path, table)
-        first = journal.save(0)
-        self.change(journal, table, torch.arange(5))
-        journal.save(1)
-        journal.remove_others(first)
+        increments = TableIncrements(tmp_path, table)
+        first = increments.save(0)
+        self.change(increments, table, torch.arange(5))
+        increments.save(1)
+        increments.remove_others(first)
         assert [path.name for path in tmp_path.iterdir()] == first
 
 
@@ -389,22 +389,22 @@ class TestDamage:
     @pytest.mark.parametrize("what", ["state", "header", "short", "missing", "empty", "table", "table missing"])
     def test_it_falls_back_to_the_one_before(self, stopped, whole, what):
         newest = stopped / "step-000000006" / "state.safetensors"
-        journal = sorted((stopped / "vectors").glob("*"))[-1]
-        assert journal.name.startswith("000000006")
+        increment = sorted((stopped / "vectors").glob("*"))[-1]
+        assert increment.name.startswith("000000006")
         {
             "state": lambda: damage(newest),
             "header": lambda: damage(newest, 0.001),
             "short": lambda: os.truncate(newest, newest.stat().st_size // 2),
             "missing": newest.unlink,
             "empty": lambda: os.truncate(newest, 0),
-            "table": lambda: damage(journal),
-            "table missing": journal.unlink,
+            "table": lambda: damage(increment),
+            "table missing": increment.unlink,
         }[what]()
         with console.capture() as capture:
             result = run(stopped, seed=1, config=self.config)
         assert_same(result, whole)
         assert "continues from step-000000005" in capture.get()
-        assert (journal if "table" in what else newest).name in capture.get()
+        assert (increment if "table" in what else newest).name in capture.get()
 
     def test_where_none_is_whole_it_is_an_error_and_all_stays(self, stopped):
         for place in stopped.glob("step-*"):

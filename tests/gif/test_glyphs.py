@@ -1,6 +1,5 @@
 """Glyphs: real identities, split so that an error rate measured on them is true."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gif.data import look_alikes
-from gif.data.drawing import draw, open_font
-from gif.data.glyphs import glyphs
+from gif.data.glyphs import from_matplotlib as module
+from gif.data.glyphs import glyphs, look_alikes
+from gif.data.glyphs.drawing import draw, open_font
 from gif.data.images import IdentityImages, IdentitySplit
-
-module = importlib.import_module("gif.data.glyphs")  # the package shows the function under the module's name
 
 # Letters, digits and punctuation of Latin, Greek and Cyrillic: everything the defaults do, in seconds.
 COMMON: Any = {"min_fonts": 13}

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from fontTools.ttLib import TTCollection, TTFont
 from safetensors.torch import load_file, save_file
 
 from gif import cli
-from gif.data import IdentityImages, IdentitySplit, glyphs_80k, load_data, loading, report, split_identities
-from gif.data.debian_fonts import FAMILIES, Family, find_fonts
-from gif.data.glyphs_80k import FORMAT, all_glyphs_80k
+from gif.data import IdentityImages, IdentitySplit, glyphs_80k, load_data, loading, split_identities
+from gif.data.glyphs import from_debian as module
+from gif.data.glyphs import report
+from gif.data.glyphs.debian_fonts import FAMILIES, Family, find_fonts
+from gif.data.glyphs.from_debian import FORMAT, all_glyphs_80k
 from gif.files import allocate_tensors, locate_tensor, map_tensor
 from gif.progress import console
-
-module: Any = sys.modules["gif.data.glyphs_80k"]
 
 COMMON = [chr(0x4E00 + i) for i in range(24)]
 RARE = [chr(0x20000 + i) for i in range(6)]  # beyond the basic plane

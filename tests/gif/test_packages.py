@@ -82,8 +82,8 @@ def test_training_without_optional_packages():
 NEEDS = {
     "gif.tokenize(torch.randn(40, 16), gif.TokenizeConfig(vocab_size=7))": "scipy",
     "from gif.data import glyphs; glyphs()": "matplotlib",
-    "from gif.data.drawing import font_characters; font_characters('font.ttf')": "fonttools",
-    "from gif.data.drawing import open_font; open_font('font.ttf', 8)": "pillow",
+    "from gif.data.glyphs.drawing import font_characters; font_characters('font.ttf')": "fonttools",
+    "from gif.data.glyphs.drawing import open_font; open_font('font.ttf', 8)": "pillow",
     "from gif.data import ImageDecoder; ImageDecoder()(b'')": "pillow",
     "from gif.data.shards import _find_images; _find_images([])": "joblib",
     "from gif.evaluation import roc; roc([0.0, 1.0], [False, True])": "scikit-learn",

@@ -12,15 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gif import CodeVectors, GIFLoss, IdentityCodes, cli
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
-from gif.data import IdentityImages
-from gif.data.augment import RandomAffine, normalize_pixels
+from gif.data import IdentityImages, normalize_pixels
 from gif.errors import InputError
 from gif.evaluation import embed, judge
 from gif.losses import MarginSoftmax
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
-from gif.training.health import health, summary
+from gif.training.augmentation import RandomAffine
+from gif.training.monitor import summary
 from gif.training.order import EpochOrder, begin_epoch
 from gif_kernels import checks
 
@@ -259,14 +259,15 @@ class TestHealth:
         codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
         head = GIFLoss(codes, CodeVectors(torch.randn(27, 16)), 16, siblings=2)
         embeddings, labels = torch.randn(5, 16), torch.tensor([4, 9, 9, -1, 26])
-        found = health(head, embeddings, labels)
+        found = head.health(embeddings, labels)
         kept = [0, 1, 2, 4]
         hits = head.predict(embeddings)[kept] == codes.codes[labels[kept]].long()
         assert [float(found[f"token accuracy/{j}"]) for j in (1, 2, 3)] == hits.double().mean(0).tolist()
         assert float(found["code accuracy"]) == hits.all(1).double().mean()
         candidates = {*labels[kept].tolist(), *codes.siblings(labels[kept], 2).flatten().tolist()}
         self.check(found, embeddings[kept], labels[kept], head.vectors.table, candidates)
-        assert health(GIFLoss(codes, None, 16, regression_weight=0, contrast_weight=0), embeddings, labels).keys() == {
+        bare = GIFLoss(codes, None, 16, regression_weight=0, contrast_weight=0)
+        assert bare.health(embeddings, labels).keys() == {
             *(f"token accuracy/{j}" for j in (1, 2, 3)),
             "code accuracy",
         }
@@ -274,7 +275,7 @@ class TestHealth:
     def test_of_a_softmax(self):
         head = MarginSoftmax(9, 16)
         embeddings, labels = torch.randn(4, 16), torch.tensor([3, 8, 3, 0])
-        self.check(health(head, embeddings, labels), embeddings, labels, head.weight.detach(), {3, 8, 0})
+        self.check(head.health(embeddings, labels), embeddings, labels, head.weight.detach(), {3, 8, 0})
 
     def check(self, found, embeddings, labels, vectors, candidates):
         """Against the definition, image by image, in float64."""

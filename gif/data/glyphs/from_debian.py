@@ -1,9 +1,9 @@
 """Glyphs at scale: the characters that at least three of 22 families of free fonts have, one image a family.
 
-The families and the Debian packages that hold them are listed in `gif.data.debian_fonts`; what is one identity and
-which images are dropped is decided by the rules of `gif.data.look_alikes`, at 32 pixels. Images of 64 pixels are drawn
-for the same characters in the same families, from the same outlines at `EM` pixels: both sizes have the same images, in
-the same order, with the same labels.
+The families and the Debian packages that hold them are listed in `gif.data.glyphs.debian_fonts`; what is one identity
+and which images are dropped is decided by the rules of `gif.data.glyphs.look_alikes`, at 32 pixels. Images of 64 pixels
+are drawn for the same characters in the same families, from the same outlines at `EM` pixels: both sizes have the same
+images, in the same order, with the same labels.
 
 The images are never in memory as a whole. They are drawn into a memory-mapped file, which a killed run continues, and
 what is kept is copied into another that every process maps. That file is all a machine needs: it has no part in which
@@ -26,10 +26,10 @@ from filelock import FileLock
 from torch import Tensor
 
 from gif.data.cache import cache_folder, checksum
-from gif.data.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
-from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
+from gif.data.glyphs.debian_fonts import FAMILIES, FONT_FOLDER, Family, find_fonts
+from gif.data.glyphs.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
+from gif.data.glyphs.look_alikes import SUPERSAMPLING, Integers, distinct
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
-from gif.data.look_alikes import SUPERSAMPLING, Integers, distinct
 from gif.errors import InputError, OutputError, UnavailableError
 from gif.files import allocate_tensors, atomic_path, fsync, locate_tensor, map_tensor
 from gif.packages import needs
@@ -85,7 +85,7 @@ def all_glyphs_80k(
     """Render Debian's fonts into images of characters, or find what was rendered.
 
     Args:
-        size: height and width of the images in pixels, 32 or 64; the em is as wide, as in `gif.data.glyphs`.
+        size: height and width of the images in pixels, 32 or 64; the em is as wide, as in `all_glyphs`.
         min_families: characters in fewer families are left out; at least 2. A family counts when it draws ink, even
             where its image is dropped later because it equals another's.
         families: which fonts draw.
@@ -93,7 +93,7 @@ def all_glyphs_80k(
         cache_dir: where the rendered images are kept; default ``$XDG_CACHE_HOME/gif`` or ``~/.cache/gif``.
         workers: processes that draw; one a core where it is not given.
 
-    Returns images (n, 1, size, size) uint8, memory-mapped, labels (n,) int64, and names as `gif.data.glyphs` has them.
+    Returns images (n, 1, size, size) uint8, memory-mapped, labels (n,) int64, and names as `all_glyphs` has them.
     The first call renders, and continues a call that was killed; later ones check the file and map it. A damaged file
     is rendered again; one rendered from other versions of the fonts is used as it is.
 
@@ -306,9 +306,9 @@ def _write(
         allocate_tensors(temporary, shapes, format=FORMAT, names=names, fonts=fonts, counts=counts)
         tensors = {name: map_tensor(temporary, name, format=FORMAT, writable=True) for name in shapes}
         tensors["labels"][:], tensors["drawings"][:] = labels, drawings
-        for start in range(0, n, _COPIED):
-            block = rows[start : start + _COPIED]
-            tensors["images"][start : start + _COPIED, 0] = images[block]
+        for begin in range(0, n, _COPIED):
+            block = rows[begin : begin + _COPIED]
+            tensors["images"][begin : begin + _COPIED, 0] = images[block]
             advance(len(block))
         digest = checksum({name: tensors[name] for name in _TENSORS}, names)
         tensors["sha256"][:] = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)

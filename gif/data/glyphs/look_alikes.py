@@ -105,7 +105,7 @@ def alike(images: NDArray[np.uint8], rows: Integers) -> Integers:
 
     Of the images the ``rows`` (r,), ascending, are compared. The result is exact, its rows sorted.
     """
-    blocks = (images[start : start + _BLOCK, ::2, ::2] for start in range(0, len(images), _BLOCK))
+    blocks = (images[begin : begin + _BLOCK, ::2, ::2] for begin in range(0, len(images), _BLOCK))
     pixels = np.concatenate([block.reshape(len(block), -1) for block in blocks])  # a quarter of them
 
     def close(pairs: Integers) -> NDArray[np.bool_]:

@@ -3,8 +3,8 @@
 The identity is a character, its images are that character in the fonts that matplotlib ships. Some characters are in
 two dozen fonts and many in four, so the data is long-tailed by nature; and since the split is by identity, recognition
 is open-set, as with faces. At the defaults, with matplotlib 3.11: 5,569 characters are in at least 4 of the 33 fonts,
-50,634 images. They look like 4,987 different ones (see `gif.data.look_alikes`): 1,129 images show two of them and
-14,514 are copies. 4,543 identities have at least 2 images, 34,553 in all.
+50,634 images. They look like 4,987 different ones (see `gif.data.glyphs.look_alikes`): 1,129 images show two of them
+and 14,514 are copies. 4,543 identities have at least 2 images, 34,553 in all.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from gif.data.cache import cache_folder, checksum
-from gif.data.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
+from gif.data.glyphs.drawing import draw, font_characters, is_letter_form, open_font, renderer_versions
+from gif.data.glyphs.look_alikes import SUPERSAMPLING, distinct
 from gif.data.images import IdentityImages, IdentitySplit, check_held_out, split_identities
-from gif.data.look_alikes import SUPERSAMPLING, distinct
 from gif.errors import InputError, OutputError
 from gif.files import load_tensors, save_tensors
 from gif.packages import needs

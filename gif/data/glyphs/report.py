@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from gif.data.glyphs import all_glyphs
-from gif.data.glyphs_80k import all_glyphs_80k
-from gif.data.images import IdentityDataset, IdentityImages
+from gif.data.glyphs.from_debian import all_glyphs_80k
+from gif.data.glyphs.from_matplotlib import all_glyphs
+from gif.data.images import IdentityImages
+from gif.data.inspection import describe
 from gif.errors import InputError
 from gif.plotting import COLORS, figure, save_figure
-from gif.progress import new_table, print_table, say
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from gif.progress import print_table, say
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 16
 GAP = 2  # pixels between images
@@ -62,21 +60,6 @@ def glyph_report(
 def _given(**options: Any) -> dict[str, Any]:
     """The options that are not None: the others keep the data set's own defaults."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def describe(data: IdentityDataset) -> Table:
-    """The numbers of a data set: identities, images, and the quartiles of images an identity."""
-    counts = data.labels.bincount(minlength=data.num_identities).double()
-    table = new_table("measure", "value")
-    table.add_row("identities", f"{data.num_identities:,}")
-    table.add_row("images", f"{len(data):,}")
-    table.add_row("image", " x ".join(map(str, data.image_shape)))
-    quartiles = counts.quantile(torch.linspace(0, 1, 5, dtype=torch.float64)).tolist()
-    for name, value in zip(
-        ("minimum", "first quartile", "median", "third quartile", "maximum"), quartiles, strict=True
-    ):
-        table.add_row(f"images an identity, {name}", f"{value:g}")
-    return table
 
 
 def plot_glyphs(data: IdentityImages, path: str | Path) -> None:

@@ -16,7 +16,7 @@ FORMAT = "gif.table_journal/1"
 _ROWS_A_BLOCK = 1 << 18
 
 
-class TableJournal:
+class TableIncrements:
     """One whole copy of a table in ``folder``, then the rows that changed between one save and the next.
 
     When the rows written since the last whole copy would be as many as the table has, it is copied whole again. So all
@@ -80,7 +80,7 @@ class TableJournal:
         self.changed.zero_()
 
     def remove_others(self, files: Iterable[str]) -> None:
-        """Delete every file of the journal but these, and what killed processes left of any."""
+        """Delete every file of the table but these, and what killed processes left of any."""
         for path in set(self._folder.glob("*.safetensors")) - {self._folder / name for name in files}:
             path.unlink()
         remove_temporaries(self._folder, held=True)

@@ -1,0 +1,68 @@
+"""What a training loop may ask of a head beside its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from torch import Tensor, nn
+
+
+class Head:
+    """Answers to what `gif.training.train` asks of a head; each says what is true of a module that is no `Head`.
+
+    A head is a module whose call ``head(embeddings, labels)`` is the loss. That is enough to be trained: its parameters
+    are optimized, and its ``state_dict()`` is kept in checkpoints. A head that does more is a `Head` too, and overrides
+    what differs:
+
+        class MyHead(nn.Module, Head): ...
+
+    Attributes:
+        under_autocast: whether the loss may be called under autocast where the training's precision is bf16 or fp16. It
+            may where it keeps in float32 whatever would lose by it. Otherwise it gets float32.
+    """
+
+    under_autocast: bool = False
+
+    def tables(self) -> dict[str, Tensor]:
+        """What the head changes in place beside its parameters, by name: tensors (m, ...), the same ones each time.
+
+        A checkpoint keeps them and restores them in place. It writes a table whole, and afterwards the rows that moved,
+        so a table may be too large to be copied each time. Names are those of folders among the checkpoints.
+        """
+        return {}
+
+    def mark_moves(self, moved: Mapping[str, Tensor]) -> None:
+        """From now on set ``moved[name][row]``, of (m,) bool on the table's device, for each row of a table that moves.
+
+        Called before training where checkpoints are kept and there are tables. Each checkpoint clears the marks. A row
+        that moves and is not marked is lost when the run continues.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has tables, so it must override mark_moves")
+
+    def share_of_a_step(self, share: float) -> AbstractContextManager[None]:
+        """Around a forward and a backward pass that are this share, in (0, 1], of one step of the optimizer.
+
+        Gradients of several such passes accumulate, and the loop weighs each loss by its share. What the head moves by
+        itself is to move by this share of its step.
+        """
+        return nullcontext()
+
+    def check_processes(self, processes: int) -> None:
+        """Raise InputError, before work starts, where so many processes cannot train this head together."""
+
+    def health(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Named measures () of how well a batch of embeddings (B, d) with identities ``labels`` (B,) meets its targets.
+
+        A label of -1 is ignored. They are shown beside the loss, averaged over the processes.
+        """
+        return {}
+
+    def save_tables(self, folder: Path) -> None:
+        """Write the tables, as training left them, to files in ``folder``: for the results of `gif train`."""
+
+
+def as_head(module: nn.Module) -> Head:
+    """The module itself where it is a `Head`, and otherwise one that gives the answers of a plain module."""
+    return module if isinstance(module, Head) else Head()
