@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gif.distributed import least_of_processes, sum_over_processes, world_size
 from gif.progress import progress
+from gif.seeds import seed_of
 from gif.vectors.closed_form import ROWS_A_BLOCK, apply_closed_form, fit_closed_form
 from gif.vectors.config import SpreadConfig
 from gif.vectors.distributed_table import DistributedTable, Round, prefetched, rounds_of
@@ -26,8 +27,6 @@ from gif_kernels import max_cosine, uniformity_step_
 
 NEIGHBOR_T, NEIGHBOR_LR = 4.0, 0.01
 """Of the potential among neighbours: a larger t parts near-duplicates, and costs the order of the others less."""
-
-SEED_STRIDE = 1_000_003
 
 
 class Stage(ABC):
@@ -110,7 +109,7 @@ class RandomEpochs(Stage):
     def step(self, number: int, round: Round, rows: Tensor) -> Tensor:
         subset = self._table.collect(round, rows)
         if len(subset):
-            seed = self._config.seed * SEED_STRIDE + number * self.subsets + round.subset
+            seed = seed_of(self._config.seed, number * self.subsets + round.subset)
             every = torch.arange(len(subset), device=subset.device)
             loss = uniformity_step_(subset, every, lr=self._config.lr, t=self._config.t, seed=seed)
             self.record[number, round.subset] = loss
@@ -135,7 +134,7 @@ class NeighborEpochs(Stage):
     ) -> None:
         super().__init__(config.neighbor_epochs, rounds_of(len(neighbors.sizes)), len(neighbors.sizes))
         self._table = table
-        self._seed = config.seed * SEED_STRIDE
+        self._seed = config.seed
         self._neighbors = neighbors
         self._recovery = recovery
 
@@ -144,12 +143,12 @@ class NeighborEpochs(Stage):
         return [float(found) for found in sum_over_processes(self.record).amax(1)]
 
     def begin(self, number: int, first: int, skip: int) -> Iterator[Round]:
-        order = self._recovery.remember(_order_of(number), lambda: self._neighbors.order(self._seed + number))
+        order = self._recovery.remember(_order_of(number), lambda: self._neighbors.order(seed_of(self._seed, number)))
         return self._table.rounds(self._neighbors.subsets(order), first, skip)
 
     def step(self, number: int, round: Round, rows: Tensor) -> Tensor:
         subset = self._table.collect(round, rows)
-        seed, largest = self._seed + number * self.subsets + round.subset, -torch.inf
+        seed, largest = seed_of(self._seed, number * self.subsets + round.subset), -torch.inf
         for leaf in self._neighbors.leaves(round.subset, subset.device):
             largest = max(largest, float(max_cosine(subset[leaf])[0].max()))
             uniformity_step_(subset, leaf, lr=NEIGHBOR_LR, t=NEIGHBOR_T, seed=seed)
@@ -248,7 +247,7 @@ class Driver:
 
 def random_subsets(m: int, number: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
     """[0, m) in ``number`` random subsets: a function of seed and epoch alone, so a run can resume."""
-    generator = torch.Generator().manual_seed(seed * SEED_STRIDE + epoch)
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     return torch.randperm(m, generator=generator).tensor_split(number)
 
 

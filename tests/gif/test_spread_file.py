@@ -131,6 +131,33 @@ def test_a_finished_run_is_not_done_again(tmp_path):
     assert torch.equal(mapped.table, after)
 
 
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
+    """Its folder names the settings that it was given, and the minutes; what it names must be as it was."""
+    source, output, cpu = tmp_path / "v.safetensors", tmp_path / "out.safetensors", torch.device("cpu")
+    CodeVectors(table()).save(source)
+    wanted = CodeVectors(table())
+    spread_code_vectors(wanted, SpreadConfig(**OPTIONS))
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "max_cosine", killed)  # in the first round of neighbours
+        with pytest.raises(KeyboardInterrupt):
+            spread_file(source, output, SpreadConfig(**OPTIONS), device=cpu)
+    record = tmp_path / "out.partial" / "settings.json"
+    named = json.loads(record.read_text())
+    assert named.pop("t") == 2 and named.pop("neighbors") == 16
+    record.write_text(json.dumps({**named, "minutes": None}))
+    for changed in ({"minutes": 5.0}, {"lr": 0.2}):
+        with pytest.raises(ValueError, match="holds a run with other settings"):
+            spread_file(source, output, SpreadConfig(**{**OPTIONS, **changed}), device=cpu)
+    with pytest.raises(ValueError, match=r"checkpoint of another run .*neighbors is 16 there and 8 here"):
+        spread_file(source, output, SpreadConfig(**{**OPTIONS, "neighbors": 8}), device=cpu)
+    spread_file(source, output, SpreadConfig(**OPTIONS), device=cpu)
+    assert torch.equal(CodeVectors.load(output).table, wanted.table)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     CodeVectors(table()).save(tmp_path / "v.safetensors")
     (tmp_path / "out.partial").mkdir()

@@ -18,9 +18,9 @@ from gif.vectors import (
     judge_vectors,
     largest_uniform_cosine,
     spread_code_vectors,
+    stages,
     uniform_optimum,
 )
-from gif.vectors import spread as spread_module
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
 
@@ -141,7 +141,7 @@ class TestSpread:
         assert report.gaps[-1] < 0.3 <= report.gaps[-2]
 
     def test_every_epoch_uses_each_row_once(self):
-        epochs = [spread_module.random_subsets(103, 5, seed=3, epoch=epoch) for epoch in range(2)]
+        epochs = [stages.random_subsets(103, 5, seed=3, epoch=epoch) for epoch in range(2)]
         for subsets in epochs:
             assert [len(rows) for rows in subsets] == [21, 21, 21, 20, 20]
             assert torch.equal(torch.cat(subsets).sort().values, torch.arange(103))
@@ -153,7 +153,7 @@ class TestSpread:
         whole = CodeVectors(start.clone())
         report = spread_code_vectors(whole, SpreadConfig(epochs=3, batch=300))
 
-        step, calls = spread_module.uniformity_step_, []
+        step, calls = stages.uniformity_step_, []
 
         def killed(*args, **options):
             calls.append(1)
@@ -161,7 +161,7 @@ class TestSpread:
                 raise KeyboardInterrupt
             return step(*args, **options)
 
-        monkeypatch.setattr(spread_module, "uniformity_step_", killed)
+        monkeypatch.setattr(stages, "uniformity_step_", killed)
         monkeypatch.setattr(resume, "SECONDS", 0.0)
         monkeypatch.setattr(resume, "LARGEST_SHARE", 1e9)
         checkpoint = tmp_path / "spread.partial"
