@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gif.errors import InputError
 from gif.packages import needs
+from gif_kernels import checks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,8 +68,7 @@ class ImageDecoder:
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3):
             raise InputError(f"wanted size >= 1 and 1 or 3 channels, got {self.size} and {self.channels}")
-        if self.fit not in ("squash", "crop", "exact"):
-            raise InputError(f"fit must be 'squash', 'crop' or 'exact', got {self.fit!r}")
+        checks.choice("fit", self.fit, get_args(Fit))
         check_max_pixels(self.max_pixels)
 
     def __call__(self, encoded: bytes) -> Tensor:

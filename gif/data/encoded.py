@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gif.data.shared_memory import check_workers, shared_flags
 from gif.data.workers import leave_signals_to_the_command
 from gif.errors import InputError
 from gif.progress import progress
+from gif_kernels import checks
 
 BrokenPolicy = Literal["skip", "raise"]
 ALL_BROKEN = 8  # images, none of which can be read: then it is not the images
@@ -84,8 +85,7 @@ class EncodedImages(IdentityDataset):
         passed_over: Sequence[str] = (),
     ) -> None:
         super().__init__(labels, names, rows, len(source))
-        if on_broken not in ("skip", "raise"):
-            raise InputError(f"on_broken must be 'skip' or 'raise', got {on_broken!r}")
+        checks.choice("on_broken", on_broken, get_args(BrokenPolicy))
         self.source, self.decoder, self.on_broken = source, decoder, on_broken
         self.passed_over = tuple(passed_over)
         # A flag an image needs no lock: whoever finds it broken writes the same byte.
