@@ -24,7 +24,7 @@ normal float32, 2^-126, for coordinates below 2^-119."""
 
 @triton.jit
 def _mix(x):
-    """As `gif_kernels.rounding` does it, on 32 bits."""
+    """The hash of `gif_kernels.rounding`, in unsigned numbers of 32 bits."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -108,7 +108,7 @@ def _signed(bits: int) -> int:
 
 
 def step_constants(dtype: torch.dtype, width: int, column_stride: int) -> dict[str, Any]:
-    """What the kernel compiles with."""
+    """The constants that the kernel compiles with."""
     rounding = {"DIGITS": SIGNIFICAND_BITS.get(dtype, 0), "LOWEST": LOWEST_EXPONENT.get(dtype, 0)}
     rows = row_constants(width, column_stride)
     return {**rows, **rounding, "num_warps": 2 * rows["num_warps"]}  # rounding needs registers of its own
