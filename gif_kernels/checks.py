@@ -24,6 +24,7 @@ __all__ = [
     "choice",
     "floating",
     "integer",
+    "labels",
     "looks_at_values",
     "positive",
     "refuse_not_finite",
@@ -121,6 +122,13 @@ def integer(
         ignored = given < 0
         require((ignored == ignored[..., :1]).all(), f"a row of {name} must be -1 in every entry or in none; {hint}")
     return given
+
+
+def labels(name: str, tensor: object, batch: int, *, high: int, hint: str = "", asserted: bool = True) -> Tensor:
+    """``tensor`` (batch,) as int64 labels in [-1, high), of which -1 ignores its row; raises as `integer` does."""
+    ignores = "-1 ignores a row"
+    hint = f"{ignores}; {hint}" if hint else ignores
+    return integer(name, tensor, (batch,), low=-1, high=high, hint=hint, asserted=asserted)
 
 
 def require(condition: Tensor, message: str) -> None:

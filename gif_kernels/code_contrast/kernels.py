@@ -15,7 +15,7 @@ from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.device.margins import margin_arguments, margin_value_and_slope
 from gif_kernels.device.primitives import block_size, empty_like_if
 from gif_kernels.device.reduction import incoming_stride, reduced, reduced_like
-from gif_kernels.device.rows import ONE_WARP, inverse_norms, row_gradients
+from gif_kernels.device.rows import inverse_norms, row_gradients, warps
 from gif_kernels.dispatch import full_precision
 from gif_kernels.margins import AngularMargin
 from gif_kernels.precision import gradient_dtype, product
@@ -123,7 +123,7 @@ def code_contrast(
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads."""
+    """The tensors that the backward pass reads."""
 
     embeddings: Tensor
     vectors: Tensor
@@ -230,9 +230,9 @@ def _memory(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: boo
 
 @functools.cache
 def softmax_constants(count: int) -> dict[str, Any]:
-    """What `code_contrast_softmax` compiles with, but for the margin, MASKED and SAVE."""
+    """The constants that `code_contrast_softmax` compiles with, but for the margin's, MASKED and SAVE."""
     block = block_size(count, AT_ONCE)
-    return {"BLOCK_N": block, "num_warps": max(1, min(MOST_WARPS, block // ONE_WARP))}
+    return {"BLOCK_N": block, "num_warps": warps(block, MOST_WARPS)}
 
 
 def _backward(

@@ -151,7 +151,7 @@ def code_regression(
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads."""
+    """The tensors that the backward pass reads."""
 
     embeddings: Tensor
     targets: Tensor
@@ -297,7 +297,7 @@ def _backward(
 
 @functools.cache
 def regression_constants(width: int, architecture: str) -> dict[str, Any]:
-    """What both kernels compile with, but for their switches."""
+    """The constants that both kernels compile with, but for their switches."""
     limits = tile("code_regression", torch.float32, architecture)
     return {
         "WIDTH": width,

@@ -32,7 +32,7 @@ from gif_kernels.token_margin.options import TokenMarginOptions
 def block_inverse_norms(
     p, o_row, m_row, STRIDE: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 / norm of a block of rows rounded to OPERAND: a loop of its own, for what rows.py says of products."""
+    """1 / norm of each row of a block, rounded to OPERAND; in a loop of its own, for the reason that rows.py gives."""
     b_square = tl.zeros((o_row.shape[0], BLOCK_D), tl.float32)
     for i_d in tl.static_range(0, WIDTH, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
@@ -191,7 +191,7 @@ def token_margin(
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads; what the kernels call it where they do."""
+    """The tensors that the backward pass reads, by the names that the kernels give them."""
 
     embeddings: Tensor
     projections: Tensor | None
@@ -297,7 +297,7 @@ def _flatten(projections: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Found(NamedTuple):
-    """What the forward launches give: the loss, and for the backward pass the rest, empty where there is none."""
+    """The results of the forward launches: the loss, and what a backward pass reads, empty where there is none."""
 
     loss: Tensor
     share: Tensor
@@ -384,7 +384,7 @@ def _memory(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> _Found:
 def forward_constants(
     operand: torch.dtype, tokens: int, length: int, vocab: int, width: int, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    """What the kernel compiles with, but for the margin, WEIGHED, PULLED, HAS_TARGET_ROWS and SAVE."""
+    """The constants that the kernel compiles with, but for the margin's and its switches."""
     limits = tile("token_margin_forward_wide" if vocab > WIDE_VOCAB else "token_margin_forward", operand, architecture)
     block_v = block_size(vocab, MAX_VOCAB)
     group = block_size(length, max(1, limits.columns // block_v), least=1) if tokens == 1 else 1

@@ -63,7 +63,9 @@ def vector_step(
             tl.atomic_add(p_stayed, 1, sem="relaxed")  # of integers: in whatever order, the same
 
 
-def step_(table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float) -> Tensor:
+def step_(
+    table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float
+) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ().
 
     A row that the table has not is skipped, as a negative one is.

@@ -61,7 +61,9 @@ def vector_step_(
     """
     checks.floating("table", table, ("n", "d"), finite=False)
     n, width = table.shape
-    rows = checks.integer("rows", rows, ("B",), low=_ANY.min, high=_ANY.max, hint="name rows of the table", asserted=False)
+    rows = checks.integer(
+        "rows", rows, ("B",), low=_ANY.min, high=_ANY.max, hint="name rows of the table", asserted=False
+    )
     gradient = checks.floating("gradient", gradient, (len(rows), width), finite=False).detach()
     checks.finite("lr", lr)
     if row_ids is not None:
@@ -75,7 +77,9 @@ def vector_step_(
     if checks.is_traced(table):
         if tensor_seed is None:
             tensor_seed = torch.full((), seed & MASK, dtype=torch.int64, device=table.device)
-        stayed: Tensor = torch.ops.gif_kernels.vector_step_(table, rows, gradient, row_ids, tensor_seed, float(lr), impl)
+        stayed: Tensor = torch.ops.gif_kernels.vector_step_(
+            table, rows, gradient, row_ids, tensor_seed, float(lr), impl
+        )
         return stayed
     return _step(table, rows, gradient, row_ids, seed, float(lr), name)
 
