@@ -52,7 +52,7 @@ class HeadCost:
 
     @property
     def flops(self) -> float:
-        """Of three products (forward, and the gradients of both factors), with two FLOPs a multiply-add."""
+        """How many the three products take (forward, and the gradients of both factors), two a multiply-add."""
         return 6 * self.batch * self.weights
 
     @property
