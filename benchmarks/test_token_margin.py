@@ -51,7 +51,7 @@ class Shape:
         return str(self.dtype).removeprefix("torch.")
 
     def flops(self, backward: bool) -> int:
-        """How many the matrix products take: one forward and two backward, with the centres and with the projections."""
+        """How many the products with the centres and the projections take: one forward, two backward."""
         compared = self.batch * self.length * self.vocab * self.width
         projected = self.batch * self.length * self.width**2 if self.projected else 0
         return 2 * (3 if backward else 1) * (compared + projected)

@@ -80,7 +80,7 @@ def _correct(
     again: tuple[Tensor, Tensor],
     own: bool,
 ) -> bool:
-    """Whether the first rows' cosines, and those of the rows that were named, are float64's; and the bits the same twice."""
+    """Whether the first rows' cosines and those of the rows they name are float64's, and all bits the same twice."""
     few = rows[:TRUTH_ROWS].double()
     few, unit = (torch.nn.functional.normalize(x.double(), dim=1) for x in (few, others))
     truth = few @ unit.T

@@ -50,7 +50,7 @@ class Goal:
 
     @classmethod
     def parse(cls, text: str) -> Goal | None:
-        """The goal that stands in a file so; None for an empty text, which is no goal. ValueError for any other text."""
+        """The goal that stands in a file so; None for an empty text, which is no goal. ValueError for another text."""
         if not text:
             return None
         sign, wanted = text.split()

@@ -264,8 +264,10 @@ def _copies(run: Run, case: Case) -> list[Case]:
 
 
 def _agrees(run: Run, what: str, case: Case, expected: list[torch.Tensor]) -> bool:
-    """Whether a tile gives the shipped tile's results, and the same bits twice. Of searches the cosines alone are compared,
-    since many are equal."""
+    """Whether a tile gives the shipped tile's results, and the same bits twice.
+
+    Of searches the cosines alone are compared, since many are equal.
+    """
     first, second = case.outputs(run.device), case.outputs(run.device)
     floats = [(a, b) for a, b in zip(first, expected, strict=True) if a.is_floating_point()]
     error = max(relative_error(a, b) for a, b in floats)

@@ -35,7 +35,7 @@ def encode_cost(m: int, width: int, rates: Rates, *, images: int, encoder_flops:
 
 
 def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
-    """Bytes of the table, of a step's rows (twice, with their gradient and what rounds them), and of a tile of pairs."""
+    """Bytes of the table, of a step's rows, twice, with their gradient and what rounds them, and of a tile of pairs."""
     row = width * (2 * itemsize + 4 * FLOAT + (ROUNDING_BYTES if itemsize < FLOAT else 0))
     return m * width * itemsize + batch * row + FLOAT * min(batch, TILE) ** 2
 
