@@ -32,7 +32,7 @@ FULL = (10_000, 100_000, 1_000_000, 10_000_000, 64_000_000)
 SLOW_FROM = 100_000
 """Identities from which a softmax takes seconds on a CPU."""
 ADAPTIVE_WIDTHS = (WIDTH // 4, WIDTH // 16)
-"""Of the adaptive softmax's clusters."""
+"""Widths of the adaptive softmax's clusters."""
 ADAPTIVE_LOGITS = 3
 """Arrays as large as the adaptive softmax's logits that are held at once: these, their logarithms, the gradient."""
 

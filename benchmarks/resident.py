@@ -39,7 +39,7 @@ class ResidentMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes."""
+        """The most bytes that were held beyond those there were."""
         return self._most - self._before
 
 

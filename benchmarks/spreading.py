@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE
 from gif.planning import CARDS, Rates, measure_rates, spread_memory, spread_step_seconds
+from gif.planning.heads import FLOAT
 from gif.vectors.distributed_table import DistributedTable
 from gif_kernels import uniformity_step_
 
 D, N, LR, T = 512, 2048, 0.1, 2.0
-HALF, FLOAT = 2, 4  # bytes of a coordinate
+HALF = 2
+"""Bytes of a coordinate of the table, which is bfloat16."""
 PAIRS_HELD, PAIRS_PASSES = 3, 14
 """Arrays of all pairs that autograd on `dense_potential` holds at once, and goes through, about."""
 TABLE_PASSES = 5
@@ -135,7 +137,7 @@ class Spreader:
 
     @property
     def flops(self) -> int:
-        """Of the products, by symmetry."""
+        """How many the products take, by symmetry."""
         return 3 * N * N * D
 
     def traffic(self, m: int) -> int:

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.harness import DEVICE, measure
 from benchmarks.memory import skip_unless_it_fits
 from benchmarks.results import Subject
-from benchmarks.spreading import FLOAT, PAIRS_HELD, T, dense_potential
+from benchmarks.spreading import PAIRS_HELD, T, dense_potential
+from gif.planning.heads import FLOAT
 from gif_kernels import gaussian_potential
 
 CHUNK = 1024

@@ -20,12 +20,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.harness import DEVICE, measure
+from benchmarks.heads import MARGIN, SCALE
 from benchmarks.results import Subject
-from gif_kernels import AngularMargin, token_margin_loss
+from gif_kernels import token_margin_loss
 from gif_kernels.precision import PREFERS_ONEDNN, product
-
-MARGIN = AngularMargin(m2=0.5)
-SCALE = 64.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,13 @@ class Shape:
         return str(self.dtype).removeprefix("torch.")
 
     def flops(self, backward: bool) -> int:
-        """Of the matrix products: one forward, two backward, of the rows with the centres and with the projections."""
+        """How many the products with the centres and the projections take: one forward, two backward."""
         compared = self.batch * self.length * self.vocab * self.width
         projected = self.batch * self.length * self.width**2 if self.projected else 0
         return 2 * (3 if backward else 1) * (compared + projected)
 
     def bytes(self, backward: bool) -> int:
-        """That must move at least: each input read once, and each gradient written once."""
+        """How many must move at least: each input is read once, and each gradient is written once."""
         rows = self.batch + self.length * self.vocab + (self.length * self.width if self.projected else 0)
         return (2 if backward else 1) * rows * self.width * self.dtype.itemsize
 

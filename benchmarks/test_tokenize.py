@@ -21,12 +21,12 @@ from torch import Tensor
 
 from benchmarks.clusters import clustered
 from benchmarks.harness import Reference, record
+from benchmarks.heads import VOCAB
 from benchmarks.resident import ResidentMemory
 from benchmarks.results import Subject
 from gif.codes import TokenizeConfig, code_length, tokenize
 from gif_kernels.sphere import unit
 
-VOCAB = 20
 ITERATIONS = 8
 REFERENCES = 10
 """Reference products before a run, and after it."""
@@ -36,7 +36,7 @@ LARGEST_FLOW = 200_000
 
 @dataclass(frozen=True)
 class Size:
-    """Identities and the width of their vectors."""
+    """How many identities there are, and how wide their vectors."""
 
     m: int
     d: int
@@ -46,7 +46,7 @@ class Size:
 
 
 NEARLY_FULL = Size(7_600, 128)
-"""Of 20^3 codes: plain recursion has no room to spare."""
+"""Nearly as many as there are codes, 20^3, so that plain recursion has no room to spare."""
 QUICK = [Size(10_000, 128), NEARLY_FULL]
 FULL = [*QUICK, Size(100_000, 512), Size(1_000_000, 512)]
 
@@ -119,7 +119,7 @@ class Provider:
 
 
 def _ours(rows: Tensor, length: int) -> np.ndarray:
-    """As `tokenize` does, whose codes have that length."""
+    """The codes of `tokenize`, which have that length."""
     return tokenize(rows, TokenizeConfig(vocab_size=VOCAB, iterations=ITERATIONS)).codes.numpy()
 
 

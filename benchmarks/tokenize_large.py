@@ -16,14 +16,12 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.clusters import write_clustered
+from benchmarks.clusters import ROWS_A_BLOCK, write_clustered
 from benchmarks.resident import ResidentMemory
 from gif.codes import IdentityCodes, TokenizeConfig, judge_codes, tokenize
 from gif.files import write_text
 from gif.progress import say
 from gif.vectors.store import CodeVectors
-
-ROWS_A_BLOCK = 1 << 20
 
 
 def main(

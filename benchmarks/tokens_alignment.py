@@ -27,7 +27,7 @@ from gif.vectors.store import CodeVectors
 from gif_kernels.sphere import unit
 
 ROUNDS = 8
-"""Of the quantiser's codebook: assignment within the capacities, and new means."""
+"""How often the quantiser's codebook is improved: rows are assigned within the capacities, then means are taken."""
 COLUMNS = ("codes", "read-out of tokens", "cosine to centroids", "neighbours share", "random pairs share")
 
 
@@ -110,7 +110,7 @@ def _first_codebook(residuals: Tensor, v: int, seed: int, depth: int) -> Tensor:
 
 
 class _Distances(Scores):
-    """Half the squared distance of residuals to a codebook, negated, up to a constant of the row."""
+    """The nearness of residuals to a codebook: half the squared distance, negated, up to a constant of the row."""
 
     def __init__(self, similarity: Tensor) -> None:
         self._held = similarity

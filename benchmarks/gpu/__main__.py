@@ -28,7 +28,7 @@ NEEDED = (
     *("torch", "triton", "numpy", "rich", "scipy", "matplotlib", "fontTools", "PIL", "joblib"),
     *("filelock", "psutil", "pynvml", "pytest"),
 )
-"""By the stages."""
+"""Packages that the stages need."""
 OPTIONAL = {
     "xdist": "the tests run in one process",
     "pytest_timeout": "a test that hangs takes the others with it",

@@ -33,9 +33,9 @@ COORDINATE_ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float1
 """A unit in the last place of a coordinate below 1, since rounding is stochastic, and what precedes it."""
 TF32_ALLOWED = 5e-3
 LOSS_ALLOWED = 5e-3
-"""Of few rows, rounded to bfloat16."""
+"""The error of a loss of few rows, which are rounded to bfloat16."""
 MAX_RATIO = 3
-"""Of our largest error to PyTorch's own: the largest of a few hundred is chance."""
+"""Our largest error may be so many times PyTorch's own: the largest of a few hundred is chance."""
 LR = 0.1
 
 
@@ -54,7 +54,7 @@ class Case:
         return f"{self.op.__name__} {self.what} {' and '.join(dtypes)}"
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Case:
-        """With each tensor changed."""
+        """The same call with each tensor changed."""
         return replace(self, arguments={name: _changed(x, change) for name, x in self.arguments.items()})
 
     def strided(self) -> Case:
@@ -251,4 +251,4 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "max_cosine": _largest,
     "code_regression_loss": _regression,
 }
-"""By op, in order of worth."""
+"""Cases by the name of their op, in order of worth."""

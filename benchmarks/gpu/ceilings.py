@@ -11,7 +11,7 @@ from benchmarks.gpu.stage import Run
 
 LOW, TF32, FLOAT32, COPY = "bf16 product", "TF32 product", "float32 product", "copy"
 COLUMNS = 512
-"""Of what the pairs are multiplied by: the width of the code vectors."""
+"""The width of the code vectors, which the pairs are multiplied by."""
 PAIRS = (4096, 8192)
 REPEATS = 8
 
@@ -50,7 +50,7 @@ def _copy(run: Run) -> tuple[int, Callable[[], object]]:
 
 
 def _library_products(run: Run, m: int) -> None:
-    """P @ H and P^T @ H, added to float32: two thirds of what the potential's gradient costs in blocks."""
+    """Time P @ H and P^T @ H, added to float32, which are two thirds of the potential's gradient in blocks."""
     pairs = torch.rand(m, m, device=run.device.name).to(run.device.low)
     rows = torch.randn(m, COLUMNS, device=run.device.name).to(run.device.low)
     total = torch.zeros(m, COLUMNS, device=run.device.name)

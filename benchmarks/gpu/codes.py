@@ -7,9 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.clusters import ROWS_A_BLOCK
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.device import rotated
 from benchmarks.gpu.stage import Run
+from benchmarks.heads import VOCAB
 from gif import IdentityCodes, TokenizeConfig, tokenize
 from gif_kernels import max_cosine, nearest_centroid
 
@@ -17,11 +19,10 @@ NEAREST = ((1 << 20, 20, 512), (1 << 16, 4096, 512), (1 << 20, 256, 64))
 LARGEST = ((32768, 512), (8192, 512))
 TOKENIZED = ((100_000, 512), (1_000_000, 512), (16_000_000, 64))
 """Rows and width: the first says whether there is time for the others."""
-VOCAB = 20
 ALLOWED = 1e-2
-"""Of a cosine of bfloat16 rows, whose products are exact in float32: much more than rounding leaves."""
+"""The error of a cosine of bfloat16 rows: much more than rounding leaves, since their products are exact in float32."""
 TRUTH_ROWS = 4096
-"""That are compared with float64."""
+"""How many rows are compared with float64."""
 CLUSTERS, NOISE = 1000, 0.5
 
 
@@ -79,7 +80,7 @@ def _correct(
     again: tuple[Tensor, Tensor],
     own: bool,
 ) -> bool:
-    """Of the first rows: the cosines against float64, and those of the rows that were named; then the bits."""
+    """Whether the first rows' cosines and those of the rows they name are float64's, and all bits the same twice."""
     few = rows[:TRUTH_ROWS].double()
     few, unit = (torch.nn.functional.normalize(x.double(), dim=1) for x in (few, others))
     truth = few @ unit.T
@@ -106,7 +107,7 @@ def _tokenize(run: Run, m: int, width: int) -> None:
     what = f"tokenize {m:,} x {width}"
     centers = torch.randn(CLUSTERS, width, device=run.device.name)
     table = torch.empty(m, width, dtype=torch.float16, device=run.device.name)
-    for rows in table.split(1 << 20):
+    for rows in table.split(ROWS_A_BLOCK):
         near = centers[torch.randint(CLUSTERS, (len(rows),), device=run.device.name)]
         rows.copy_(torch.randn(rows.shape, device=run.device.name).mul_(NOISE).add_(near))
     run.device.reset_peak()

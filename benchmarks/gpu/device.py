@@ -33,7 +33,7 @@ Call = Callable[[], object]
 REPLAYS = 20
 WARM_UP = 3
 MOST_COPIES = 64
-"""Of inputs that take turns, so that none is found in the L2 cache."""
+"""How many inputs take turns at most, so that none is found in the L2 cache."""
 MOST_PROCESSES = 15
 """Side by side, whatever the cores: each has a context of half a GiB on the card."""
 SLEEP_CYCLES = 50_000_000

@@ -46,7 +46,7 @@ def _in_a_file(m: int, batch: int) -> Step:
 
 
 def _cost_on_device(m: int, batch: int) -> HeadCost:
-    """With the code vectors, and with the code table and its order twice, since the codes are sorted there."""
+    """Count the code vectors too, and the code table and its order twice, since the codes are sorted there."""
     cost = GIF.cost(m, batch)
     return replace(cost, tables=2 * cost.tables + m * WIDTH * BF16.itemsize)
 
@@ -65,7 +65,7 @@ WHOLE = (
     *((1_000_000, head) for head in (ON_DEVICE, *OTHERS)),
     *((64_000_000, head) for head in (IN_A_FILE, *OTHERS)),
 )
-"""Beside a network the code vectors of 64 million have no room on one card."""
+"""What stands beside a network. The code vectors of 64 million identities have no room there on one card."""
 STEPS = 10
 
 

@@ -19,6 +19,7 @@ from benchmarks.gpu import ceilings
 from benchmarks.gpu.device import rotated, tf32
 from benchmarks.gpu.records import Goal, at_least, at_most
 from benchmarks.gpu.stage import Run
+from benchmarks.heads import MARGIN, SCALE
 from benchmarks.test_token_margin import batched_eager
 from gif_kernels import code_contrast_loss, code_regression_loss, token_margin_loss
 
@@ -27,7 +28,6 @@ TF32_ALLOWED = 1e-2
 BASELINE_ALLOWED = 0.2
 """What others write in bfloat16 rounds cosines that are multiplied by 64."""
 MOST_LAUNCHES, FASTER, NO_SLOWER = at_most(3), at_least(1.5), at_least(1)
-SCALE = 64.0
 
 Loss = Callable[..., Tensor]
 
@@ -113,7 +113,7 @@ def _token(run: Run, dtype: torch.dtype, batch: int, projected: bool) -> Setting
 
 
 def _low_tokens(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None) -> Tensor:
-    """As `batched_eager`, with products of the inputs' own precision."""
+    """What `batched_eager` computes, with products of the inputs' own precision."""
     z, w = F.normalize(z.float(), dim=1).to(z.dtype), F.normalize(w.float(), dim=2).to(w.dtype)
     if projections is None:
         cosine = torch.einsum("bd,lvd->blv", z, w).float()
@@ -126,7 +126,7 @@ def _low_tokens(z: Tensor, w: Tensor, codes: Tensor, projections: Tensor | None)
 
 
 def _margin(cosine: Tensor) -> Tensor:
-    angle = torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6)) + 0.5
+    angle = torch.acos(cosine.clamp(-1 + 1e-6, 1 - 1e-6)) + MARGIN.m2
     return torch.where(angle > torch.pi, -torch.cos(angle) - 2, torch.cos(angle))
 
 

@@ -17,7 +17,8 @@ from benchmarks.gpu.device import rotated
 from benchmarks.gpu.internals import fused_tile, fused_up_to, potential_design
 from benchmarks.gpu.records import at_least
 from benchmarks.gpu.stage import Run
-from benchmarks.spreading import FLOAT, PAIRS_HELD, T, dense_potential
+from benchmarks.spreading import PAIRS_HELD, T, dense_potential
+from gif.planning.heads import FLOAT
 from gif_kernels import gaussian_potential
 from gif_kernels.device.tuning import Tile
 
@@ -59,7 +60,7 @@ class Form:
 
 
 def run(run: Run) -> None:
-    """By rows: ours as it runs by default, by each design, and the others where they fit."""
+    """Time, by the number of rows, ours as it runs by default and by each design, and the others where they fit."""
     width = run.pick(512, 16)
     taken: dict[Choice, dict[int, float]] = {}
     for m in run.points(run.pick(FULL, TINY)):
@@ -127,7 +128,7 @@ def _ours(
 
 
 def _crossing(run: Run, taken: dict[Choice, dict[int, float]]) -> None:
-    """From how many rows on half of the pairs, in blocks, cost less than all of them fused."""
+    """Say from how many rows on half of the pairs, in blocks, cost less than all of them in the fused design."""
     fused = taken.get(FUSED, {})
     for choice in (choice for choice in taken if choice.design == "blocks"):
         both = sorted(set(fused) & set(taken[choice]))

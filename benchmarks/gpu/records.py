@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Environment:
-    """Where records come from. ``rehearsal``: on a CPU, at tiny sizes; its speeds say nothing."""
+    """Where records come from. A ``rehearsal`` ran on a CPU, at tiny sizes, and its speeds say nothing."""
 
     card: str
     driver: str
@@ -50,7 +50,7 @@ class Goal:
 
     @classmethod
     def parse(cls, text: str) -> Goal | None:
-        """From how it stands in a file; None of an empty text. ValueError for another."""
+        """The goal that stands in a file so; None for an empty text, which is no goal. ValueError for another text."""
         if not text:
             return None
         sign, wanted = text.split()

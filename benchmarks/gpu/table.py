@@ -21,9 +21,9 @@ LARGEST = 64_000_000
 FULL = (LARGEST, 10_000, 100_000, 1_000_000, 4_000_000, 16_000_000)
 TINY = (2 * N,)
 SUBSETS = 16
-"""That take turns."""
+"""How many sets of rows take turns."""
 ALLOWED, BASELINE_ALLOWED = 2.0**-7, 0.1
-"""Of a coordinate: bfloat16's rounding; autograd's gradients are rounded to it before the step."""
+"""Errors of a coordinate: bfloat16's rounding, and more of autograd, whose gradients are rounded before the step."""
 FLAT = at_most(1.1)
 """The step at 64 million over that at 10 thousand."""
 STEPS = 100

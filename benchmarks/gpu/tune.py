@@ -211,7 +211,7 @@ def _compile(run: Run, found: dict[Task, list[Tile]]) -> dict[tuple[Task, Tile],
 
 
 def _compiled(place: int, tile: Tile, rehearsal: bool) -> int | str:
-    """In a process of its own: registers that the kernel spills with this tile, or why it does not compile."""
+    """How many registers the kernel spills with this tile, or why it does not compile. For a process of its own."""
     task, device = (TINY if rehearsal else TASKS)[place], find_device(rehearsal)
     try:
         with task.design(), with_tile(task.kernel, task.operand, tile, device.name):
@@ -264,7 +264,10 @@ def _copies(run: Run, case: Case) -> list[Case]:
 
 
 def _agrees(run: Run, what: str, case: Case, expected: list[torch.Tensor]) -> bool:
-    """With the shipped tile's results, and with itself; of searches the cosines alone, since equal ones are many."""
+    """Whether a tile gives the shipped tile's results, and the same bits twice.
+
+    Of searches the cosines alone are compared, since many are equal.
+    """
     first, second = case.outputs(run.device), case.outputs(run.device)
     floats = [(a, b) for a, b in zip(first, expected, strict=True) if a.is_floating_point()]
     error = max(relative_error(a, b) for a, b in floats)

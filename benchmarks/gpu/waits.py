@@ -18,7 +18,7 @@ from gif_kernels import uniformity_step_
 NONE = at_most(0)
 WORKS = at_least(1)
 SHARE = 1.5
-"""Of a child's equal share of its node's rows: `tokenize`'s default capacity."""
+"""The capacity of a child, as a multiple of an equal share of its node's rows: `tokenize`'s default."""
 ITERATIONS = 8
 RECIPE_NAMES: tuple[RecipeName, ...] = ("live", "paper")
 

@@ -52,7 +52,7 @@ class HeadCost:
 
     @property
     def flops(self) -> float:
-        """Of three products (forward, and the gradients of both factors), with two FLOPs a multiply-add."""
+        """How many the three products take (forward, and the gradients of both factors), two a multiply-add."""
         return 6 * self.batch * self.weights
 
     @property
@@ -71,10 +71,12 @@ def softmax_cost(m: int, *, width: int = 512, batch: int = 1024) -> HeadCost:
 def partial_fc_cost(m: int, sample_rate: float, *, width: int = 512, batch: int = 1024) -> HeadCost:
     """A centre an identity, of which a sample is copied, takes part in a step and moves; all are kept, with momentum.
 
-    The batch's own centres are taken to be among ``sample_rate`` m.
+    The batch's own centres come on top of ``sample_rate`` m at random, which is the most that they can be; the work is
+    that of the sample alone, the least that it can be.
     """
     centres, sampled = FLOAT * m * width, sample_rate * m
-    step = FLOAT * (GATHERED_ROWS * sampled * width + batch * (sampled + width))
+    rows = min(m, sampled + batch)
+    step = FLOAT * (GATHERED_ROWS * rows * width + batch * (rows + width))
     return HeadCost(centres, centres, 0.0, step, sampled * width, batch)
 
 

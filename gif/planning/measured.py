@@ -40,7 +40,7 @@ class StepMeasurement:
 
 
 def measure_step(m: int, width: int, batch: int, folder: Path | None = None) -> StepMeasurement:
-    """Steps on a float32 table (m, width) in a sparse file, in ``folder`` or a temporary one; about 15 seconds.
+    """Time steps on a float32 table (m, width) in a sparse file, in ``folder`` or a temporary one; about 15 seconds.
 
     Rows are random ones and so are their values, as they are when a table is spread; the file grows by the rows that
     are written, and is removed.

@@ -31,21 +31,21 @@ class StageCost:
 
 
 def encode_cost(m: int, width: int, rates: Rates, *, images: int, encoder_flops: float) -> StageCost:
-    """One forward pass an image; on the host sums in float64 and their means in float32."""
+    """The encoder makes one forward pass an image; the host holds sums in float64 and their means in float32."""
     count = m * images
     return StageCost("encode", 0.0, 12 * m * width, count * encoder_flops / rates.products, f"{count:,} images")
 
 
 def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
-    """The table; the rows of a step, twice, with their gradient, and what rounds them; a tile of pairs."""
+    """Bytes of the table, of a step's rows, twice, with their gradient and what rounds them, and of a tile of pairs."""
     row = width * (2 * itemsize + 4 * FLOAT + (ROUNDING_BYTES if itemsize < FLOAT else 0))
     return m * width * itemsize + batch * row + FLOAT * min(batch, TILE) ** 2
 
 
 def spread_step_seconds(width: int, itemsize: int, batch: int, rates: Rates, *, in_file: bool) -> float:
-    """One step: 3 n^2 d FLOPs, n^2 / 2 exponentials, the rows a few times through memory, and in a file their pages.
+    """A step takes 3 n^2 d FLOPs, n^2 / 2 exponentials, its rows a few times through memory, and in a file their pages.
 
-    Rows narrower than float32 are rounded. It does not know m.
+    Rows narrower than float32 are rounded too. The step does not know m.
     """
     products = 3 * batch * batch * width / rates.products
     exponentials = batch * (batch + TILE) / 2 / rates.exponentials
@@ -58,7 +58,7 @@ def spread_step_seconds(width: int, itemsize: int, batch: int, rates: Rates, *, 
 def spread_cost(
     m: int, width: int, itemsize: int, rates: Rates, *, batch: int, epochs: int, in_file: bool
 ) -> StageCost:
-    """All epochs; the order of an epoch is on the host."""
+    """The cost of all epochs. The order of an epoch is on the host."""
     steps = epochs * max(m // batch, 1)
     step = spread_step_seconds(width, itemsize, batch, rates, in_file=in_file)
     memory = spread_memory(0 if in_file else m, width, itemsize, batch)
@@ -68,7 +68,8 @@ def spread_cost(
 def tokenize_cost(m: int, width: int, itemsize: int, rates: Rates, *, vocab_size: int, length: int) -> StageCost:
     """Each round of a level compares every row with v centroids and sums rows into them; prices sweep m x v cosines.
 
-    Of the rounds on a sample of the rows, which the first levels have, as much is counted: an upper estimate there.
+    The first levels take some of their rounds on a sample of the rows. These are counted as if they took all: for those
+    levels this is an upper estimate.
     """
     rounds = LLOYD_ROUNDS + BALANCING_ROUNDS + 1
     flops = length * rounds * 2 * 2 * m * vocab_size * width
@@ -80,7 +81,7 @@ def tokenize_cost(m: int, width: int, itemsize: int, rates: Rates, *, vocab_size
 
 
 def head_costs(m: int, width: int, rates: Rates, *, batch: int, vocab_size: int) -> list[StageCost]:
-    """One step of training, of the head alone."""
+    """The cost of one step of training, of each head alone, by `gif.planning.heads`."""
     heads = {
         "head, GIF": gif_cost(m, width=width, batch=batch, vocab_size=vocab_size),
         "head, full softmax": softmax_cost(m, width=width, batch=batch),

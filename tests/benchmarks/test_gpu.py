@@ -254,6 +254,12 @@ class TestRecords:
         assert entry(goal=goal).reached is reached
         assert entry(goal=goal, value=None).reached is None
 
+    def test_a_goal_is_written_and_read(self):
+        for goal in (at_most(1.6), at_least(60), None):
+            assert Goal.parse("" if goal is None else str(goal)) == goal
+        with pytest.raises(ValueError, match="begins with <= or >="):
+            Goal.parse("< 3")
+
     def test_a_screen_shows_failures_before_goals(self):
         text = screen(
             [entry("good", goal=at_most(3)), entry("bad", status="wrong"), *[entry(goal=at_most(3))] * 50], rows=10

@@ -67,6 +67,40 @@ def test_report(results, tmp_path):
         assert f"(pictures/{name})" in docs.read_text() and (docs.parent / "pictures" / name).exists()
 
 
+def test_a_document_is_small_and_the_numbers_lie_beside_it(tmp_path):
+    docs = tmp_path / "docs" / "benchmarks.md"
+    docs.parent.mkdir()
+    docs.write_text("<!-- begin bench token_margin -->\n<!-- end bench token_margin -->\n")
+    points = {"kernel": "token_margin", "flops": 1000, "bytes": 1000}
+    found = [
+        entry("ours", 2.0, shape="B1", **points) | {"stats": {"median": 0.5}},
+        entry("loop", 5.0, shape="B1", **points),
+        entry("loop", 7.0, shape="B2", headline=False, **points),
+    ]
+    for one in found:
+        one["extra_info"]["mode"] = "forward+backward"
+    forward = entry("ours", 1.0, shape="B1", **points)
+    forward["extra_info"]["mode"] = "forward"
+    report([write(tmp_path / "tokens.json", forward, *found)], output=tmp_path / "out", docs=docs)
+    text = docs.read_text()
+    assert "| B1 forward+backward float32 | 500 ms | 2.5 x |" in text
+    assert "B2" not in text and "| B1 forward float32" not in text and "(benchmarks/token_margin.csv)" in text
+    with (docs.parent / "benchmarks" / "token_margin.csv").open() as file:
+        rows = {(row["provider"], row["shape"], row["mode"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 4
+    assert rows["loop", "B1", "forward+backward"]["of_first"] == "2.5"
+    assert rows["loop", "B2", "forward+backward"]["of_first"] == "" and rows["ours", "B1", "forward"]["roofline"] == "1"
+
+
+def test_the_document_says_what_a_head_would_need(results, tmp_path):
+    docs = tmp_path / "docs.md"
+    docs.write_text("".join(f"<!-- begin bench {x} -->\n<!-- end bench {x} -->\n" for x in ("head", "product")))
+    head = {"identities": 10**7, "kept_bytes": 0}
+    more = write(tmp_path / "more.json", entry("GIF", 2.0, shape="m10000000", **head))
+    report([results, more], output=tmp_path / "out", docs=docs)
+    assert "| m10000000 step float32 | 2 ms, 3 MiB | needs 124 GiB |" in docs.read_text()
+
+
 def test_the_later_result_counts(results, tmp_path):
     head = {"identities": 10_000, "kept_bytes": 0, "needed_bytes": 0}
     report([results, write(tmp_path / "later.json", entry("GIF", 8.0, **head))], output=tmp_path / "out")
