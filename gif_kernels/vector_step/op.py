@@ -72,8 +72,7 @@ def vector_step_(
     tensor_seed = _checked_seed(seed)
     checks.same_device(table=table, rows=rows, gradient=gradient, row_ids=row_ids, seed=tensor_seed)
     name = dispatch.resolve(OP, impl, table.device, compute_dtype(table, gradient))
-    if name != "triton" or checks.looks_at_values(rows):
-        checks.require((rows < n).all(), f"rows must lie below {n}, the rows of the table; a negative one is skipped")
+    _check_below(rows, n, asserted=name != "triton")
     if checks.is_traced(table):
         if tensor_seed is None:
             tensor_seed = torch.full((), seed & MASK, dtype=torch.int64, device=table.device)
@@ -82,6 +81,16 @@ def vector_step_(
         )
         return stayed
     return _step(table, rows, gradient, row_ids, seed, float(lr), name)
+
+
+def _check_below(rows: Tensor, n: int, *, asserted: bool) -> None:
+    """Raise ValueError where a row is n or more; where values cannot be read it is ``asserted`` on the device, or not."""
+    wanted, hint = f"rows must lie below {n}", "a negative one is skipped"
+    if checks.looks_at_values(rows):
+        if rows.numel() and (highest := int(rows.max())) >= n:
+            raise InputError(f"{wanted}, got {highest}; {hint}")
+    elif asserted:
+        checks.require((rows < n).all(), f"{wanted}; {hint}")
 
 
 def _checked_seed(seed: object) -> Tensor | None:
