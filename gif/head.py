@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from gif.devices import to_device
+
+
+class TablePart(NamedTuple):
+    """Rows [begin, begin + k) of a table of ``total`` rows, which several processes divide among them: (k, ...)."""
+
+    rows: Tensor
+    begin: int
+    total: int
+
+
+def own_rows(table: Tensor | TablePart) -> Tensor:
+    """What this process has of a table."""
+    return table.rows if isinstance(table, TablePart) else table
 
 
 class Head:
@@ -25,16 +42,29 @@ class Head:
 
     under_autocast: bool = False
 
-    def tables(self) -> dict[str, Tensor]:
+    def prepare(self, labels: Tensor, device: torch.device, ahead: int = 0) -> Any:
+        """What the loss takes in place of ``labels`` (B,), which are on the CPU; it will be called on ``device``.
+
+        The loop asks for it while the step before runs, so what only the labels decide can be fetched meanwhile.
+        ``ahead``: how many calls of the loss come before, from now on. Of several processes each prepares the same
+        calls, in the same order.
+        """
+        return to_device(labels, device)
+
+    def settle(self) -> None:
+        """Return when `tables` hold all that steps have moved: called before they are saved."""
+
+    def tables(self) -> dict[str, Tensor | TablePart]:
         """What the head changes in place beside its parameters, by name: tensors (m, ...), the same ones each time.
 
+        Of a table that the processes divide among them, each gives its `TablePart`; of others each has the whole.
         A checkpoint keeps them and restores them in place. It writes a table whole, and afterwards the rows that moved,
         so a table may be too large to be copied each time. Names are those of folders among the checkpoints.
         """
         return {}
 
     def mark_moves(self, moved: Mapping[str, Tensor]) -> None:
-        """From now on set ``moved[name][row]``, of (m,) bool on the table's device, for each row of a table that moves.
+        """From now on set ``moved[name][row]``, of (m,) bool on the table's device, for each row here that moves.
 
         Called before training where checkpoints are kept and there are tables. Each checkpoint clears the marks. A row
         that moves and is not marked is lost when the run continues.
@@ -59,8 +89,19 @@ class Head:
         """
         return {}
 
+    def place_tables(self, device: torch.device, placement: str, folder: Path, *, goes_on: bool) -> str:
+        """Bring what the head reads of its tables to where `gif train` wants them, before the first step on ``device``.
+
+        ``placement`` is "auto", "device", "host" or "file"; ``folder`` is the run's, for a file to work in, which a run
+        that ``goes_on`` finds there. Every process calls it. Returns what to say of it, or nothing.
+        """
+        return ""
+
     def save_tables(self, folder: Path) -> None:
-        """Write the tables, as training left them, to files in ``folder``: for the results of `gif train`."""
+        """Write the tables, as training left them, to files in ``folder``: for the results of `gif train`.
+
+        Every process calls it.
+        """
 
 
 def as_head(module: nn.Module) -> Head:

@@ -48,6 +48,12 @@ def print_table(table: Table) -> None:
     _console().print(table)
 
 
+def say_once(text: str) -> None:
+    """Print a line of what all processes know alike: the first of them does."""
+    if rank() == 0:
+        say(text)
+
+
 def say(text: str) -> None:
     """Print a line as it is, whatever the width of the terminal; what its encoding lacks is written out, as \\xe9."""
     rich = find_spec("rich") is not None

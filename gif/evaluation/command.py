@@ -21,7 +21,7 @@ from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
 from gif.ownership import check_folder
-from gif.progress import print_table, say
+from gif.progress import print_table, say, say_once
 
 Overlap = Literal["refuse", "drop", "keep"]
 
@@ -103,7 +103,7 @@ def _unseen(
     another data set was trained on, they may be others: that is said, and they are judged.
     """
     if trained_on is None:
-        _say_once(
+        say_once(
             f"{model} does not say whom it was trained on: whether any of those judged were among them is not known"
         )
         return images, 0
@@ -116,7 +116,7 @@ def _unseen(
         f"trained on ({quote_some(images.names, seen.numpy())})"
     )
     if overlap == "drop":
-        _say_once(f"{told}: they are left out")
+        say_once(f"{told}: they are left out")
         return images.of_identities((~seen).nonzero().flatten()), 0
     numbers = all(name.isdecimal() for name in images.names.where(seen))
     elsewhere = numbers and trained_on.data != images.origin
@@ -125,14 +125,8 @@ def _unseen(
             f"{told}, and the judgement would not be one of identities never seen; give the data and the held_out of "
             "training, or --overlap drop to leave them out, or --overlap keep where they are others or it is meant so"
         )
-    _say_once(f"{told}: unless they are others, this is no judgement of identities never seen")
+    say_once(f"{told}: unless they are others, this is no judgement of identities never seen")
     return images, count
-
-
-def _say_once(text: str) -> None:
-    """Of what all processes know alike, the first speaks."""
-    if rank() == 0:
-        say(text)
 
 
 def write_outcomes(outcomes: Sequence[Outcome], folder: Path, settings: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gif.codes import IdentityCodes
 from gif.distributed import replicate
 from gif.errors import InputError
+from gif.head import own_rows
 from gif.losses import RECIPES, GIFLoss, Recipe
 from gif.losses.recipes import RecipeName
 from gif.vectors.store import CodeVectors
@@ -87,12 +88,14 @@ class PartialFC(nn.Module):
         return loss
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """The code vectors, where training moves them: part of ``state_dict()``."""
-        return self.loss.tables()
+        """The code vectors of this process, where training moves them: part of ``state_dict()``."""
+        self.loss.settle()
+        return {name: own_rows(table) for name, table in self.loss.tables().items()}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
         """Restore them in place. Raises ValueError unless they fit the recipe and the table."""
-        tables = self.loss.tables()
+        self.loss.settle()
+        tables = {name: own_rows(table) for name, table in self.loss.tables().items()}
         shapes, given = ({name: tuple(table.shape) for name, table in each.items()} for each in (tables, state))
         if shapes != given:
             raise InputError(f"this state has the tables {given}, wanted {shapes}; take the recipe it was trained with")

@@ -15,20 +15,24 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gif.codes import IdentityCodes
 from gif.data.identities import require_same
-from gif.distributed import gather_part, mean_over_processes
+from gif.devices import to_device
+from gif.distributed import gather_part, mean_over_processes, rank
 from gif.errors import InputError
-from gif.head import Head
+from gif.head import Head, TablePart
 from gif.losses.health import against_others
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.vectors.divided import DividedCodeVectors
+from gif.vectors.placement import PLACEMENTS, place_code_vectors
 from gif.vectors.rows import Rows
-from gif.vectors.staging import to_device
 from gif.vectors.store import CodeVectors
 from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regression_loss, token_margin_loss
 from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
 from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
+
+WORKING = "vectors.working.safetensors"
+"""The file in a run's folder in which code vectors move that are placed in one."""
 
 
 class PreparedLabels:
@@ -387,12 +391,21 @@ class GIFLoss(nn.Module, Head):
             return torch.einsum("bd,lvd->blv", features, centers).argmax(2)
         return torch.einsum("bd,lid,lvi->blv", features, self.projections, centers).argmax(2)
 
-    def tables(self) -> dict[str, Tensor]:
+    def settle(self) -> None:
+        """Return when the table holds all code vectors that have moved."""
+        if self.vectors is not None:
+            self.vectors.settle()
+
+    def tables(self) -> dict[str, Tensor | TablePart]:
         """What training changes beside the parameters, to be saved with a checkpoint and restored in place.
 
         The code vectors (m, d) under "vectors" where the recipe moves them, else nothing.
         """
-        return {"vectors": self.vectors.table} if self.vectors is not None and self.recipe.moves_vectors else {}
+        if self.vectors is None or not self.recipe.moves_vectors:
+            return {}
+        if isinstance(self.vectors, DividedCodeVectors):
+            return {"vectors": TablePart(self.vectors.table, self.vectors.begin, len(self.vectors))}
+        return {"vectors": self.vectors.table}
 
     def mark_moves(self, moved: Mapping[str, Tensor]) -> None:
         """Mark the code vectors that move in ``moved["vectors"]``, (m,) bool."""
@@ -409,16 +422,38 @@ class GIFLoss(nn.Module, Head):
 
     def check_processes(self, processes: int) -> None:
         """Raise InputError where each of several processes would move the rows of one file."""
-        if processes > 1 and self.tables() and self.vectors and self.vectors.file:
+        vectors = self.vectors
+        if processes > 1 and self.tables() and vectors and vectors.file and not isinstance(vectors, DividedCodeVectors):
             raise InputError(
-                f"each of {processes} processes would move the rows of {self.vectors.file}; load the code vectors "
+                f"each of {processes} processes would move the rows of {vectors.file}; load the code vectors "
                 "without writable=True: checkpoints keep what moved"
             )
 
+    def place_tables(self, device: torch.device, placement: str, folder: Path, *, goes_on: bool) -> str:
+        """Place the code vectors (`gif.vectors.placement`), and the codes on a device that has these."""
+        if self.vectors is None or not self.recipe.needs_vectors:
+            return ""
+        checks.choice("placement", placement, PLACEMENTS)
+        self.vectors, place = place_code_vectors(
+            self.vectors,
+            device,
+            placement,  # type: ignore[arg-type]
+            folder / WORKING,
+            moves=self.recipe.moves_vectors,
+            goes_on=goes_on,
+        )
+        if self.vectors.table.device == device:
+            self.codes = self.codes.to(device)
+        return f"code vectors: {place}"
+
     def save_tables(self, folder: Path) -> None:
         """Write the code vectors to vectors.safetensors where training moved them."""
-        if self.vectors is not None and self.recipe.moves_vectors:
+        if self.vectors is None or not self.recipe.moves_vectors:
+            return
+        if rank() == 0 or isinstance(self.vectors, DividedCodeVectors):
             self.vectors.save(folder / "vectors.safetensors")
+        if rank() == 0:
+            (folder / WORKING).unlink(missing_ok=True)
 
     @torch.no_grad()
     def health(self, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:

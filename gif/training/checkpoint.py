@@ -51,7 +51,8 @@ class Checkpoints:
     state.safetensors, with a checksum: the model, the optimizer, the losses, every process's random state, and the
     names of the files that restore the tables.
 
-    With several processes the first writes, and all read: the folder must be one that all of them see.
+    With several processes the first writes, and each what it has of a divided table, and all read: the folder must be
+    one that all of them see.
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
@@ -65,8 +66,9 @@ class Checkpoints:
     def save(self, state: TrainingState) -> None:
         """Write the state after ``state.step`` steps."""
         random = gather_objects(_random_state(state.losses.device))
+        tables = {name: table.save(state.step) for name, table in state.tables.items()}
         if rank() == 0:
-            self._write(state, random)
+            self._write(state, random, tables)
             self._remove_old(state.tables)
         wait_for_all()
 
@@ -154,7 +156,7 @@ class Checkpoints:
         files: dict[str, list[str]] = _read_progress(place)["tables"]
         return files
 
-    def _write(self, state: TrainingState, random: list[dict[str, Tensor]]) -> None:
+    def _write(self, state: TrainingState, random: list[dict[str, Tensor]], tables: dict[str, list[str]]) -> None:
         place = self.folder / f"step-{state.step:09d}"
         temporary = _beside(place)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -164,7 +166,7 @@ class Checkpoints:
             "step": state.step,
             "scaler": state.scaler.state_dict(),
             "optimizer": scalars,
-            "tables": {name: table.save(state.step) for name, table in state.tables.items()},
+            "tables": tables,
             "validations": list(state.validations.items()),
         }
         tensors = {f"model.{name}": value for name, value in _model_state(state).items()}

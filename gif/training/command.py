@@ -21,7 +21,7 @@ from gif.files import save_tensors, write_text
 from gif.head import as_head
 from gif.losses import HeadConfig
 from gif.ownership import hold
-from gif.progress import say
+from gif.progress import say, say_once
 from gif.resume import WHO, claim_folder
 from gif.training.augmentation import AUGMENTATIONS, AugmentationName
 from gif.training.checkpoint import Checkpoints
@@ -29,6 +29,7 @@ from gif.training.config import TrainingConfig
 from gif.training.curves import plot_losses, plot_validations
 from gif.training.loop import check_training, train
 from gif.training.validation import ValidationConfig
+from gif.vectors.placement import Placement
 from gif.vectors.store import CodeVectors
 
 HEAD_FORMAT = "gif.head/1"
@@ -47,6 +48,7 @@ def train_command(
     validation: ValidationConfig = ValidationConfig(),  # noqa: B008 (frozen)
     augmentation: AugmentationName = "affine",
     max_pixels: int = MAX_PIXELS,
+    placement: Placement = "auto",
     tensorboard: bool = False,
     resume: Literal["auto", "never"] = "auto",
 ) -> None:
@@ -70,6 +72,9 @@ def train_command(
         validation: what the backbone is judged by while it trains, and how often. The best one is kept.
         augmentation: "affine" for glyphs, "mirror" for aligned faces, or "none".
         max_pixels: an image whose file declares more counts as broken, before it is decoded.
+        placement: where the code vectors lie: in the memory of the "device", on the "host" or in a "file", whose rows
+            are read and written while steps run; "auto" is the first of these that they fit. Several processes divide
+            those that move.
         tensorboard: log to output/tensorboard.
         resume: "auto" continues the run that output holds, if it does; "never" refuses it.
     """
@@ -107,6 +112,8 @@ def train_command(
             claim_folder(output, settings)
             who.save(output / WHO)
         wait_for_all()
+        if place := as_head(loss_fn).place_tables(own, placement, output, goes_on=kept() is not None):
+            say_once(place)
         log = train(
             network,
             loss_fn,
@@ -120,11 +127,11 @@ def train_command(
         )
         if report := left_out(images):
             say(report)
+        as_head(loss_fn).save_tables(output)
         if rank() > 0:
             return
         save_backbone(output / "backbone.safetensors", network, backbone, trained_on=who)
         save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT, **who.metadata())
-        as_head(loss_fn).save_tables(output)
         save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
         plot_losses({head.kind: log.losses}, output / "losses.png")
         say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")

@@ -9,11 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gif.distributed import gather_objects, rank
 from gif.errors import DamagedFileError
 from gif.files import Blocks, check_file, locate_tensor, map_tensor, remove_temporaries, save_tensors
+from gif.head import TablePart
 
 FORMAT = "gif.table_journal/1"
 _ROWS_A_BLOCK = 1 << 18
+_NAME = re.compile(r"\d{9}-(?P<what>all|rows)(?:-(?P<begin>\d{12}))?\.safetensors")  # where a part's rows begin
 
 
 class TableIncrements:
@@ -24,59 +27,79 @@ class TableIncrements:
     tables. A step changes rows of its batch alone: at 64M x 512 in bfloat16 (66 GB) and 3,072 rows a step, 1,000 steps
     are at most 3 GB.
 
+    A table may be divided among processes, each of which writes its own rows, and reads those of its own out of all
+    that were written: by another number of processes too. Of a whole table the first process writes.
+
     Args:
         folder: of the files, made when the first is written.
-        table: (m, ...), changed in place by training and by `load`.
+        table: (m, ...), changed in place by training and by `load`; or the part of one that is this process's.
 
-    Whoever changes rows sets ``changed`` (m,) bool there, on the table's device.
+    Whoever changes rows sets ``changed`` (m,) bool there, of the rows that are here, on the table's device.
     """
 
-    def __init__(self, folder: Path, table: Tensor) -> None:
-        self.changed = torch.zeros(len(table), dtype=torch.bool, device=table.device)
+    def __init__(self, folder: Path, table: Tensor | TablePart) -> None:
+        part = table if isinstance(table, TablePart) else TablePart(table, 0, len(table))
+        self._table, self._begin, self._total = part
+        self._whole = self._total == len(self._table)
+        self.changed = torch.zeros(len(self._table), dtype=torch.bool, device=self._table.device)
         self._folder = folder
-        self._table = table
         self._files: list[str] = []
         self._rows = 0  # in self._files after the whole copy
 
     def save(self, step: int) -> list[str]:
-        """Write what changed since the last save or load; returns the files whose order gives the table as it is."""
+        """Write what changed since the last save or load; returns the files whose order gives the table as it is.
+
+        All processes call it; of a divided table it returns the files of all.
+        """
         rows = self.changed.nonzero()[:, 0]
-        if not self._files or self._rows + len(rows) >= len(self._table):
-            self._files, self._rows = [f"{step:09d}-all.safetensors"], 0
+        writes = not self._whole or rank() == 0
+        ending = "" if self._whole else f"-{self._begin:012d}"
+        if writes and (not self._files or self._rows + len(rows) >= len(self._table)):
+            self._files, self._rows = [f"{step:09d}-all{ending}.safetensors"], 0
             self._write(self._files[-1], None)
-        elif len(rows):
-            self._files.append(f"{step:09d}-rows.safetensors")
+        elif writes and len(rows):
+            self._files.append(f"{step:09d}-rows{ending}.safetensors")
             self._rows += len(rows)
             self._write(self._files[-1], rows.cpu())
         self.changed.zero_()
-        return list(self._files)
+        return list(self._files) if self._whole else [name for names in gather_objects(self._files) for name in names]
 
     def check(self, files: Sequence[str]) -> None:
         """Raise FileNotFoundError or DamagedFileError unless ``files`` are whole and of this table; changes nothing."""
         if not files:
             raise DamagedFileError(f"a checkpoint names no files of the table in {self._folder}")
-        for number, name in enumerate(files):
-            path = self._folder / name
-            if not re.fullmatch(r"\d{9}-(all|rows)\.safetensors", name):
+        ends: dict[int, int] = {}  # of the rows of each part, by where they begin
+        for name in files:
+            path, found = self._folder / name, _NAME.fullmatch(name)
+            if not found:
                 raise DamagedFileError(f"a checkpoint names {name!r} as a file of the table in {self._folder}")
             check_file(path)
-            where = locate_tensor(path, "table", format=FORMAT)
-            rows = torch.arange(len(self._table)) if number == 0 else map_tensor(path, "rows", format=FORMAT)
+            where, begin = locate_tensor(path, "table", format=FORMAT), int(found["begin"] or 0)
+            if found["what"] == "all":
+                ends[begin] = begin + where.shape[0]
+            rows = torch.arange(begin, ends[begin]) if found["what"] == "all" else _rows_in(path)
             fits = where.shape == (len(rows), *self._table.shape[1:]) and where.dtype == self._table.dtype
-            if not fits or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self._table)):
-                raise DamagedFileError(f"{path} is of another table than one of {tuple(self._table.shape)}")
+            end = min(ends.get(begin, 0), self._total)
+            if not fits or (len(rows) and not begin <= int(rows.min()) <= int(rows.max()) < end):
+                raise DamagedFileError(f"{path} is of another table than one of {self._shape}")
+        if sum(end - begin for begin, end in ends.items()) != self._total:
+            raise DamagedFileError(f"the files of a checkpoint in {self._folder} are not all of {self._shape}")
 
     def load(self, files: Iterable[str]) -> None:
         """Make the table what it was when `save` returned ``files``."""
-        self._files, self._rows = list(files), 0
-        for name in self._files:
-            path = self._folder / name
-            values = map_tensor(path, "table", format=FORMAT)
-            rows = None if name == self._files[0] else map_tensor(path, "rows", format=FORMAT)
-            self._rows += 0 if rows is None else len(rows)
-            for begin in range(0, len(values), _ROWS_A_BLOCK):
-                block = slice(begin, begin + _ROWS_A_BLOCK)
-                self._table[self._place(rows, block)] = values[block].to(self._table.device)
+        self._files, self._rows = [], 0
+        for name in files:
+            path, found = self._folder / name, _NAME.fullmatch(name)
+            assert found is not None  # `check` has seen it
+            values, begin = map_tensor(path, "table", format=FORMAT), int(found["begin"] or 0)
+            everything = found["what"] == "all"
+            if begin == self._begin and (self._files or (everything and len(values) == len(self._table))):
+                self._rows = 0 if everything else self._rows + len(values)
+                self._files.append(name)
+            for block in torch.arange(len(values)).split(_ROWS_A_BLOCK):
+                rows = (block + begin if everything else _rows_in(path)[block]) - self._begin
+                own = (rows >= 0) & (rows < len(self._table))
+                self._table[rows[own].to(self._table.device)] = values[block[own]].to(self._table.device)
         self.changed.zero_()
 
     def remove_others(self, files: Iterable[str]) -> None:
@@ -85,15 +108,24 @@ class TableIncrements:
             path.unlink()
         remove_temporaries(self._folder, held=True)
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self._total, *self._table.shape[1:])
+
     def _write(self, name: str, rows: Tensor | None) -> None:
-        """Write some rows of the table, or all, block by block: no copy of it is made in memory."""
+        """Write some own rows of the table, or all, block by block: no copy of it is made in memory."""
         count = len(self._table) if rows is None else len(rows)
         blocks = (slice(begin, begin + _ROWS_A_BLOCK) for begin in range(0, count, _ROWS_A_BLOCK))
         parts = (self._table[self._place(rows, block)] for block in blocks)
-        tensors: dict[str, Tensor | Blocks] = {} if rows is None else {"rows": rows}
+        tensors: dict[str, Tensor | Blocks] = {} if rows is None else {"rows": rows + self._begin}
         tensors["table"] = Blocks((count, *self._table.shape[1:]), self._table.dtype, parts)
         save_tensors(self._folder / name, tensors, format=FORMAT)
 
     def _place(self, rows: Tensor | None, block: slice) -> slice | Tensor:
         """Where in the table the rows of a block lie."""
         return block if rows is None else rows[block].to(self._table.device)
+
+
+def _rows_in(path: Path) -> Tensor:
+    """Which rows of the whole table a file has, (n,) int64, mapped."""
+    return map_tensor(path, "rows", format=FORMAT)

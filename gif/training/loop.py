@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
 from gif.data.workers import leave_signals_to_the_command
+from gif.devices import to_device
 from gif.distributed import (
     broadcast_buffers,
     check_device,
@@ -42,6 +44,8 @@ from gif.training.statistics import RunningStatistics
 from gif.training.stop import StopRequest
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
+_Item = TypeVar("_Item")
+_Ready = TypeVar("_Ready")
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device
 
 
@@ -129,10 +133,10 @@ def train(
                 position = state.step % steps_an_epoch
                 if position:
                     restore_random(random, device)
-                for images, labels in _loader(dataset, config, position, loader_seed, order_seed):
+                loader = _loader(dataset, config, position, loader_seed, order_seed)
+                for images, labels in one_ahead(loader, take_step.prepare):
                     lr = config.rate(state.step / steps)
-                    images, labels = _full(images, labels, config.batch_size // world_size())
-                    loss, embeddings, own_labels = take_step(images.to(device), labels.to(device), lr)
+                    loss, embeddings, own_labels = take_step(images, labels, lr)
                     losses.add(loss)
                     state.step += 1
                     if state.step % REPORT_EVERY == 0:
@@ -149,6 +153,7 @@ def train(
                         losses.settle()
                         if keeper:
                             with clock.saving():
+                                as_head(head).settle()
                                 keeper.save(state)
                     if stopped:
                         raise Interrupted(
@@ -185,6 +190,14 @@ def _scores(validate: Validate, model: nn.ModuleDict, device: torch.device) -> d
     return scores
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Labels of a micro-batch (b,) on the device, and what the head takes in their place."""
+
+    labels: Tensor
+    prepared: Any
+
+
 class _Step:
     """One step of the optimizer on a process's share of a batch."""
 
@@ -206,7 +219,18 @@ class _Step:
             replicate(backbone)  # frozen: DistributedDataParallel refuses what has no gradient to exchange
         replicate(head)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    def prepare(self, batch: tuple[Tensor, Tensor], ahead: int) -> tuple[Tensor, list[_Part]]:
+        """A loader's batch on the device, and its labels by micro-batch; ``ahead`` steps are taken before."""
+        config, device = self._config, torch.device(self._config.device)
+        images, labels = _full(*batch, config.batch_size // world_size())
+        parts = 1 if config.micro_batch_size is None else math.ceil(len(images) / config.micro_batch_size)
+        own = [
+            _Part(some.to(device), as_head(self._head).prepare(some, device, ahead * parts + part))
+            for part, some in enumerate(labels.tensor_split(parts))
+        ]
+        return to_device(images, device), own
+
+    def __call__(self, images: Tensor, labels: list[_Part], lr: float) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (), and embeddings and labels of the last micro-batch, for images (B, c, h, w) uint8."""
         config, optimizer, scaler = self._config, self._state.optimizer, self._state.scaler
         for group in optimizer.param_groups:
@@ -214,14 +238,12 @@ class _Step:
         optimizer.zero_grad()
         before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
-        parts = 1 if config.micro_batch_size is None else math.ceil(len(images) / config.micro_batch_size)
-        for part in range(parts):
-            some, own_labels = images.tensor_split(parts)[part], labels.tensor_split(parts)[part]
+        for some, part in zip(images.tensor_split(len(labels)), labels, strict=True):
             share = len(some) / len(images)
-            exchange = nullcontext if part == parts - 1 else self._without_exchange
+            exchange = nullcontext if part is labels[-1] else self._without_exchange
             with exchange(), as_head(self._head).share_of_a_step(share):
                 embeddings = self._embed(self._augment(normalize_pixels(some)))
-                part_loss = self._loss(embeddings, own_labels) * share
+                part_loss = self._loss(embeddings, part.prepared) * share
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         if before is not None:
@@ -230,7 +252,7 @@ class _Step:
         nn.utils.clip_grad_norm_(self._backbone.parameters(), config.clip)
         scaler.step(optimizer)
         scaler.update()
-        return loss, embeddings.detach(), own_labels
+        return loss, embeddings.detach(), labels[-1].labels
 
     def _embed(self, pixels: Tensor) -> Tensor:
         config = self._config
@@ -240,7 +262,7 @@ class _Step:
             embeddings: Tensor = self._network(pixels)
         return embeddings
 
-    def _loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, embeddings: Tensor, labels: Any) -> Tensor:
         with self._autocast(embeddings.device) if as_head(self._head).under_autocast else nullcontext():
             loss: Tensor = self._head(embeddings, labels)
         return loss
@@ -325,6 +347,20 @@ def _tables(head: Head, folder: Path) -> dict[str, TableIncrements]:
     if tables:
         head.mark_moves({name: saved.changed for name, saved in tables.items()})
     return tables
+
+
+def one_ahead(items: Iterable[_Item], prepare: Callable[[_Item, int], _Ready]) -> Iterator[_Ready]:
+    """What ``prepare(item, ahead)`` makes of each item: of the next one before this one is given out.
+
+    ``ahead``: how many that have not been given out yet, or are being used, come before it.
+    """
+    ready: _Ready | None = None
+    for number, item in enumerate(items):
+        behind, ready = ready, prepare(item, min(number, 1))
+        if behind is not None:
+            yield behind
+    if ready is not None:
+        yield ready
 
 
 def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

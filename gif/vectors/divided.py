@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gif.data.identities import Identities, check_count
+from gif.devices import to_device
 from gif.distributed import first_decides, gather_objects, rank, sum_over_processes, wait_for_all, world_size
 from gif.errors import InputError
 from gif.files import allocate_tensors, fsync, is_mapped, map_tensor, seal, writing
 from gif.vectors.rows import Rows, first_places
-from gif.vectors.staging import Stage, to_device
+from gif.vectors.staging import Stage
 from gif.vectors.store import FORMAT, CodeVectors, digest_rows
 from gif_kernels import vector_step_
 
@@ -62,6 +63,10 @@ class DividedCodeVectors(CodeVectors):
         divided = cls(rows if vectors.file else rows.clone(), identities=vectors.identities)
         divided.file = vectors.file
         return divided
+
+    def with_table(self, table: Tensor) -> DividedCodeVectors:
+        """The same rows in another ``table`` (k, d)."""
+        return DividedCodeVectors(table, identities=self.identities)
 
     def lookup(self, labels: Tensor) -> Tensor:
         """Rows of identities ``labels`` (C,), the same on every process, as (C, d) on their device."""

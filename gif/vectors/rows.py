@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from gif.vectors.staging import Stage, Staged, to_device
+from gif.devices import to_device
+from gif.vectors.staging import Stage, Staged
 from gif_kernels import vector_step_
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from gif.devices import to_device
 from gif.files import check_mapped
 from gif.vectors.paging import read_at_random, read_soon
 
@@ -104,11 +105,6 @@ class Staged:
     def give_back(self, moved: Tensor) -> None:
         """The rows as a step has left them, (n, d) on the stage's device: the table gets them soon."""
         self._stage._moved(self, self.rows, moved)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on ``device``, without waiting for what that is doing."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _nothing() -> None:

@@ -74,6 +74,10 @@ class CodeVectors:
         vectors.file = Path(path) if writable else None
         return vectors
 
+    def with_table(self, table: Tensor) -> CodeVectors:
+        """The same code vectors in another ``table`` (m, d), such as a copy on a device; nothing is checked again."""
+        return CodeVectors(table, normalized=True, identities=self.identities)
+
     def part(self, begin: int, end: int) -> CodeVectors:
         """Rows [begin, end), sharing the table's memory: what one of several processes works on."""
         self.settle()
