@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE
 from gif.planning import CARDS, Rates, measure_rates, spread_memory, spread_step_seconds
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 from gif_kernels import uniformity_step_
 
 D, N, LR, T = 512, 2048, 0.1, 2.0
@@ -60,13 +60,13 @@ def in_memory(m: int, folder: Path) -> Spreading:
 def in_file(m: int, folder: Path) -> Spreading:
     """The table in a sparse memory-mapped file, of which only the rows that are stepped take room on the disk."""
     table = torch.from_file(str(folder / "table"), shared=True, size=m * D, dtype=torch.bfloat16).view(m, D)
-    shards = Shards(table, torch.device(DEVICE), mapped=True)
+    shared = DistributedTable(table, torch.device(DEVICE), mapped=True)
     every = torch.arange(N, device=DEVICE)
 
     def step(index: Tensor, seed: int) -> None:
-        rows = shards.take(index.cpu()).to(DEVICE)
+        rows = shared.take(index.cpu()).to(DEVICE)
         uniformity_step_(rows, every, lr=LR, seed=seed)
-        shards.put(index.cpu(), rows)
+        shared.put(index.cpu(), rows)
 
     return Spreading(table, step, 0)
 

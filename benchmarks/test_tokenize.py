@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.clusters import clustered
 from benchmarks.harness import Reference, record
 from benchmarks.resident import ResidentMemory
-from gif.codes import code_length, tokenize
+from gif.codes import TokenizeConfig, code_length, tokenize
 from gif_kernels.sphere import unit
 
 VOCAB = 20
@@ -132,7 +132,7 @@ def test_tokenize(benchmark, size: Size, provider: str) -> None:
 
     def run() -> np.ndarray:
         if split is None:
-            return tokenize(rows, vocab_size=VOCAB, iterations=ITERATIONS).codes.numpy()
+            return tokenize(rows, TokenizeConfig(vocab_size=VOCAB, iterations=ITERATIONS)).codes.numpy()
         return recursive(rows.numpy(), length, split)
 
     reference = Reference()

@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.clusters import write_clustered
 from benchmarks.resident import ResidentMemory
-from gif.codes import IdentityCodes, judge_codes, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, judge_codes, tokenize
 from gif.files import write_text
 from gif.progress import say
 from gif.vectors.store import CodeVectors
@@ -45,7 +45,11 @@ def main(
         write_clustered(path, identities, width, seed)
     vectors = CodeVectors.load(path, mmap=True)
     with ResidentMemory() as memory, timed() as tokenizing:
-        codes = tokenize(vectors, vocab_size=vocab_size, length=length, seed=seed, checkpoint=folder / "codes.partial")
+        codes = tokenize(
+            vectors,
+            TokenizeConfig(vocab_size=vocab_size, length=length, seed=seed),
+            checkpoint=folder / "codes.partial",
+        )
     codes.save(folder / "codes.safetensors")
     results: dict[str, object] = {
         "codes": str(codes),

@@ -15,20 +15,12 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.clusters import clustered
-from gif.codes import CodeQuality, IdentityCodes, code_length, judge_codes, tokenize
-from gif.codes.balanced import (
-    PRICE_RATES,
-    Market,
-    Nodes,
-    Scores,
-    balancing_prices,
-    capacities,
-    count,
-    dearest,
-    kmeans,
-    node_seeds,
-    repair,
-)
+from gif.codes import CodeQuality, IdentityCodes, TokenizeConfig, code_length, judge_codes, tokenize
+from gif.codes.clustering import kmeans
+from gif.codes.nodes import Nodes, Scores, count
+from gif.codes.prices import PRICE_RATES, Market, balancing_prices, dearest
+from gif.codes.repair import capacities, repair
+from gif.codes.splitmix import node_seeds
 from gif.documents import markdown_table
 from gif.vectors.store import CodeVectors
 from gif_kernels.sphere import unit
@@ -141,7 +133,9 @@ def _assign(residuals: Tensor, nodes: Nodes, codebook: Tensor, capacity_factor: 
 
 def _tree(alignment: str) -> Callable[[Tensor, int, float, int], IdentityCodes]:
     def cut(rows: Tensor, vocab_size: int, capacity_factor: float, seed: int) -> IdentityCodes:
-        return tokenize(rows, vocab_size=vocab_size, capacity_factor=capacity_factor, alignment=alignment, seed=seed)
+        return tokenize(
+            rows, TokenizeConfig(vocab_size=vocab_size, capacity_factor=capacity_factor, alignment=alignment, seed=seed)
+        )
 
     return cut
 

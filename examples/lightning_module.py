@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gif import GIFLoss, initial_code_vectors, spread_code_vectors, tokenize
+from gif import GIFLoss, SpreadConfig, TokenizeConfig, initial_code_vectors, spread_code_vectors, tokenize
 from gif.backbones import BackboneConfig
 from gif.data import IdentityDataset, glyphs, normalize_pixels
 from gif.encoders import PixelEncoder
@@ -47,8 +47,8 @@ class Recognition(lightning.LightningModule):
 def prepare(images: IdentityDataset, width: int) -> GIFLoss:
     """Code vectors and codes of a data set, and the loss that predicts them."""
     vectors = initial_code_vectors(images, PixelEncoder(width))
-    spread_code_vectors(vectors, epochs=10)
-    return GIFLoss(tokenize(vectors, vocab_size=12), vectors, width)
+    spread_code_vectors(vectors, SpreadConfig(epochs=10))
+    return GIFLoss(tokenize(vectors, TokenizeConfig(vocab_size=12)), vectors, width)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gif import GIFLoss, initial_code_vectors, spread_code_vectors, tokenize
+from gif import GIFLoss, SpreadConfig, TokenizeConfig, initial_code_vectors, spread_code_vectors, tokenize
 from gif.backbones import BackboneConfig
 from gif.data import IdentitySplit, glyphs, normalize_pixels
 from gif.encoders import PixelEncoder
@@ -17,8 +17,8 @@ def run(data: IdentitySplit, config: BackboneConfig, *, epochs: int = 4, batch_s
     lr = 0.1
     torch.manual_seed(0)
     vectors = initial_code_vectors(data.train, PixelEncoder(config.embedding_size))  # one vector an identity
-    spread_code_vectors(vectors, epochs=10)  # evenly over the sphere
-    codes = tokenize(vectors, vocab_size=12)  # similar identities share a prefix
+    spread_code_vectors(vectors, SpreadConfig(epochs=10))  # evenly over the sphere
+    codes = tokenize(vectors, TokenizeConfig(vocab_size=12))  # similar identities share a prefix
 
     backbone = config.build()
     loss_fn = GIFLoss(codes, vectors, config.embedding_size)  # instead of a softmax over all identities

@@ -1,9 +1,9 @@
 """Train recognition models with millions of identities: structured identity codes instead of a softmax."""
 
-from gif.codes import IdentityCodes, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, tokenize
 from gif.head import Head
 from gif.losses import GIFLoss, MarginSoftmax
-from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
+from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Head",
     "IdentityCodes",
     "MarginSoftmax",
+    "SpreadConfig",
+    "TokenizeConfig",
     "initial_code_vectors",
     "spread_code_vectors",
     "tokenize",

@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.campaign import inputs
 from benchmarks.campaign.records import Found, Kind
-from gif import CodeVectors, cli, resume, tokenize
+from gif import CodeVectors, TokenizeConfig, cli, resume, tokenize
 from gif.faults import MENDABLE_CODE
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 
 KILLS, RIVALS = "kills", "two commands"
 IDENTITIES, IMAGES_EACH, WIDTH = 20, 3, 8
@@ -72,7 +72,7 @@ def write_inputs(source: Path) -> None:
     vectors = CodeVectors(torch.randn(IDENTITIES, WIDTH, generator=generator))
     vectors.save(source / "v.safetensors")
     with inputs.unheard():
-        tokenize(vectors, vocab_size=3).save(source / "c.safetensors")
+        tokenize(vectors, TokenizeConfig(vocab_size=3)).save(source / "c.safetensors")
     for name in COMMANDS:
         (whole := source / "whole" / name).mkdir(parents=True)
         ended, writes = run(name, source, whole)
@@ -170,7 +170,7 @@ def _watch(folder: Path, signal_at: tuple[int, int] | None, counted: mmap | None
         return writing
 
     os.fsync = announced(os.fsync)
-    Shards.put = announced(Shards.put)  # type: ignore[method-assign]
+    DistributedTable.put = announced(DistributedTable.put)  # type: ignore[method-assign]
     sys.addaudithook(hook)
 
 

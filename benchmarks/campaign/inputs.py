@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gif import CodeVectors, GIFLoss, IdentityCodes, tokenize
+from gif import CodeVectors, GIFLoss, IdentityCodes, TokenizeConfig, tokenize
 from gif.backbones import BackboneConfig, save_backbone
 from gif.data import Identities, IdentityImages, Names
 from gif.data.convert import convert
@@ -90,7 +90,7 @@ def vectors() -> CodeVectors:
 
 def codes() -> IdentityCodes:
     with unheard():
-        return tokenize(vectors(), vocab_size=3)
+        return tokenize(vectors(), TokenizeConfig(vocab_size=3))
 
 
 def head() -> GIFLoss:

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.device import rotated
 from benchmarks.gpu.stage import Run
-from gif import IdentityCodes, tokenize
+from gif import IdentityCodes, TokenizeConfig, tokenize
 from gif_kernels import max_cosine, nearest_centroid
 
 NEAREST = ((1 << 20, 20, 512), (1 << 16, 4096, 512), (1 << 20, 256, 64))
@@ -111,7 +111,7 @@ def _tokenize(run: Run, m: int, width: int) -> None:
         rows.copy_(torch.randn(rows.shape, device=run.device.name).mul_(NOISE).add_(near))
     run.device.reset_peak()
     found: list[IdentityCodes] = []  # which refuses codes that are not distinct
-    seconds = run.device.eager_seconds(lambda: found.append(tokenize(table, vocab_size=VOCAB)), 1)
+    seconds = run.device.eager_seconds(lambda: found.append(tokenize(table, TokenizeConfig(vocab_size=VOCAB))), 1)
     run.record(what, seconds, "s", status="note", note=str(found[-1]))
     run.record(f"{what}: identities", m / seconds, "a second", status="note")
     run.record(f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note")

@@ -37,7 +37,7 @@ def run(run: Run) -> None:
         batch_rows = run.pick(2048, 10)
         _waits(
             run, f"epoch of spreading, {len(rows) // batch_rows} steps and its judgement",
-            lambda: gif.spread_code_vectors(rows, epochs=1, batch=batch_rows),
+            lambda: gif.spread_code_vectors(rows, gif.SpreadConfig(epochs=1, batch=batch_rows)),
         )  # fmt: skip
     with run.attempt("a level of tokenising"):
         level = root(torch.randn(m, width, device=run.device.name), VOCAB, 0)

@@ -7,14 +7,20 @@ children of a node are matched to it one to one by their residuals, child minus 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.balanced import Nodes, node_seeds, seed_centroids, uniforms
+from gif.codes.clustering import seed_centroids
+from gif.codes.nodes import Nodes
+from gif.codes.splitmix import node_seeds, uniforms
 from gif.packages import needs
 from gif_kernels.sphere import unit
 
+Alignment = Literal["residual", "none"]
+ALIGNMENTS: tuple[Alignment, ...] = ("none", "residual")
 CODEBOOK_ROUNDS = 10
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from gif.codes.config import TokenizeConfig
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
@@ -14,6 +15,7 @@ from gif.codes.tokenize import tokenize
 from gif.data.identities import require_same
 from gif.errors import InputError
 from gif.files import atomic_path, check_file
+from gif.options import options_of
 from gif.ownership import check_output, existing, hold
 from gif.progress import new_table, print_table, say
 from gif.vectors.store import CodeVectors
@@ -24,16 +26,12 @@ if TYPE_CHECKING:
 EXPORT_FORMATS = (".npy", ".csv")
 
 
+@options_of(TokenizeConfig, without=("iterations", "centroid_levels"))
 def tokenize_command(
     vectors: Path,
     output: Path,
     *,
-    vocab_size: int = 20,
-    length: int | None = None,
-    slack: float = 0.0,
-    capacity_factor: float = 1.5,
-    alignment: Literal["residual", "none"] = "residual",
-    seed: int = 0,
+    config: TokenizeConfig,
     device: Literal["auto", "cpu", "cuda"] = "cpu",
 ) -> None:
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
@@ -44,12 +42,6 @@ def tokenize_command(
     Args:
         vectors: the (spread) code vectors.
         output: where to write the codes (.safetensors).
-        vocab_size: v, the values a token can take, 5 to 20 in the paper.
-        length: l, the tokens of a code; the shortest that fits where it is not given.
-        slack: room for identities that arrive later, as a share of those there are.
-        capacity_factor: how much larger than the mean a branch of the code tree may be; 1 makes them equal.
-        alignment: "residual" numbers branches so that a token means the same direction everywhere; "none" at random.
-        seed: of the clustering.
         device: where to cut; "auto" takes a GPU if there is one with room for the vectors. "cpu" reads them from disk,
             a block at a time; "cuda" holds them all. Codes are those of the CPU but for ties.
     """
@@ -58,18 +50,7 @@ def tokenize_command(
     with hold(output, existing(partial)):
         check_file(vectors)  # every row will be read many times
         table = CodeVectors.load(vectors, mmap=True)
-        codes = tokenize(
-            table,
-            vocab_size=vocab_size,
-            length=length,
-            slack=slack,
-            capacity_factor=capacity_factor,
-            alignment=alignment,
-            seed=seed,
-            checkpoint=partial,
-            keep_checkpoint=True,
-            device=device,
-        )
+        codes = tokenize(table, config, checkpoint=partial, keep_checkpoint=True, device=device)
         codes.save(output)
         partial.unlink()
         if len(codes) > 1:

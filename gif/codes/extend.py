@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.balanced import node_seeds, rank_in_group, uniforms
+from gif.codes.blocks import block_floats
+from gif.codes.repair import rank_in_group
+from gif.codes.splitmix import node_seeds, uniforms
 from gif.errors import InputError
 from gif_kernels import checks
 from gif_kernels.sphere import unit
 
-BLOCK_FLOATS = 1 << 24  # centroids gathered at a time, in floats: 64 MiB
 NEW_CHILD = 4.0  # more than two cosines differ by: a child that exists comes before one that does not
 
 
@@ -80,7 +81,7 @@ def _prefer_known(
         return
     where = torch.searchsorted(prefixes, children).clamp_max(len(prefixes) - 1)
     exists = prefixes[where] == children  # (parents, v)
-    step = max(1, BLOCK_FLOATS // known.shape[1] // children.shape[1])
+    step = max(1, block_floats() // known.shape[1] // children.shape[1])
     for newcomers in torch.arange(len(rows), device=rows.device).split(step):
         parent = place[newcomers]
         cosine = (known[where[parent]].float() @ rows[newcomers, :, None])[:, :, 0]

@@ -52,7 +52,7 @@ class IdentityCodes:
         directions: Tensor | None = None,
         identities: Identities | None = None,
     ) -> None:
-        _check_vocab_size(vocab_size)
+        check_vocab_size(vocab_size)
         for rows in codes.split(_ROWS_A_BLOCK) if isinstance(codes, Tensor) and codes.ndim else (codes,):
             hint = "give the vocab_size the codes were made with"
             checks.integer("codes", rows, ("m", "l"), low=0, high=vocab_size, hint=hint)
@@ -260,7 +260,7 @@ def code_length(m: int, vocab_size: int, slack: float = 0.0) -> int:
 
     Raises ValueError unless m >= 1, vocab_size is in [2, 256] and slack >= 0.
     """
-    _check_vocab_size(vocab_size)
+    check_vocab_size(vocab_size)
     if m < 1 or not 0 <= slack < float("inf"):
         raise InputError(f"wanted at least one identity and a finite slack >= 0, got m = {m}, slack = {slack}")
     wanted = m * (1 + Fraction(repr(float(slack))))
@@ -278,7 +278,8 @@ def check_code_space(vocab_size: int, length: int) -> None:
         )
 
 
-def _check_vocab_size(vocab_size: int) -> None:
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ValueError unless a token can take ``vocab_size`` values."""
     if not isinstance(vocab_size, int) or not 2 <= vocab_size <= LARGEST_VOCAB:
         raise InputError(f"vocab_size must be an integer in [2, {LARGEST_VOCAB}], got {vocab_size}")
 

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.balanced import Nodes, kmeans, node_seeds
+from gif.codes.clustering import kmeans
 from gif.codes.identity_codes import IdentityCodes
+from gif.codes.nodes import Nodes
 from gif.codes.segments import ancestors, tree_sums
+from gif.codes.splitmix import node_seeds
 from gif.errors import InputError
 from gif.vectors.quality import SAMPLE, sample_rows
 from gif.vectors.store import CodeVectors
@@ -20,7 +22,7 @@ from gif_kernels import max_cosine
 from gif_kernels.sphere import unit
 
 KMEANS_ROUNDS = 20
-KMEANS_STARTS = 3
+KMEANS_RESTARTS = 3
 RIDGE = 1e-3  # of the features' mean square
 TRAINING_SHARE = 0.8
 PROBED = 1 << 20  # identities that the probe is fitted to and tested on, at most
@@ -145,11 +147,11 @@ def _kmeans_share(codes: IdentityCodes, table: Tensor, depth: int, seed: int) ->
     """
     ours = best = 0.0
     for rows, child in _nodes_to_judge(codes, table, depth, seed):
-        index = torch.arange(len(rows), device=rows.device).expand(KMEANS_STARTS, -1)
+        index = torch.arange(len(rows), device=rows.device).expand(KMEANS_RESTARTS, -1)
         nodes = Nodes(rows, index, torch.ones_like(index, dtype=torch.bool))
-        free = kmeans(nodes, codes.vocab_size, KMEANS_ROUNDS, node_seeds(seed, depth, np.arange(KMEANS_STARTS)))
+        free = kmeans(nodes, codes.vocab_size, KMEANS_ROUNDS, node_seeds(seed, depth, np.arange(KMEANS_RESTARTS)))
         best += float(nodes.similarity(free).amax(-1).sum(1).max())
-        centroids = nodes.centroids(child.expand(KMEANS_STARTS, -1), torch.zeros_like(free))[0]
+        centroids = nodes.centroids(child.expand(KMEANS_RESTARTS, -1), torch.zeros_like(free))[0]
         ours += float((rows * centroids[child]).sum())
     return ours / best if best else 1.0
 

@@ -8,15 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gif.codes.blocks import block_floats
 from gif_kernels.sphere import unit
-
-BLOCK_FLOATS = 1 << 24  # rows gathered at a time on a CPU, in floats: 64 MiB
-DEVICE_BLOCKS = 8  # gathered at once on an accelerator, where an operation takes longer to start than to do a block
-
-
-def blocks_at_once(device: torch.device) -> int:
-    """How many blocks make one on ``device``. What is computed does not depend on it, but for the order of sums."""
-    return 1 if device.type == "cpu" else DEVICE_BLOCKS
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -27,12 +20,12 @@ def offsets_of(sizes: Tensor) -> Tensor:
 def whole_segments(offsets: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
     """Slices of the segments [offsets[i], offsets[i + 1]) and of their rows: ``rows`` at most, or one that has more."""
     bounds = offsets.cpu().numpy()
-    start = 0
-    while start < len(bounds) - 1:
-        end = int(np.searchsorted(bounds, bounds[start] + rows, side="right")) - 1
-        end = max(start + 1, end)
-        yield slice(start, end), slice(int(bounds[start]), int(bounds[end]))
-        start = end
+    begin = 0
+    while begin < len(bounds) - 1:
+        end = int(np.searchsorted(bounds, bounds[begin] + rows, side="right")) - 1
+        end = max(begin + 1, end)
+        yield slice(begin, end), slice(int(bounds[begin]), int(bounds[end]))
+        begin = end
 
 
 def ancestors(paths: Tensor, vocab_size: int, depth: int) -> list[Tensor]:
@@ -69,7 +62,7 @@ def tree_sums(
 
 
 def _segment_sums(table: Tensor, order: Tensor, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    block = max(1, BLOCK_FLOATS * blocks_at_once(table.device) // table.shape[1])
+    block = max(1, block_floats(table.device) // table.shape[1])
     for nodes, members in whole_segments(offsets, block):
         sizes = offsets[nodes.start : nodes.stop + 1].diff()
         sums = torch.zeros(len(sizes), table.shape[1], device=table.device)

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.align import fit_codebook, match, random_names
-from gif.codes.balanced import Nodes, column_blocks, node_seeds, split
-from gif.codes.segments import BLOCK_FLOATS, ancestors, blocks_at_once, offsets_of, tree_sums, whole_segments
+from gif.codes.align import Alignment, fit_codebook, match, random_names
+from gif.codes.blocks import block_floats, blocks_at_once, column_blocks
+from gif.codes.clustering import split
+from gif.codes.nodes import Nodes
+from gif.codes.segments import ancestors, offsets_of, tree_sums, whole_segments
+from gif.codes.splitmix import node_seeds
 from gif_kernels.sphere import unit
 
-Alignment = Literal["none", "residual"]
-ALIGNMENTS: tuple[Alignment, ...] = ("none", "residual")
 CODEBOOK_NODES = 1024  # a level's codebook is fitted to the children of this many nodes at most
 PADDING = 0.25  # nodes worked on together differ by this share in size at most
 SORTED_ROWS = 1 << 22  # rows sorted by node and token at a time, unless a node has more
@@ -28,7 +28,7 @@ SORTED_ROWS = 1 << 22  # rows sorted by node and token at a time, unless a node 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How nodes are cut (see `gif.codes.balanced.split`)."""
+    """How nodes are cut (see `gif.codes.clustering.split`)."""
 
     limit: int
     capacity_factor: float
@@ -73,8 +73,7 @@ class Level:
     @property
     def block_rows(self) -> int:
         """Rows that are gathered at a time."""
-        floats = BLOCK_FLOATS * blocks_at_once(self.table.device)
-        return max(1, floats // max(self.table.shape[1], self.vocab_size))
+        return max(1, block_floats(self.table.device) // max(self.table.shape[1], self.vocab_size))
 
     def tokens(self, cutting: Cutting, alignment: Alignment, advance: Callable[..., None]) -> tuple[Tensor, Tensor]:
         """Cut and name all nodes: the next token (m,) uint8 of each identity, and the codebook (v, d) of names.
@@ -100,7 +99,7 @@ class Level:
     def spread_out(self, most: int) -> Tensor:
         """At most ``most`` nodes at equal distances, and no more than have their children in a block: (n,) int64."""
         n = len(self.sizes)
-        count = min(n, most, max(1, BLOCK_FLOATS // self.table.shape[1] // self.vocab_size))
+        count = min(n, most, max(1, block_floats() // self.table.shape[1] // self.vocab_size))
         return torch.linspace(0, n - 1, count, device=self.order.device, dtype=torch.float64).round().long()
 
     def cut(self, node: Tensor, cutting: Cutting) -> Iterator[Cut]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gif.backbones import BackboneConfig, save_backbone
-from gif.codes import IdentityCodes, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, tokenize
 from gif.data import IdentitySplit, load_data, split_identities
 from gif.data.images import SPLIT_BY
 from gif.encoders import PixelEncoder
@@ -19,7 +19,7 @@ from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_grou
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
 from gif.progress import say
 from gif.training import TrainingConfig, TrainingLog, train
-from gif.vectors import CodeVectors, SpreadReport, initial_code_vectors, spread_code_vectors
+from gif.vectors import CodeVectors, SpreadConfig, SpreadReport, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
 
 VOCAB_SIZE = 12
@@ -105,9 +105,9 @@ class GlyphBench:
             f"{split.held_out.num_identities:,} {judged} ({len(split.held_out):,} images)"
         )
         vectors = initial_code_vectors(split.train, PixelEncoder(BACKBONE.embedding_size))
-        spread = spread_code_vectors(vectors, epochs=SPREAD_EPOCHS, seed=seed)
+        spread = spread_code_vectors(vectors, SpreadConfig(epochs=SPREAD_EPOCHS, seed=seed))
         say(f"code vectors before: {spread.before}\ncode vectors after:  {spread.after}")
-        codes = tokenize(vectors, vocab_size=VOCAB_SIZE, seed=seed)
+        codes = tokenize(vectors, TokenizeConfig(vocab_size=VOCAB_SIZE, seed=seed))
         say(f"identity codes: {codes}")
         return cls(split, vectors, spread, codes)
 

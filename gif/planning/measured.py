@@ -16,7 +16,7 @@ from gif.planning.rates import measure_rates, sparse_table
 from gif.planning.stages import spread_step_seconds
 from gif.plotting import COLORS, figure, save_figure
 from gif.progress import progress
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 from gif_kernels import uniformity_step_
 
 SECONDS_A_SIZE = 8.0
@@ -47,7 +47,7 @@ def measure_step(m: int, width: int, batch: int, folder: Path | None = None) -> 
     """
     planned = spread_step_seconds(width, 4, batch, measure_rates(width, batch, folder), in_file=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gif-step-") as place:
-        shards = Shards(sparse_table(Path(place) / "table", m, width), torch.device("cpu"), mapped=True)
+        shared = DistributedTable(sparse_table(Path(place) / "table", m, width), torch.device("cpu"), mapped=True)
         values = torch.nn.functional.normalize(torch.randn(batch, width), dim=1)
         every = torch.arange(batch)
         times: list[float] = []
@@ -55,10 +55,10 @@ def measure_step(m: int, width: int, batch: int, folder: Path | None = None) -> 
             index = torch.randint(m, (2 * batch + 64,)).unique()
             index = index[torch.randperm(len(index))[:batch]]
             begin = time.perf_counter()
-            rows = shards.take(index)
+            rows = shared.take(index)
             rows.add_(values)  # a sparse file holds zeros
             uniformity_step_(rows, every, lr=0.1)
-            shards.put(index, rows)
+            shared.put(index, rows)
             times.append(time.perf_counter() - begin)
     return StepMeasurement(m, width, batch, m * width * 4, statistics.median(times), planned)
 

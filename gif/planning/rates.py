@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gif.vectors.shards import Shards
+from gif.vectors.distributed_table import DistributedTable
 from gif_kernels import uniformity_step_
 from gif_kernels.gaussian_potential.blocked import TILE
 from gif_kernels.precision import product
@@ -88,11 +88,11 @@ def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
 def _page_rate(width: int, folder: Path | None) -> float:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gif-rates-") as place:
         table = sparse_table(Path(place) / "pages", _SPARSE_BYTES // (4 * width), width)
-        shards = Shards(table, table.device, mapped=True)
+        shared = DistributedTable(table, table.device, mapped=True)
 
         def touch() -> None:
             rows = torch.randint(len(table), (_SPARSE_ROWS,))
-            shards.put(rows, shards.take(rows))
+            shared.put(rows, shared.take(rows))
 
         return _SPARSE_ROWS * pages_of_a_row(4 * width) / seconds(touch)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gif.codes.balanced import BALANCING_ROUNDS, BLOCK_FLOATS, FINAL_RATES, PRICE_RATES
+from gif.codes.blocks import BLOCK_FLOATS
+from gif.codes.clustering import BALANCING_ROUNDS
+from gif.codes.prices import FINAL_RATES, PRICE_RATES
 from gif.planning.heads import FLOAT, gif_cost, softmax_cost
 from gif.planning.rates import Rates, pages_of_a_row
 from gif_kernels.gaussian_potential.blocked import TILE

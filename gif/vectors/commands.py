@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gif.data import HELD_OUT, ImageDecoder, load_data
 from gif.data.decoding import MAX_PIXELS
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.encoders import Precision, make_encoder
 from gif.files import write_text
+from gif.options import options_of
 from gif.ownership import check_output, existing, hold
 from gif.progress import say
 from gif.resume import own_file
-from gif.vectors.in_place import spread_file
+from gif.vectors.config import SpreadConfig
+from gif.vectors.in_file import spread_file
 from gif.vectors.initial import initial_code_vectors
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 from gif.vectors.spread import SpreadReport, spread_code_vectors
-from gif.vectors.start import Start
 from gif.vectors.store import CodeVectors
 
 
@@ -79,18 +80,12 @@ def vectors_command(
         own_file(partial).unlink(missing_ok=True)
 
 
+@options_of(SpreadConfig, without=("t", "neighbors"))
 def spread_command(
     vectors: Path,
     output: Path,
     *,
-    epochs: int = 3,
-    batch: int = 2048,
-    lr: float = 0.1,
-    start: Start = "none",
-    neighbor_epochs: int = 0,
-    target_gap: float | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
+    config: SpreadConfig,
     device: Literal["cpu", "cuda"] = "cpu",
     in_file: bool = False,
 ) -> None:
@@ -103,29 +98,10 @@ def spread_command(
         vectors: the code vectors to start from, as `gif vectors` writes them.
         output: where to write the spread ones, and beside it the report (.json), a histogram (.png), the gap over
             epochs (-gap.png).
-        epochs: passes over all vectors; 3 do nearly all there is to do.
-        batch: vectors that push each other apart in one step.
-        lr: learning rate, per vector.
-        start: a closed form first; "center" subtracts the mean, "whiten" also evens out the covariance. After torchrun
-            write --closed_form, for torchrun takes --start for an option of its own.
-        neighbor_epochs: passes in subsets of neighbours afterwards, which part near-duplicates.
-        target_gap: stop early, once the mean optimality gap of an epoch is below this.
-        minutes: stop after so much time.
-        seed: of the random subsets.
         device: where to compute.
         in_file: leave the vectors in a file, which may be larger than memory, and step them there; several processes
             always do.
     """
-    options: dict[str, Any] = {
-        "epochs": epochs,
-        "batch": batch,
-        "lr": lr,
-        "start": start,
-        "neighbor_epochs": neighbor_epochs,
-        "target_gap": target_gap,
-        "minutes": minutes,
-        "seed": seed,
-    }
     partial, picture = output.with_suffix(".partial"), output.with_suffix(".png")
     report_file, gaps = output.with_suffix(".json"), output.with_name(f"{output.stem}-gap.png")
     check_output(output, [partial, report_file, picture, gaps], [vectors])
@@ -137,12 +113,12 @@ def spread_command(
 
     with process_group(device) as own:
         if in_file or world_size() > 1:
-            report = spread_file(vectors, output, device=own, write_report=write_report, **options)
+            report = spread_file(vectors, output, config, device=own, write_report=write_report)
         else:
             with hold(output, existing(partial)):
                 given = CodeVectors.load(vectors)
                 table = CodeVectors(given.table.to(own), normalized=True, identities=given.identities)
-                report = spread_code_vectors(table, checkpoint=partial, keep_checkpoint=True, **options)
+                report = spread_code_vectors(table, config, checkpoint=partial, keep_checkpoint=True)
                 table.save(output)
                 write_report(report)
                 partial.unlink()

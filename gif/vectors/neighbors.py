@@ -7,13 +7,47 @@ small angle stays together unless a median falls between its two projections: at
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from gif.vectors.shards import Shards
+from gif.distributed import gather_rows
+from gif.vectors.distributed_table import DistributedTable
 
 ROWS_A_BLOCK = 1 << 14
+
+
+class NeighborSubsets:
+    """Subsets of neighbours for the rows of ``table``: each is whole leaves of a tree of random cuts.
+
+    A leaf has ``most`` rows at most, and a subset as many leaves as make about ``batch`` rows. ``sizes``: rows of each
+    subset, whatever the tree.
+    """
+
+    def __init__(self, table: DistributedTable, most: int, batch: int) -> None:
+        self._table = table
+        self._bounds = leaf_bounds(table.m, most)
+        self._leaves_together = max(1, batch // most)
+        cuts = [*self._bounds[: -1 : self._leaves_together].tolist(), table.m]
+        self.sizes = [end - begin for begin, end in pairwise(cuts)]
+
+    def order(self, seed: int) -> Tensor:
+        """All rows (m,), neighbours together, by the tree of this ``seed``; the same on each process."""
+        depth = (len(self._bounds) - 1).bit_length() - 1
+        projections = project(self._table, depth, seed)
+        return neighbor_order(gather_rows(projections.to(self._table.device)).cpu())
+
+    def subsets(self, order: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each subset, given the `order`."""
+        return order.split(self.sizes)
+
+    def leaves(self, subset: int, device: torch.device) -> Iterator[Tensor]:
+        """The places (n,) in a subset that each of its leaves takes; none for a subset past the last."""
+        bounds = self._bounds[subset * self._leaves_together :][: self._leaves_together + 1].tolist()
+        for begin, end in pairwise(bounds):
+            yield torch.arange(begin - bounds[0], end - bounds[0], device=device)
 
 
 def leaf_bounds(m: int, size: int) -> Tensor:
@@ -23,11 +57,11 @@ def leaf_bounds(m: int, size: int) -> Tensor:
     return _bounds(m, depth)
 
 
-def project(shards: Shards, depth: int, seed: int) -> Tensor:
+def project(table: DistributedTable, depth: int, seed: int) -> Tensor:
     """Projections (k, depth) float32 of the own rows on random directions, on the CPU; the table is read once."""
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(shards.table.shape[1], depth, generator=generator).to(shards.device)
-    return torch.cat([(rows.float() @ directions).cpu() for rows in shards.own_blocks(ROWS_A_BLOCK)])
+    directions = torch.randn(table.width, depth, generator=generator).to(table.device)
+    return torch.cat([(rows.float() @ directions).cpu() for rows in table.own_blocks(ROWS_A_BLOCK)])
 
 
 def neighbor_order(projections: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a killed run continues: copies of a table in memory, a journal for one in a file."""
+"""How a killed run continues: copies of a table in memory, an undo log for one in a file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gif.distributed import least_of_processes, rank, wait_for_all, world_size
 from gif.errors import InputError
 from gif.files import fsync, load_tensors, remove_temporaries, save_tensors
 from gif.resume import UnfinishedWork
-from gif.vectors.shards import Round, Shards
+from gif.vectors.distributed_table import DistributedTable, Round
 from gif.vectors.store import digest_rows
 
 CHECKPOINT_FORMAT = "gif.spread_checkpoint/2"
-JOURNAL_BYTES = 1 << 28  # the journal's size at most, or one round
+UNDO_BYTES = 1 << 28  # the size of an undo log at most, or one round
 SAMPLE = 256  # rows by which a table's file is known again
 
 
@@ -29,8 +29,8 @@ class Recovery(ABC):
     """
 
     @abstractmethod
-    def load(self, losses: Tensor) -> int:
-        """Restore the table, and ``losses`` in place, to a state after so many rounds; 0 where there is nothing."""
+    def load(self, record: Tensor) -> int:
+        """Restore the table, and ``record`` in place, to a state after so many rounds; 0 where there is nothing."""
 
     @abstractmethod
     def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -45,32 +45,32 @@ class Recovery(ABC):
         """Called in another thread before the round's rows are overwritten; ``rows`` are what they were."""
 
     @abstractmethod
-    def done(self, finished: int, losses: Tensor) -> None:
+    def done(self, finished: int, record: Tensor) -> None:
         """``finished`` rounds are in the table."""
 
     @abstractmethod
-    def interrupted(self, finished: int, losses: Tensor) -> None:
+    def interrupted(self, finished: int, record: Tensor) -> None:
         """The run ends early, with the table as after ``finished`` rounds."""
 
     @abstractmethod
-    def finish(self, finished: int, losses: Tensor, *, keep: bool) -> None:
+    def finish(self, finished: int, record: Tensor, *, keep: bool) -> None:
         """The run has come to its end: drop what was kept, or ``keep`` the end, so that `load` gives it."""
 
 
 class Copies(Recovery):
     """The table in memory is copied to ``checkpoint``, once a minute and on interruption; None keeps nothing."""
 
-    def __init__(self, shards: Shards, checkpoint: Path | None, settings: Mapping[str, Any]) -> None:
-        self._table = shards.table
+    def __init__(self, table: DistributedTable, checkpoint: Path | None, settings: Mapping[str, Any]) -> None:
+        self._own = table.own
         self._kept: dict[str, Tensor] = {}
         self._work = UnfinishedWork(checkpoint, CHECKPOINT_FORMAT, settings)
 
-    def load(self, losses: Tensor) -> int:
+    def load(self, record: Tensor) -> int:
         saved = self._work.load()
         if saved is None:
             return 0
-        self._table.copy_(saved.pop("vectors"))
-        losses.copy_(saved.pop("losses"))
+        self._own.copy_(saved.pop("vectors"))
+        record.copy_(saved.pop("losses"))
         finished = int(saved.pop("finished"))
         self._kept = saved
         return finished
@@ -86,22 +86,22 @@ class Copies(Recovery):
     def before(self, round: Round, rows: Tensor) -> None:
         pass
 
-    def done(self, finished: int, losses: Tensor) -> None:
+    def done(self, finished: int, record: Tensor) -> None:
         if self._work.due:
-            self.interrupted(finished, losses)
+            self.interrupted(finished, record)
 
-    def interrupted(self, finished: int, losses: Tensor) -> None:
-        state = {"vectors": self._table, "losses": losses, "finished": torch.tensor(finished)}
+    def interrupted(self, finished: int, record: Tensor) -> None:
+        state = {"vectors": self._own, "losses": record, "finished": torch.tensor(finished)}
         self._work.save({**self._kept, **state})
 
-    def finish(self, finished: int, losses: Tensor, *, keep: bool) -> None:
+    def finish(self, finished: int, record: Tensor, *, keep: bool) -> None:
         if keep:
-            self.interrupted(finished, losses)
+            self.interrupted(finished, record)
         else:
             self._work.remove()
 
 
-class Journal(Recovery):
+class UndoLog(Recovery):
     """The table in ``file`` is changed in place; folder ``checkpoint`` holds what undoes the changes since a state.
 
     Before rows are overwritten their old values are on the disk. Now and then the table's file is flushed, the number
@@ -110,20 +110,20 @@ class Journal(Recovery):
     """
 
     def __init__(
-        self, shards: Shards, file: Path, checkpoint: Path, settings: Mapping[str, Any], round_rows: int
+        self, table: DistributedTable, file: Path, checkpoint: Path, settings: Mapping[str, Any], round_rows: int
     ) -> None:
-        self._shards = shards
+        self._table = table
         self._file = file
         self._folder = checkpoint
         self._work = UnfinishedWork(self._path("state"), CHECKPOINT_FORMAT, settings)
-        row_bytes = shards.table.shape[1] * shards.table.itemsize
-        self._interval = max(1, JOURNAL_BYTES // (round_rows * row_bytes))
-        rows = len(shards.table)
+        row_bytes = table.width * table.own.itemsize
+        self._interval = max(1, UNDO_BYTES // (round_rows * row_bytes))
+        rows = len(table.own)
         self._sample = torch.arange(0, rows, max(1, rows // SAMPLE))
         self._flushed = 0
         self._forgotten: list[Path] = []
 
-    def load(self, losses: Tensor) -> int:
+    def load(self, record: Tensor) -> int:
         if rank() == 0:
             remove_temporaries(self._folder, held=True)
         wait_for_all()
@@ -132,12 +132,12 @@ class Journal(Recovery):
         if saved is not None:
             self._check_table(saved)
         if saved is not None and finished >= 0:
-            losses.copy_(saved["losses"])
+            record.copy_(saved["losses"])
         for path in sorted(self._undo_files(), reverse=True):
             if _number(path) >= finished:
                 old, _ = load_tensors(path, format=CHECKPOINT_FORMAT)
-                self._shards.put(old["rows"], old["vectors"])
-        self._flush(max(finished, 0), losses)
+                self._table.put(old["rows"], old["vectors"])
+        self._flush(max(finished, 0), record)
         return self._flushed
 
     def remember(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -154,15 +154,15 @@ class Journal(Recovery):
     def before(self, round: Round, rows: Tensor) -> None:
         save_tensors(self._undo(round.number), {"rows": round.rows, "vectors": rows}, format=CHECKPOINT_FORMAT)
 
-    def done(self, finished: int, losses: Tensor) -> None:
+    def done(self, finished: int, record: Tensor) -> None:
         if finished - self._flushed >= self._interval:
-            self._flush(finished, losses)
+            self._flush(finished, record)
 
-    def interrupted(self, finished: int, losses: Tensor) -> None:
+    def interrupted(self, finished: int, record: Tensor) -> None:
         pass
 
-    def finish(self, finished: int, losses: Tensor, *, keep: bool) -> None:
-        self._flush(finished, losses)
+    def finish(self, finished: int, record: Tensor, *, keep: bool) -> None:
+        self._flush(finished, record)
         if keep:
             return
         wait_for_all()
@@ -172,11 +172,11 @@ class Journal(Recovery):
         if rank() == 0:
             self._folder.rmdir()
 
-    def _flush(self, finished: int, losses: Tensor) -> None:
+    def _flush(self, finished: int, record: Tensor) -> None:
         """Make the table on the disk that after ``finished`` rounds; older values are needed by no process then."""
         fsync(self._file)
-        sample = self._shards.take(self._sample)
-        self._work.save({"losses": losses, "finished": torch.tensor(finished), "sample": sample})
+        sample = self._table.take(self._sample)
+        self._work.save({"losses": record, "finished": torch.tensor(finished), "sample": sample})
         wait_for_all()
         for path in self._undo_files():
             if _number(path) < finished:
@@ -187,7 +187,7 @@ class Journal(Recovery):
 
     def _check_table(self, saved: dict[str, Tensor]) -> None:
         """Raise ValueError, having changed nothing, if undoing would not give the table of the ``saved`` state."""
-        found = self._shards.take(self._sample)
+        found = self._table.take(self._sample)
         for path in sorted(self._undo_files(), reverse=True):
             if _number(path) >= int(saved["finished"]):
                 old, _ = load_tensors(path, format=CHECKPOINT_FORMAT)
@@ -215,19 +215,23 @@ def _number(path: Path) -> int:
 
 
 def recovery(
-    shards: Shards, file: Path | None, checkpoint: str | Path | None, settings: Mapping[str, Any], round_rows: int
+    table: DistributedTable,
+    file: Path | None,
+    checkpoint: str | Path | None,
+    settings: Mapping[str, Any],
+    round_rows: int,
 ) -> Recovery:
-    """What keeps a run of these ``settings`` in ``checkpoint``: a journal where the table is in ``file``, else copies.
+    """What keeps a run of these ``settings`` in ``checkpoint``: an undo log where there is a ``file``, else copies.
 
     ``round_rows``: own rows of a round.
     """
     settings = {**settings, "processes": world_size()}
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and file is not None:
-        return Journal(shards, file, path, {**settings, "file": str(file.resolve())}, round_rows)
+        return UndoLog(table, file, path, {**settings, "file": str(file.resolve())}, round_rows)
     if path is not None and world_size() > 1:
         raise InputError(
             "several processes keep a checkpoint of a table in a file only; give CodeVectors.load(path, mmap=True, "
             "writable=True), or no checkpoint"
         )
-    return Copies(shards, path, {**settings, "vectors": None if path is None else digest_rows(shards.table)})
+    return Copies(table, path, {**settings, "vectors": None if path is None else digest_rows(table.own)})

@@ -15,7 +15,7 @@ from gif_kernels import checks
 from gif_kernels.rounding import stochastic_round
 
 FORMAT = "gif.code_vectors/1"
-_ROWS_A_BLOCK = 1 << 18
+ROWS_A_BLOCK = 1 << 18  # of a table, that are looked at together
 _DIGEST_BYTES = 1 << 28  # a table up to this is digested whole
 _DIGEST_ROWS = 1 << 13  # and of a larger one so many rows
 
@@ -43,7 +43,7 @@ class CodeVectors:
         self.identities = identities
         self.file: Path | None = None
         if not normalized:
-            for rows in self.table.split(_ROWS_A_BLOCK):
+            for rows in self.table.split(ROWS_A_BLOCK):
                 norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
                 if not bool(norm.isfinite().all()):
                     raise InputError("vectors hold NaN or infinity; check the encoder and the images it was given")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gif.backbones import BackboneConfig, load_backbone, load_trained_on, save_backbone
-from gif.codes import IdentityCodes, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, tokenize
 from gif.data import IdentityImages, ImageDecoder, load_data, open_data, split_identities
 from gif.data.identities import FORMAT, Identities, Names, require_same_names
 from gif.data.images import some_identities
@@ -19,8 +19,8 @@ from gif.encoders import PixelEncoder
 from gif.files import load_tensors
 from gif.losses import GIFLoss, HeadConfig, MarginSoftmax
 from gif.resume import UnfinishedWork, claim_folder, differences
-from gif.vectors import CodeVectors, initial_code_vectors, spread_code_vectors
-from gif.vectors.shards import Shards
+from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
+from gif.vectors.distributed_table import DistributedTable
 
 SIZE = 16
 TINY = ["--backbone.embedding_size=16", f"--backbone.image_size={SIZE}", "--backbone.width=4", "--backbone.channels=3"]
@@ -235,7 +235,7 @@ class TestTables:
     def test_swapped_rows(self):
         who = [Identities(Names.of(names)) for names in (["a", "b", "c"], ["b", "a", "c"])]
         vectors = [CodeVectors(torch.eye(3) + 1, identities=identities) for identities in who]
-        codes = tokenize(vectors[0], vocab_size=3)
+        codes = tokenize(vectors[0], TokenizeConfig(vocab_size=3))
         with pytest.raises(ValueError, match=r'identity 0 is "a" in the codes and "b" in the code vectors'):
             GIFLoss(codes, vectors[1], 3)
         with pytest.raises(ValueError, match='identity 0 is "b" in the code vectors and "a" in the data set'):
@@ -248,7 +248,13 @@ class TestTables:
     def test_a_head_knows_whose_codes_it_was_trained_with(self):
         table = torch.eye(3) + 1
         known, others, bare = (
-            GIFLoss(tokenize(CodeVectors(table, identities=who), vocab_size=3), None, 3, recipe="paper", **OFF)
+            GIFLoss(
+                tokenize(CodeVectors(table, identities=who), TokenizeConfig(vocab_size=3)),
+                None,
+                3,
+                recipe="paper",
+                **OFF,
+            )
             for who in (Identities(Names.of("abc")), Identities(Names.of("abd")), None)
         )
         with pytest.raises(ValueError, match="trained with the codes of identities of other names"):
@@ -269,7 +275,7 @@ class TestTables:
     def test_bare_tables_have_no_names_and_fit_every_data_set(self, tmp_path):
         who = Identities(Names.of("abc"))
         vectors = CodeVectors(torch.eye(3) + 1)
-        codes = tokenize(vectors.table, vocab_size=3)
+        codes = tokenize(vectors.table, TokenizeConfig(vocab_size=3))
         assert vectors.identities is None and codes.identities is None
         HeadConfig().build(3, 3, codes, vectors, identities=who)
         vectors.save(tmp_path / "v.safetensors")
@@ -404,7 +410,7 @@ class TestContinuing:
         CodeVectors(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0))).save(path)
         begun = path.read_bytes()
         mapped = CodeVectors.load(path, mmap=True, writable=True)
-        put, calls = Shards.put, []
+        put, calls = DistributedTable.put, []
 
         def interrupt(self, rows, vectors):
             calls.append(1)
@@ -413,35 +419,35 @@ class TestContinuing:
             put(self, rows, vectors)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Shards, "put", interrupt)
+            patch.setattr(DistributedTable, "put", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                spread_code_vectors(mapped, epochs=2, batch=50, checkpoint=tmp_path / "journal")
+                spread_code_vectors(mapped, SpreadConfig(epochs=2, batch=50), checkpoint=tmp_path / "journal")
         half = path.read_bytes()
         assert half != begun
         CodeVectors(torch.randn(1200, 8, generator=torch.Generator().manual_seed(1))).save(path)
         replaced = CodeVectors.load(path).table
         other = CodeVectors.load(path, mmap=True, writable=True)
         with pytest.raises(ValueError, match="is not the table that"):
-            spread_code_vectors(other, epochs=2, batch=50, checkpoint=tmp_path / "journal")
+            spread_code_vectors(other, SpreadConfig(epochs=2, batch=50), checkpoint=tmp_path / "journal")
         assert torch.equal(CodeVectors.load(path).table, replaced)
         path.write_bytes(half)
         again = CodeVectors.load(path, mmap=True, writable=True)
-        spread_code_vectors(again, epochs=2, batch=50, checkpoint=tmp_path / "journal")
+        spread_code_vectors(again, SpreadConfig(epochs=2, batch=50), checkpoint=tmp_path / "journal")
         whole = CodeVectors(torch.randn(1200, 8, generator=torch.Generator().manual_seed(0)))
-        spread_code_vectors(whole, epochs=2, batch=50)
+        spread_code_vectors(whole, SpreadConfig(epochs=2, batch=50))
         assert torch.equal(again.table, whole.table)
 
     def test_tokenizing_another_table(self, tmp_path, monkeypatch):
         table = torch.nn.functional.normalize(torch.randn(9000, 4, generator=torch.Generator().manual_seed(0)), dim=1)
         UnfinishedWork.remove, remove = (lambda self: None), UnfinishedWork.remove
         try:
-            tokenize(table, vocab_size=10, checkpoint=tmp_path / "t.partial")
+            tokenize(table, TokenizeConfig(vocab_size=10), checkpoint=tmp_path / "t.partial")
         finally:
             UnfinishedWork.remove = remove
         other = table.clone()
         other[4321] = -other[4321]
         with pytest.raises(ValueError, match=r"another run \(vectors is "):
-            tokenize(other, vocab_size=10, checkpoint=tmp_path / "t.partial")
+            tokenize(other, TokenizeConfig(vocab_size=10), checkpoint=tmp_path / "t.partial")
 
     def test_training_on_replaced_vectors_or_data(self, chain, png, tmp_path):
         folder, files, train = chain
@@ -481,7 +487,7 @@ class TestContinuing:
         assert code == 1 and f'1 not in the data set ("{gone}")' in printed and "the run in" in printed
 
     def interrupt_rounds(self, gif, command, monkeypatch):
-        collect, calls = Shards.collect, []
+        collect, calls = DistributedTable.collect, []
 
         def interrupt(self, round, rows):
             calls.append(1)
@@ -490,7 +496,7 @@ class TestContinuing:
             return collect(self, round, rows)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Shards, "collect", interrupt)
+            patch.setattr(DistributedTable, "collect", interrupt)
             assert gif(*command)[0] == 130
 
 

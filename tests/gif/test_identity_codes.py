@@ -10,7 +10,7 @@ from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
 from gif.cli import COMMANDS
-from gif.codes import IdentityCodes, code_length, picture, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, code_length, picture, tokenize
 from gif.vectors.store import CodeVectors
 
 
@@ -100,7 +100,7 @@ def test_fingerprint_knows_every_change():
 
 
 def test_round_trip(tmp_path):
-    codes = tokenize(torch.randn(300, 16), vocab_size=5)
+    codes = tokenize(torch.randn(300, 16), TokenizeConfig(vocab_size=5))
     codes.save(tmp_path / "codes.safetensors")
     loaded = IdentityCodes.load(tmp_path / "codes.safetensors")
     assert torch.equal(loaded.codes, codes.codes)

@@ -238,7 +238,7 @@ def _process(rank, folder):
         assert torch.equal(resumed.table, vectors.table) and not own_file.exists()
         with pytest.raises(ValueError, match="2 processes share the identities; give a dataset with `labels`"):
             initial_code_vectors(OneByOne(data), Projection(), num_identities=11)
-        one = IdentityImages(data.images, torch.zeros(80), ["a"])
+        one = IdentityImages(data.images, torch.zeros(80, dtype=torch.int64), ["a"])
         with pytest.raises(ValueError, match="2 processes share 1 identities"):
             initial_code_vectors(one, Projection())
     torch.save((vectors.table, pixels.table, encoder.batches), folder / f"{rank}.pt")

@@ -269,7 +269,7 @@ class TestPlacesThatCannotBeWritten:
             raise AssertionError("it is done again")
 
         monkeypatch.setattr("gif.encoders.pixels.PixelEncoder.__call__", work)
-        monkeypatch.setattr("gif.vectors.spread.uniformity_step_", work)
+        monkeypatch.setattr("gif.vectors.stages.uniformity_step_", work)
         monkeypatch.setattr("gif.codes.tree.Level.tokens", work)
         code, printed = gif(*command.split(), *arguments, "--output", output)
         assert code == 0, printed

@@ -53,7 +53,7 @@ assert loss.isfinite() and embeddings.grad.abs().sum() > 0 and loss_fn.centers.g
 softmax = gif.MarginSoftmax(40, 16)
 softmax(embeddings, torch.arange(8)).backward()
 assert softmax.weight.grad.abs().sum() > 0
-assert len(gif.tokenize(table, vocab_size=7, alignment="none")) == 40
+assert len(gif.tokenize(table, gif.TokenizeConfig(vocab_size=7, alignment="none"))) == 40
 """
 
 TRAINING = """
@@ -80,7 +80,7 @@ def test_training_without_optional_packages():
 
 
 NEEDS = {
-    "gif.tokenize(torch.randn(40, 16), vocab_size=7)": "scipy",
+    "gif.tokenize(torch.randn(40, 16), gif.TokenizeConfig(vocab_size=7))": "scipy",
     "from gif.data import glyphs; glyphs()": "matplotlib",
     "from gif.data.glyphs.drawing import font_characters; font_characters('font.ttf')": "fonttools",
     "from gif.data.glyphs.drawing import open_font; open_font('font.ttf', 8)": "pillow",

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from gif import files
-from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
-from gif.vectors import spread as spread_module
+from gif.vectors import CodeVectors, SpreadConfig, recovery, spread_code_vectors, spread_file, stages
 from gif.vectors.commands import spread_command
-from gif.vectors.shards import Round, Shards, prefetched
+from gif.vectors.distributed_table import DistributedTable, Round, prefetched
 
 OPTIONS = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}
 
@@ -31,17 +30,17 @@ def small_blocks(monkeypatch):
     """Blocks and a journal that a small table needs many of, and no wait for the disk, which a kill does not need."""
     monkeypatch.setattr(files, "fsync", lambda path: None)
     monkeypatch.setattr(recovery, "fsync", lambda path: None)
-    monkeypatch.setattr(spread_module, "ROWS_A_BLOCK", 300)
-    monkeypatch.setattr(recovery, "JOURNAL_BYTES", 4 * 300 * 32 * 4)
+    monkeypatch.setattr(stages, "ROWS_A_BLOCK", 300)
+    monkeypatch.setattr(recovery, "UNDO_BYTES", 4 * 300 * 32 * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_file_is_spread_as_memory_is(tmp_path, small_blocks, dtype):
     inside = CodeVectors(table(dtype))
     inside.save(tmp_path / "start.safetensors")
-    report = spread_code_vectors(inside, **OPTIONS)
+    report = spread_code_vectors(inside, SpreadConfig(**OPTIONS))
     output = tmp_path / "spread.safetensors"
-    other = spread_file(tmp_path / "start.safetensors", output, device=torch.device("cpu"), **OPTIONS)
+    other = spread_file(tmp_path / "start.safetensors", output, SpreadConfig(**OPTIONS), device=torch.device("cpu"))
     assert torch.equal(CodeVectors.load(output).table, inside.table)
     assert other.to_dict() == report.to_dict()
     assert torch.equal(CodeVectors.load(tmp_path / "start.safetensors").table, CodeVectors(table(dtype)).table)
@@ -51,7 +50,7 @@ def test_a_file_is_spread_as_memory_is(tmp_path, small_blocks, dtype):
 def spread_alone(source, output):
     """In a process of its own, forked."""
     torch.set_num_threads(1)
-    spread_file(source, output, device=torch.device("cpu"), **OPTIONS)
+    spread_file(source, output, SpreadConfig(**OPTIONS), device=torch.device("cpu"))
 
 
 def test_killed_at_any_moment_it_continues_to_the_same_result(tmp_path, small_blocks):
@@ -84,7 +83,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_result(tmp_path, small_bl
             process.join()
             journal = list((tmp_path / "spread.partial" / "journal").glob("undo-*"))
             size = sum(path.stat().st_size for path in journal)
-            assert size <= recovery.JOURNAL_BYTES * 1.5 + 3 * 300 * 32 * 4  # and what was read ahead
+            assert size <= recovery.UNDO_BYTES * 1.5 + 3 * 300 * 32 * 4  # and what was read ahead
         assert output.read_bytes() == wanted
         shutil.rmtree(tmp_path / "spread.partial", ignore_errors=True)
     assert killed >= 2
@@ -95,28 +94,28 @@ def test_half_written_rows_are_undone(tmp_path, monkeypatch, small_blocks, momen
     """The table's file is damaged in the middle of a round's writing: some rows are new, one is garbage."""
     start = CodeVectors(table())
     whole = CodeVectors(table())
-    wanted = spread_code_vectors(whole, **OPTIONS)
+    wanted = spread_code_vectors(whole, SpreadConfig(**OPTIONS))
     start.save(tmp_path / "v.safetensors")
-    put, calls = Shards.put, []
+    put, calls = DistributedTable.put, []
 
     def torn(self, rows, vectors):
         calls.append(1)
         if len(calls) == moment + 1:
             half = len(rows) // 2
             put(self, rows[:half], vectors[:half])
-            self.table[rows[half]] = torch.nan
+            self.own[rows[half]] = torch.nan
             raise KeyboardInterrupt
         put(self, rows, vectors)
 
-    monkeypatch.setattr(Shards, "put", torn)
+    monkeypatch.setattr(DistributedTable, "put", torn)
     mapped = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
     with pytest.raises(KeyboardInterrupt):
-        spread_code_vectors(mapped, **OPTIONS, checkpoint=tmp_path / "journal")
-    monkeypatch.setattr(Shards, "put", put)
+        spread_code_vectors(mapped, SpreadConfig(**OPTIONS), checkpoint=tmp_path / "journal")
+    monkeypatch.setattr(DistributedTable, "put", put)
     again = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
     with pytest.raises(ValueError, match="checkpoint of another run"):
-        spread_code_vectors(again, **{**OPTIONS, "lr": 0.2}, checkpoint=tmp_path / "journal")
-    report = spread_code_vectors(again, **OPTIONS, checkpoint=tmp_path / "journal")
+        spread_code_vectors(again, SpreadConfig(**{**OPTIONS, "lr": 0.2}), checkpoint=tmp_path / "journal")
+    report = spread_code_vectors(again, SpreadConfig(**OPTIONS), checkpoint=tmp_path / "journal")
     assert torch.equal(again.table, whole.table)
     assert report.to_dict() == wanted.to_dict()
     assert not (tmp_path / "journal").exists()
@@ -125,11 +124,38 @@ def test_half_written_rows_are_undone(tmp_path, monkeypatch, small_blocks, momen
 def test_a_finished_run_is_not_done_again(tmp_path):
     CodeVectors(table()).save(tmp_path / "v.safetensors")
     mapped = CodeVectors.load(tmp_path / "v.safetensors", mmap=True, writable=True)
-    options = {**OPTIONS, "checkpoint": tmp_path / "journal", "keep_checkpoint": True}
-    report = spread_code_vectors(mapped, **options)
+    options = {"checkpoint": tmp_path / "journal", "keep_checkpoint": True}
+    report = spread_code_vectors(mapped, SpreadConfig(**OPTIONS), **options)
     after = mapped.table.clone()
-    assert spread_code_vectors(mapped, **options).to_dict() == report.to_dict()
+    assert spread_code_vectors(mapped, SpreadConfig(**OPTIONS), **options).to_dict() == report.to_dict()
     assert torch.equal(mapped.table, after)
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, monkeypatch):
+    """Its folder names the settings that it was given, and the minutes; what it names must be as it was."""
+    source, output, cpu = tmp_path / "v.safetensors", tmp_path / "out.safetensors", torch.device("cpu")
+    CodeVectors(table()).save(source)
+    wanted = CodeVectors(table())
+    spread_code_vectors(wanted, SpreadConfig(**OPTIONS))
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "max_cosine", killed)  # in the first round of neighbours
+        with pytest.raises(KeyboardInterrupt):
+            spread_file(source, output, SpreadConfig(**OPTIONS), device=cpu)
+    record = tmp_path / "out.partial" / "settings.json"
+    named = json.loads(record.read_text())
+    assert named.pop("t") == 2 and named.pop("neighbors") == 16
+    record.write_text(json.dumps({**named, "minutes": None}))
+    for changed in ({"minutes": 5.0}, {"lr": 0.2}):
+        with pytest.raises(ValueError, match="holds a run with other settings"):
+            spread_file(source, output, SpreadConfig(**{**OPTIONS, **changed}), device=cpu)
+    with pytest.raises(ValueError, match=r"checkpoint of another run .*neighbors is 16 there and 8 here"):
+        spread_file(source, output, SpreadConfig(**{**OPTIONS, "neighbors": 8}), device=cpu)
+    spread_file(source, output, SpreadConfig(**OPTIONS), device=cpu)
+    assert torch.equal(CodeVectors.load(output).table, wanted.table)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

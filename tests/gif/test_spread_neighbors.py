@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from gif.vectors import CodeVectors, spread_code_vectors
+from gif.vectors import CodeVectors, SpreadConfig, spread_code_vectors
 from gif.vectors import spread as spread_module
+from gif.vectors.distributed_table import DistributedTable
 from gif.vectors.neighbors import leaf_bounds, neighbor_order, project
-from gif.vectors.shards import Shards
 from gif_kernels import max_cosine
 
 
@@ -31,10 +31,10 @@ def test_neighbors_part_what_random_subsets_do_not():
         return (vectors.table[left] * vectors.table[right]).sum(1)
 
     vectors = CodeVectors(rows)
-    random = spread_code_vectors(vectors, epochs=6, batch=1000)
+    random = spread_code_vectors(vectors, SpreadConfig(epochs=6, batch=1000))
     assert random.after.gap < 0.01  # nothing more to gain in the potential,
     assert cosines(vectors).mean() > 0.97  # and the pairs are where they were
-    parted = spread_code_vectors(vectors, epochs=0, neighbor_epochs=6)
+    parted = spread_code_vectors(vectors, SpreadConfig(epochs=0, neighbor_epochs=6))
     assert cosines(vectors).mean() < 0.7 and cosines(vectors).median() < 0.65
     assert parted.neighbor_cosines[0] > 0.97
     assert parted.after.gap < random.after.gap + 0.002
@@ -72,7 +72,7 @@ def test_near_duplicates_mostly_share_a_leaf(cosine, share):
     rows, left, right = planted(16_384, 64, pairs=1000, cosine=cosine)
     leaf = torch.empty(len(rows), dtype=torch.int64)
     depth = 8  # leaves of 64 rows: two at random share one of 256
-    leaf[neighbor_order(project(Shards(rows, rows.device), depth, seed=2))] = torch.arange(len(rows)) // 64
+    leaf[neighbor_order(project(DistributedTable(rows, rows.device), depth, seed=2))] = torch.arange(len(rows)) // 64
     assert float((leaf[left] == leaf[right]).float().mean()) > share
 
 
@@ -80,5 +80,5 @@ def test_the_largest_cosine_of_a_large_table_is_found(monkeypatch):
     rows, _, _ = planted(3000, 32, pairs=200, cosine=0.999)
     exact = float(max_cosine(rows)[0].max())
     monkeypatch.setattr(spread_module, "SAMPLE", 1000)
-    report = spread_code_vectors(CodeVectors(rows.clone()), epochs=0)
+    report = spread_code_vectors(CodeVectors(rows.clone()), SpreadConfig(epochs=0))
     assert report.largest_before == pytest.approx(exact, abs=1e-4) and report.largest_before <= exact

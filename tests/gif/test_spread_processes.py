@@ -6,9 +6,8 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn
 
 from gif import distributed, files
-from gif.vectors import CodeVectors, recovery, spread_code_vectors, spread_file
-from gif.vectors import spread as spread_module
-from gif.vectors.shards import Shards
+from gif.vectors import CodeVectors, SpreadConfig, recovery, spread_code_vectors, spread_file, stages
+from gif.vectors.distributed_table import DistributedTable
 
 PROCESSES = 2
 OPTIONS = {"epochs": 2, "batch": 150, "neighbor_epochs": 1, "neighbors": 16, "seed": 3}
@@ -36,7 +35,7 @@ def _process(rank, folder):
     for dtype in (torch.float32, torch.bfloat16):
         for start in ("none", "whiten"):
             own = CodeVectors(share(rank, table(dtype)))
-            report = spread_code_vectors(own, **OPTIONS, start=start)
+            report = spread_code_vectors(own, SpreadConfig(**OPTIONS, start=start))
             found[dtype, start] = own.table, report.to_dict()
     with pytest.raises(ValueError, match="several processes keep a checkpoint of a table in a file only"):
         spread_code_vectors(own, checkpoint=folder / "copy")
@@ -46,9 +45,9 @@ def _process(rank, folder):
 
 def spread_a_file(rank, folder):
     """Killed in the middle of a round's writing, then while one process has noted a flush and the other has not."""
-    recovery.JOURNAL_BYTES = 4 * 150 * 24 * 4
-    spread_module.ROWS_A_BLOCK = 128
-    put, save = Shards.put, recovery.UnfinishedWork.save
+    recovery.UNDO_BYTES = 4 * 150 * 24 * 4
+    stages.ROWS_A_BLOCK = 128
+    put, save = DistributedTable.put, recovery.UnfinishedWork.save
     calls = {"put": 0, "save": 0}
 
     def torn_put(self, rows, vectors):
@@ -67,12 +66,14 @@ def spread_a_file(rank, folder):
         save(self, tensors)
 
     options = {**OPTIONS, "start": "whiten"}
-    Shards.put, recovery.UnfinishedWork.save = torn_put, torn_save
+    DistributedTable.put, recovery.UnfinishedWork.save = torn_put, torn_save
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            spread_file(folder / "v.safetensors", folder / "out.safetensors", device=CPU, **options)
+            spread_file(folder / "v.safetensors", folder / "out.safetensors", SpreadConfig(**options), device=CPU)
     assert calls["save"] == 6
-    return spread_file(folder / "v.safetensors", folder / "out.safetensors", device=CPU, **options).to_dict()
+    return spread_file(
+        folder / "v.safetensors", folder / "out.safetensors", SpreadConfig(**options), device=CPU
+    ).to_dict()
 
 
 def test_two_processes_come_to_the_result_of_one(tmp_path):
@@ -89,18 +90,21 @@ def test_two_processes_come_to_the_result_of_one(tmp_path):
 
     for dtype, step in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
         alone = CodeVectors(table(dtype))
-        report = spread_code_vectors(alone, **OPTIONS).to_dict()
+        report = spread_code_vectors(alone, SpreadConfig(**OPTIONS)).to_dict()
         rows, shared = both((dtype, "none"))
         assert torch.equal(rows, alone.table) and shared == report
 
         alone = CodeVectors(table(dtype))
-        spread_code_vectors(alone, **OPTIONS, start="whiten")
+        spread_code_vectors(alone, SpreadConfig(**OPTIONS, start="whiten"))
         # the sums of the shares add up in another order; a bfloat16 may then be rounded to its neighbour
         torch.testing.assert_close(both((dtype, "whiten"))[0], alone.table, rtol=0, atol=step)
 
     CodeVectors(table()).save(tmp_path / "alone.safetensors")
     wanted = spread_file(
-        tmp_path / "alone.safetensors", tmp_path / "one.safetensors", device=CPU, **OPTIONS, start="whiten"
+        tmp_path / "alone.safetensors",
+        tmp_path / "one.safetensors",
+        SpreadConfig(**OPTIONS, start="whiten"),
+        device=CPU,
     )
     result = CodeVectors.load(tmp_path / "out.safetensors").table
     torch.testing.assert_close(result, CodeVectors.load(tmp_path / "one.safetensors").table, rtol=0, atol=1e-5)

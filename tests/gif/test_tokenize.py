@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
 from benchmarks.memory import peak_bytes
-from gif.codes import IdentityCodes, advise, balanced, judge_codes, linear_probe, segments, tokenize, tree
+from gif.codes import IdentityCodes, TokenizeConfig, advise, clustering, judge_codes, linear_probe, tokenize, tree
+from gif.codes import blocks as blocks_module
+from gif.codes import prices as prices_module
 from gif.codes.align import match
+from gif.codes.clustering import kmeans, split
+from gif.codes.nodes import Nodes, count
+from gif.codes.prices import PRICE_RATES, Market, balancing_prices
+from gif.codes.splitmix import node_seeds
 from gif.codes.tree import Level
 from gif.resume import UnfinishedWork
 from gif.vectors.store import CodeVectors
@@ -48,12 +54,12 @@ def vectors():
 
 @pytest.fixture(scope="module")
 def codes(vectors):
-    return tokenize(vectors, vocab_size=V)
+    return tokenize(vectors, TokenizeConfig(vocab_size=V))
 
 
 @pytest.fixture(scope="module")
 def plain(vectors):
-    return tokenize(vectors, vocab_size=V, alignment="none")
+    return tokenize(vectors, TokenizeConfig(vocab_size=V, alignment="none"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,9 @@ def assert_capacities(codes, capacity_factor: float) -> None:
 @pytest.mark.parametrize(("v", "length"), [(2, 5), (3, 4), (5, 3), (20, 2), (256, 1)])
 def test_full_and_nearly_full_trees(v, length, alignment):
     for m in {1, 2, v, v + 1, v**length - 1, v**length} - {257}:
-        codes = tokenize(torch.randn(m, 7), vocab_size=v, length=length, alignment=alignment)  # refuses codes alike
+        codes = tokenize(
+            torch.randn(m, 7), TokenizeConfig(vocab_size=v, length=length, alignment=alignment)
+        )  # refuses codes alike
         assert codes.codes.shape == (m, length)
         assert_capacities(codes, 1.5)
 
@@ -112,7 +120,9 @@ def test_distinct_and_within_capacities_whatever_the_vectors(
     m = 1 + int(fill * (min(v**length, 700) - 1))
     rows = hostile(kind, m, d, torch.Generator().manual_seed(seed % 1000))
     options = {"capacity_factor": capacity_factor, "alignment": alignment, "seed": seed}
-    assert_capacities(tokenize(rows, vocab_size=v, length=length, iterations=3, **options), min(capacity_factor, v))
+    assert_capacities(
+        tokenize(rows, TokenizeConfig(vocab_size=v, length=length, iterations=3, **options)), min(capacity_factor, v)
+    )
 
 
 def test_large_tables_keep_capacities(codes, plain):
@@ -122,7 +132,7 @@ def test_large_tables_keep_capacities(codes, plain):
 
 
 def test_capacity_factor_one_makes_equal_sizes(vectors):
-    codes = tokenize(vectors[:5000], vocab_size=7, capacity_factor=1.0)
+    codes = tokenize(vectors[:5000], TokenizeConfig(vocab_size=7, capacity_factor=1.0))
     for depth in range(codes.length):
         node, sizes = codes.prefixes(depth + 1).unique(return_counts=True)
         for parent in (node // 7).unique():
@@ -133,37 +143,43 @@ def test_capacity_factor_one_makes_equal_sizes(vectors):
 
 def test_the_seed_decides(vectors, codes):
     rows = vectors[:3000]
-    first = tokenize(rows, vocab_size=V, seed=1)
-    assert torch.equal(tokenize(rows, vocab_size=V, seed=1).codes, first.codes)
-    assert not torch.equal(tokenize(rows, vocab_size=V, seed=2).codes, first.codes)
-    assert torch.equal(tokenize(CodeVectors(rows.clone()), vocab_size=V, seed=1).codes[:, 0], first.codes[:, 0])
+    first = tokenize(rows, TokenizeConfig(vocab_size=V, seed=1))
+    assert torch.equal(tokenize(rows, TokenizeConfig(vocab_size=V, seed=1)).codes, first.codes)
+    assert not torch.equal(tokenize(rows, TokenizeConfig(vocab_size=V, seed=2)).codes, first.codes)
+    assert torch.equal(
+        tokenize(CodeVectors(rows.clone()), TokenizeConfig(vocab_size=V, seed=1)).codes[:, 0], first.codes[:, 0]
+    )
 
 
 def test_only_directions_matter_and_the_input_is_left_alone(vectors):
     rows = vectors[:2000] * 4  # a power of two: the very same directions
     before = rows.clone()
-    assert torch.equal(tokenize(rows, vocab_size=V).codes, tokenize(vectors[:2000], vocab_size=V).codes)
+    assert torch.equal(
+        tokenize(rows, TokenizeConfig(vocab_size=V)).codes, tokenize(vectors[:2000], TokenizeConfig(vocab_size=V)).codes
+    )
     assert torch.equal(rows, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(vectors, dtype):
     rows = vectors[:2000].to(dtype)
-    assert torch.equal(tokenize(rows, vocab_size=V).codes, tokenize(rows.float(), vocab_size=V).codes)
+    assert torch.equal(
+        tokenize(rows, TokenizeConfig(vocab_size=V)).codes, tokenize(rows.float(), TokenizeConfig(vocab_size=V)).codes
+    )
 
 
 def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatch):
     index = torch.arange(3000)[None]
-    nodes = [balanced.Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool)) for _ in range(2)]
+    nodes = [Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool)) for _ in range(2)]
     options = {
         "capacity_factor": 1.5,
         "limit": 400,
         "iterations": 4,
-        "seeds": balanced.node_seeds(0, 0, index[0, :1].numpy()),
+        "seeds": node_seeds(0, 0, index[0, :1].numpy()),
     }
-    child, sums = balanced.split(nodes[0], V, **options)
-    monkeypatch.setattr(balanced, "BLOCK_FLOATS", 3000 * V)  # all similarities, and 900 rows
-    streamed, streamed_sums = balanced.split(nodes[1], V, **options)
+    child, sums = split(nodes[0], V, **options)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", 3000 * V)  # all similarities, and 900 rows
+    streamed, streamed_sums = split(nodes[1], V, **options)
     assert (child == streamed).double().mean() > 0.99  # a tie may fall the other way
     torch.testing.assert_close(unit(streamed_sums), unit(sums), atol=0.02, rtol=0)
 
@@ -171,19 +187,19 @@ def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatc
 def test_a_node_of_many_blocks_keeps_capacities_and_quality(vectors, monkeypatch):
     index = torch.arange(M)[None]
     mask = torch.ones_like(index, dtype=torch.bool)
-    options = {"capacity_factor": 1.0, "limit": M, "iterations": 4, "seeds": balanced.node_seeds(0, 0, np.zeros(1))}
-    _, sums = balanced.split(balanced.Nodes(vectors, index, mask), V, **options)
-    monkeypatch.setattr(balanced, "BLOCK_FLOATS", 2000 * V)  # prices from 2,000 rows, assignment in blocks of 625
-    child, streamed = balanced.split(balanced.Nodes(vectors, index, mask), V, **options)
-    assert (balanced.count(child, mask, V) == M // V).all()
+    options = {"capacity_factor": 1.0, "limit": M, "iterations": 4, "seeds": node_seeds(0, 0, np.zeros(1))}
+    _, sums = split(Nodes(vectors, index, mask), V, **options)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", 2000 * V)  # prices from 2,000 rows, assignment in blocks of 625
+    child, streamed = split(Nodes(vectors, index, mask), V, **options)
+    assert (count(child, mask, V) == M // V).all()
     # counts of 100 sampled rows a child are off by 10 %, which is what has to move, and each loses a few per cent
     assert streamed.norm(dim=2).sum() > 0.99 * sums.norm(dim=2).sum()
 
 
 def test_sampled_rounds_keep_the_quality(vectors, quality, monkeypatch):
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 100)
-    monkeypatch.setattr(balanced, "SEEDING_ROWS", 10)
-    sampled = tokenize(vectors, vocab_size=V)
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 100)
+    monkeypatch.setattr(clustering, "SEEDING_ROWS", 10)
+    sampled = tokenize(vectors, TokenizeConfig(vocab_size=V))
     assert_capacities(sampled, 1.5)
     # centroids of 100 rows in d = 64 at mean cosine 0.65 are off by 1 - cos = (1/0.65^2 - 1) / 100 / 2, under 1 %; the
     # rest is what one seeding of k-means differs by from another
@@ -191,23 +207,23 @@ def test_sampled_rounds_keep_the_quality(vectors, quality, monkeypatch):
 
 
 def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 10)
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 10)
     starts, assigned = [], []
 
-    def remember(*arguments, run=balanced.balanced_kmeans):
+    def remember(*arguments, run=clustering.balanced_kmeans):
         starts.append(run(*arguments))
         return starts[-1]
 
-    def look(nodes, centroids, *arguments, run=balanced.assign, **options):
+    def look(nodes, centroids, *arguments, run=clustering.assign, **options):
         assigned.append(centroids)
         return run(nodes, centroids, *arguments, **options)
 
-    monkeypatch.setattr(balanced, "balanced_kmeans", remember)
-    monkeypatch.setattr(balanced, "assign", look)
+    monkeypatch.setattr(clustering, "balanced_kmeans", remember)
+    monkeypatch.setattr(clustering, "assign", look)
     index = torch.arange(2000).view(2, 1000)
     mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 5 samples of 10 rows a child, and 3
     options = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
-    balanced.split(balanced.Nodes(vectors, index, mask), V, seeds=balanced.node_seeds(0, 1, np.arange(2)), **options)
+    split(Nodes(vectors, index, mask), V, seeds=node_seeds(0, 1, np.arange(2)), **options)
     assert len(starts) == 5
     for node, samples in enumerate((5, 3)):
         best = max(range(samples), key=lambda start: starts[start][2][node])
@@ -219,12 +235,12 @@ def test_a_node_depends_on_the_nodes_beside_it_by_rounding_alone(vectors):
     index = torch.randperm(2000, generator=torch.Generator().manual_seed(0)).view(10, 200)
     mask = torch.arange(200) < torch.tensor([200, 190, 170, 150, 120, 101, 80, 61, 40, 21])[:, None]
     options = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
-    seeds = balanced.node_seeds(3, 1, torch.arange(10).numpy())
-    together, _ = balanced.split(balanced.Nodes(vectors, index, mask), V, seeds=seeds, **options)
+    seeds = node_seeds(3, 1, torch.arange(10).numpy())
+    together, _ = split(Nodes(vectors, index, mask), V, seeds=seeds, **options)
     for i in range(10):
         rows = index[i : i + 1, : int(mask[i].sum())]
-        alone = balanced.Nodes(vectors, rows, torch.ones_like(rows, dtype=torch.bool))
-        child, _ = balanced.split(alone, V, seeds=seeds[i : i + 1], **options)
+        alone = Nodes(vectors, rows, torch.ones_like(rows, dtype=torch.bool))
+        child, _ = split(alone, V, seeds=seeds[i : i + 1], **options)
         agreement.append((child[0] == together[i, mask[i]]).double().mean())
     assert sum(share == 1 for share in agreement) >= 8  # a tie may fall the other way under another padding
 
@@ -248,16 +264,14 @@ def exact_optimum(similarity: np.ndarray, capacity: int) -> float:
 @pytest.mark.parametrize("capacity_factor", [1.0, 1.125, 1.5])
 def test_the_assignment_is_within_a_thousandth_of_the_optimum(vectors, capacity_factor, start):
     n = 6400  # capacities are whole numbers
-    index, seeds = torch.arange(n)[None], balanced.node_seeds(0, 0, np.zeros(1))
-    nodes = balanced.Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool))
-    centroids = balanced.kmeans(nodes, V, 8, seeds)
+    index, seeds = torch.arange(n)[None], node_seeds(0, 0, np.zeros(1))
+    nodes = Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool))
+    centroids = kmeans(nodes, V, 8, seeds)
     similarity = nodes.similarity(centroids)
     capacity = torch.full((1, V), capacity_factor * n / V)
-    prices = balanced.balancing_prices(
-        balanced.Market(similarity, nodes.mask, capacity), torch.zeros(1, V), balanced.PRICE_RATES
-    )
-    child = balanced.assign(nodes, centroids, start * prices, capacity_factor=capacity_factor, limit=n, seeds=seeds)
-    assert (balanced.count(child, nodes.mask, V) <= capacity).all()
+    prices = balancing_prices(Market(similarity, nodes.mask, capacity), torch.zeros(1, V), PRICE_RATES)
+    child = clustering.assign(nodes, centroids, start * prices, capacity_factor=capacity_factor, limit=n, seeds=seeds)
+    assert (count(child, nodes.mask, V) <= capacity).all()
     optimum = exact_optimum(similarity[0].double().numpy(), int(capacity[0, 0]))
     ours = similarity[0].gather(1, child[0, :, None].long()).double().mean()
     assert optimum + 1e-6 >= ours >= (1 - 1e-3) * optimum  # costs are whole millionths
@@ -265,13 +279,13 @@ def test_the_assignment_is_within_a_thousandth_of_the_optimum(vectors, capacity_
 
 @pytest.mark.parametrize("cache", [1, 100, 1 << 18])
 def test_demand_is_what_rows_want_at_given_prices(cache, monkeypatch):
-    monkeypatch.setattr(balanced, "CACHE_FLOATS", cache)
+    monkeypatch.setattr(prices_module, "CACHE_FLOATS", cache)
     mask = torch.arange(53) < torch.tensor([53, 1, 33])[:, None]
     similarity = torch.rand(3, 53, 7) * mask[:, :, None]
     prices, capacity = torch.rand(3, 7) / 4, torch.full((3, 7), 9.0)
-    dual, wanted = balanced.Market(similarity, mask, capacity).demand(prices)
+    dual, wanted = Market(similarity, mask, capacity).demand(prices)
     score, child = (similarity - prices[:, None]).double().max(2)
-    assert torch.equal(wanted, balanced.count(child, mask, 7))
+    assert torch.equal(wanted, count(child, mask, 7))
     expected = (score * mask).sum(1) + (capacity * prices).double().sum(1)
     torch.testing.assert_close(dual[:, 0].double(), expected, rtol=1e-6, atol=0)  # float32 sums of 53
 
@@ -319,20 +333,20 @@ def test_centroids_are_the_nodes_means(codes, vectors):
         sums = torch.zeros(len(centroids), vectors.shape[1], dtype=torch.float64).index_add_(0, node, vectors.double())
         cosine = (torch.nn.functional.normalize(sums, dim=1) * centroids.double()).sum(1)
         torch.testing.assert_close(cosine, torch.ones_like(cosine), atol=2e-3, rtol=0)  # float16: 2^-11 an entry
-    assert tokenize(vectors[:500], vocab_size=V, centroid_levels=0).centroids == ()
+    assert tokenize(vectors[:500], TokenizeConfig(vocab_size=V, centroid_levels=0)).centroids == ()
 
 
 def test_slack_and_length():
     rows = torch.randn(400, 5)
-    assert tokenize(rows, vocab_size=20).length == 2
-    assert tokenize(rows, vocab_size=20, slack=0.01).length == 3
-    assert tokenize(rows, vocab_size=20, length=4).length == 4
+    assert tokenize(rows, TokenizeConfig(vocab_size=20)).length == 2
+    assert tokenize(rows, TokenizeConfig(vocab_size=20, slack=0.01)).length == 3
+    assert tokenize(rows, TokenizeConfig(vocab_size=20, length=4)).length == 4
     with pytest.raises(ValueError, match=r"400 identities .* take length >= 2 or vocab_size >= 400|take length >= 2$"):
-        tokenize(rows, vocab_size=20, length=1)
+        tokenize(rows, TokenizeConfig(vocab_size=20, length=1))
     with pytest.raises(ValueError, match="take length >= 3 or vocab_size >= 20"):
-        tokenize(rows, vocab_size=19, length=2)
+        tokenize(rows, TokenizeConfig(vocab_size=19, length=2))
     with pytest.raises(ValueError, match="pass 2\\^63"):
-        tokenize(rows, vocab_size=20, length=15)
+        tokenize(rows, TokenizeConfig(vocab_size=20, length=15))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
@@ -340,24 +354,24 @@ def test_vectors_without_a_direction_are_refused(value):
     rows = torch.randn(50, 4)
     rows[17] = value
     with pytest.raises(ValueError, match="NaN, infinity or a row of zeros"):
-        tokenize(rows, vocab_size=10)
+        tokenize(rows, TokenizeConfig(vocab_size=10))
 
 
 def test_bad_options_are_refused():
     rows = torch.randn(50, 4)
     with pytest.raises(TypeError, match="must be float32"):
-        tokenize(rows.long(), vocab_size=10)
+        tokenize(rows.long(), TokenizeConfig(vocab_size=10))
     with pytest.raises(ValueError, match=r"shape \(m, d\)"):
-        tokenize(rows[0], vocab_size=10)
+        tokenize(rows[0], TokenizeConfig(vocab_size=10))
     with pytest.raises(ValueError, match="'none', 'residual'"):
-        tokenize(rows, vocab_size=10, alignment="other")
+        tokenize(rows, TokenizeConfig(vocab_size=10, alignment="other"))
     for options in ({"capacity_factor": 0.9}, {"capacity_factor": math.nan}, {"iterations": -1}):
         with pytest.raises(ValueError, match="wanted capacity_factor >= 1 and iterations >= 0"):
-            tokenize(rows, vocab_size=10, **options)
+            tokenize(rows, TokenizeConfig(vocab_size=10, **options))
     with pytest.raises(ValueError, match=r"vectors must be \(50, d\)"):
-        judge_codes(tokenize(rows, vocab_size=10), rows[:-1])
+        judge_codes(tokenize(rows, TokenizeConfig(vocab_size=10)), rows[:-1])
     with pytest.raises(ValueError, match=r"centroid_levels must lie in \[0, 2\)"):
-        tokenize(rows, vocab_size=10, centroid_levels=2)
+        tokenize(rows, TokenizeConfig(vocab_size=10, centroid_levels=2))
 
 
 class Killed(BaseException):
@@ -381,15 +395,15 @@ def kill_after(levels: int, monkeypatch) -> None:
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_killed_after_any_level_and_resumed(vectors, levels, alignment, tmp_path, monkeypatch):
     rows, options = vectors[:700], {"vocab_size": 5, "length": 5, "alignment": alignment}
-    straight = tokenize(rows, **options)
+    straight = tokenize(rows, TokenizeConfig(**options))
     checkpoint = tmp_path / "codes.partial"
     with monkeypatch.context() as patch:
         kill_after(levels, patch)
         with pytest.raises(Killed):
-            tokenize(rows, checkpoint=checkpoint, **options)
+            tokenize(rows, TokenizeConfig(**options), checkpoint=checkpoint)
     cut = []
     monkeypatch.setattr(Level, "tokens", lambda self, *a, f=Level.tokens: cut.append(self.depth) or f(self, *a))
-    resumed = tokenize(rows, checkpoint=checkpoint, **options)
+    resumed = tokenize(rows, TokenizeConfig(**options), checkpoint=checkpoint)
     assert cut == list(range(levels, 5))  # what was done is not done again
     assert torch.equal(resumed.codes, straight.codes)
     assert all(map(torch.equal, resumed.centroids, straight.centroids))
@@ -403,27 +417,30 @@ def test_the_checkpoint_of_another_run_is_refused(vectors, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         kill_after(1, patch)
         with pytest.raises(Killed):
-            tokenize(vectors[:100], vocab_size=5, checkpoint=checkpoint)
+            tokenize(vectors[:100], TokenizeConfig(vocab_size=5), checkpoint=checkpoint)
     for rows, options in ((vectors[:100], {"seed": 1}), (vectors[100:200], {}), (vectors[:100], {"slack": 9.0})):
         with pytest.raises(ValueError, match="checkpoint of another run"):
-            tokenize(rows, vocab_size=5, checkpoint=checkpoint, **options)
+            tokenize(rows, TokenizeConfig(vocab_size=5, **options), checkpoint=checkpoint)
 
 
 def test_a_memory_mapped_table_gives_the_same_codes(vectors, tmp_path):
     CodeVectors(vectors[:3000].clone()).save(tmp_path / "vectors.safetensors")
     mapped = CodeVectors.load(tmp_path / "vectors.safetensors", mmap=True)
     kept = CodeVectors.load(tmp_path / "vectors.safetensors")
-    assert torch.equal(tokenize(mapped, vocab_size=V).codes, tokenize(kept, vocab_size=V).codes)
+    assert torch.equal(
+        tokenize(mapped, TokenizeConfig(vocab_size=V)).codes, tokenize(kept, TokenizeConfig(vocab_size=V)).codes
+    )
 
 
 def test_what_is_held_beyond_blocks_is_some_bytes_an_identity(vectors, monkeypatch):
     rows, block = vectors[:4000, :8].contiguous(), 1 << 12
-    for module in (balanced, tree, segments):
-        monkeypatch.setattr(module, "BLOCK_FLOATS", block)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", block)
     monkeypatch.setattr(tree, "SORTED_ROWS", 1000)
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 8)
-    monkeypatch.setattr(balanced, "SEEDING_ROWS", 8)
-    held = peak_bytes(lambda: tokenize(rows, vocab_size=16, length=3, iterations=1, centroid_levels=1), "cpu")
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 8)
+    monkeypatch.setattr(clustering, "SEEDING_ROWS", 8)
+    held = peak_bytes(
+        lambda: tokenize(rows, TokenizeConfig(vocab_size=16, length=3, iterations=1, centroid_levels=1)), "cpu"
+    )
     blocks = 10 * 4 * block  # gathered rows, similarities, membership, and temporaries of them
     # codes, order and child; then whichever is more: candidates for a move, or keys and places that are sorted
     assert held < 60 * len(rows) + blocks
@@ -438,7 +455,7 @@ def newcomers(codes, vectors, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("levels", [None, 2])
 def test_newcomers_take_leaves_near_what_they_resemble(vectors, alignment, levels):
     m, n = 5000, 600
-    codes = tokenize(vectors[:m], vocab_size=V, length=4, alignment=alignment, centroid_levels=levels)
+    codes = tokenize(vectors[:m], TokenizeConfig(vocab_size=V, length=4, alignment=alignment, centroid_levels=levels))
     rows = newcomers(codes, vectors, n)
     extended = codes.extend(rows)
     assert torch.equal(extended.codes[:m], codes.codes)  # IdentityCodes has seen to it that the others are distinct
@@ -454,7 +471,7 @@ def test_newcomers_take_leaves_near_what_they_resemble(vectors, alignment, level
 
 def test_the_last_token_is_that_of_the_free_leaf_the_residual_points_to(vectors):
     m = 2000
-    codes = tokenize(vectors[:m], vocab_size=V, length=4)
+    codes = tokenize(vectors[:m], TokenizeConfig(vocab_size=V, length=4))
     for row in newcomers(codes, vectors, 10):
         code = codes.extend(row[None]).codes[m]
         node = codes.prefixes(3) == int((code[:3].long() * V ** torch.tensor([2, 1, 0])).sum())
@@ -465,7 +482,7 @@ def test_the_last_token_is_that_of_the_free_leaf_the_residual_points_to(vectors)
 
 
 def test_a_tree_fills_up_to_the_last_leaf(tmp_path):
-    codes = tokenize(torch.randn(60, 6), vocab_size=5, length=3)
+    codes = tokenize(torch.randn(60, 6), TokenizeConfig(vocab_size=5, length=3))
     codes.save(tmp_path / "codes.safetensors")
     loaded = IdentityCodes.load(tmp_path / "codes.safetensors")
     assert torch.equal(loaded.directions, codes.directions)
@@ -481,19 +498,19 @@ def test_a_tree_fills_up_to_the_last_leaf(tmp_path):
 
 def test_identical_newcomers_still_get_codes_of_their_own():
     rows = torch.randn(40, 6)
-    codes = tokenize(rows, vocab_size=4, length=4)
+    codes = tokenize(rows, TokenizeConfig(vocab_size=4, length=4))
     assert len(codes.extend(rows[:1].expand(150, -1))) == 190  # IdentityCodes refuses codes alike
 
 
 def test_newcomers_that_cannot_be_placed():
-    codes = tokenize(torch.randn(60, 6), vocab_size=5, length=3)
+    codes = tokenize(torch.randn(60, 6), TokenizeConfig(vocab_size=5, length=3))
     with pytest.raises(ValueError, match=r"must have shape \(n, 6\)"):
         codes.extend(torch.randn(3, 5))
     with pytest.raises(ValueError, match="a row of zeros"):
         codes.extend(torch.zeros(1, 6))
     with pytest.raises(ValueError, match="no centroids"):
         IdentityCodes(codes.codes, 5).extend(torch.randn(1, 6))
-    short = tokenize(torch.randn(3, 6), vocab_size=5)
+    short = tokenize(torch.randn(3, 6), TokenizeConfig(vocab_size=5))
     assert len(short.extend(torch.randn(2, 6))) == 5  # of one token: no centroids are needed
 
 

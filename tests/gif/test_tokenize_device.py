@@ -8,8 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.clusters import clustered
-from gif.codes import IdentityCodes, balanced, judge_codes, segments, tokenize, tree
+from gif.codes import IdentityCodes, TokenizeConfig, clustering, judge_codes, tokenize, tree
+from gif.codes import blocks as blocks_module
+from gif.codes import prices as prices_module
+from gif.codes.clustering import DISTANCE_UNIT, split
 from gif.codes.commands import tokenize_command
+from gif.codes.nodes import Nodes
+from gif.codes.prices import Market, dearest
+from gif.codes.splitmix import node_seeds
 from gif.codes.tokenize import working_device
 from gif.vectors import CodeVectors
 
@@ -38,13 +44,13 @@ class Operations(TorchDispatchMode):
 
 def meta_nodes(g, rows, d=64):
     index = torch.empty(g, rows, dtype=torch.int64, device="meta")
-    return balanced.Nodes(torch.empty(10**6, d, device="meta"), index, torch.empty(g, rows, dtype=bool, device="meta"))
+    return Nodes(torch.empty(10**6, d, device="meta"), index, torch.empty(g, rows, dtype=bool, device="meta"))
 
 
 def test_demand_on_a_device_takes_a_few_operations():
     similarity = torch.empty(64, 5120, V, device="meta")  # 6.5 million
     mask = torch.empty(64, 5120, dtype=torch.bool, device="meta")
-    market = balanced.Market(similarity, mask, torch.empty(64, V, device="meta"))
+    market = Market(similarity, mask, torch.empty(64, V, device="meta"))
     with Operations() as operations:
         market.demand(torch.empty(64, V, device="meta"))
     assert len(operations.work) < 20, operations.work
@@ -54,7 +60,7 @@ def test_rounds_of_clustering_wait_for_nothing():
     """A tensor without data cannot be looked at: bool(x), x.tolist(), x.nonzero() and x[mask] would all fail."""
     sample, seeds = meta_nodes(64, 5120), np.arange(64, dtype=np.uint64)
     with Operations() as operations:
-        balanced.balanced_kmeans(sample, V, torch.empty(64, V, device="meta"), 8, seeds)
+        clustering.balanced_kmeans(sample, V, torch.empty(64, V, device="meta"), 8, seeds)
     cumulated = [dtype for name, dtype in operations.done if name == "aten::cumsum"]
     assert cumulated == [torch.int64] * V  # PyTorch has no deterministic sum of floats there
     # 90 rounds of prices at 20, 11 of centroids at 100, 20 of seeding at 40, in 2 or 3 blocks of similarities each
@@ -62,15 +68,15 @@ def test_rounds_of_clustering_wait_for_nothing():
 
 
 def test_looking_for_the_dearest_child_does_not_wait():
-    found = balanced.dearest(torch.empty(3, 100, V, device="meta"), torch.empty(3, V, device="meta"))
+    found = dearest(torch.empty(3, 100, V, device="meta"), torch.empty(3, V, device="meta"))
     assert found.shape == (3, 100)
 
 
 def patched(monkeypatch, block, at_once):
-    for module in (balanced, segments, tree):
-        monkeypatch.setattr(module, "BLOCK_FLOATS", block)
+    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", block)
+    for module in (blocks_module, tree):
         monkeypatch.setattr(module, "blocks_at_once", lambda device: at_once)
-    monkeypatch.setattr(balanced, "CACHE_FLOATS", block * at_once if at_once > 1 else 1 << 12)
+    monkeypatch.setattr(prices_module, "CACHE_FLOATS", block * at_once if at_once > 1 else 1 << 12)
 
 
 @pytest.mark.parametrize("d", [8, 64])
@@ -80,8 +86,8 @@ def test_codes_do_not_depend_on_the_block(d, monkeypatch):
     found, quality = [], []
     for at_once in (1, 8):
         patched(monkeypatch, 1 << 16, at_once)
-        found.append(tokenize(vectors, vocab_size=V, alignment="none").codes)
-        quality.append(judge_codes(tokenize(vectors, vocab_size=V), vectors).cosine)
+        found.append(tokenize(vectors, TokenizeConfig(vocab_size=V, alignment="none")).codes)
+        quality.append(judge_codes(tokenize(vectors, TokenizeConfig(vocab_size=V)), vectors).cosine)
     same = (found[0] == found[1]).double()
     assert (same[:, 0] == 1).all()
     assert same.amin(1).mean() > 0.97  # sums in another order let ties fall the other way, and a node is cut anew
@@ -90,25 +96,25 @@ def test_codes_do_not_depend_on_the_block(d, monkeypatch):
 
 def test_a_sampled_node_does_not_depend_on_the_nodes_beside_it(monkeypatch):
     """Those beside it decide what it is padded to: beyond the sample, though it is smaller itself."""
-    monkeypatch.setattr(balanced, "LLOYD_ROWS", 7)
-    monkeypatch.setattr(balanced, "SEEDING_ROWS", 6)
+    monkeypatch.setattr(clustering, "LLOYD_ROWS", 7)
+    monkeypatch.setattr(clustering, "SEEDING_ROWS", 6)
     vectors = clustered(1000, 64)
     index = torch.arange(540).view(3, 180)
     mask = torch.arange(180) < torch.tensor([180, 139, 121])[:, None]  # samples of 140, and of 120 to seed with
     options = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
-    seeds = balanced.node_seeds(3, 1, np.arange(3))
-    together, _ = balanced.split(balanced.Nodes(vectors, index, mask), V, seeds=seeds, **options)
+    seeds = node_seeds(3, 1, np.arange(3))
+    together, _ = split(Nodes(vectors, index, mask), V, seeds=seeds, **options)
     for i in range(3):
         rows = index[i : i + 1, : int(mask[i].sum())]
-        alone = balanced.Nodes(vectors, rows, torch.ones_like(rows, dtype=torch.bool))
-        child, _ = balanced.split(alone, V, seeds=seeds[i : i + 1], **options)
+        alone = Nodes(vectors, rows, torch.ones_like(rows, dtype=torch.bool))
+        child, _ = split(alone, V, seeds=seeds[i : i + 1], **options)
         assert (child[0] == together[i, mask[i]]).double().mean() > 0.98
 
 
 def test_a_sample_has_all_rows_of_a_small_node_and_a_stratum_each_of_a_large_one():
     index = torch.arange(60).view(2, 30)
     mask = torch.arange(30) < torch.tensor([30, 7])[:, None]
-    nodes = balanced.Nodes(torch.randn(60, 3), index, mask)
+    nodes = Nodes(torch.randn(60, 3), index, mask)
     sample = nodes.sample(10, np.arange(2, dtype=np.uint64))
     assert sample.mask.tolist() == [[True] * 10, [True] * 7 + [False] * 3]
     assert (sample.index[0] // 3).tolist() == list(range(10))
@@ -120,9 +126,9 @@ def test_distances_are_whole_multiples_of_a_unit():
     """So that sums of integers lose nothing, and are the same in any order."""
     cosine = torch.cat([torch.rand(10**5) * 2 - 1, 1 - torch.rand(10**4) * 1e-6, torch.rand(10**4) * 1e-6])
     distance = (1 - cosine).clamp_min(0)
-    units = distance.double() / balanced.DISTANCE_UNIT
+    units = distance.double() / DISTANCE_UNIT
     assert torch.equal(units, units.round())
-    assert torch.equal((distance / balanced.DISTANCE_UNIT).long().double(), units)
+    assert torch.equal((distance / DISTANCE_UNIT).long().double(), units)
 
 
 class TestDevice:
@@ -137,12 +143,12 @@ class TestDevice:
         assert working_device(self.table, "auto").type == "cpu"
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(ValueError, match=r'device "cuda" was asked for, and PyTorch sees 0 GPUs'):
-            tokenize(self.table, vocab_size=V, device="cuda")
+            tokenize(self.table, TokenizeConfig(vocab_size=V), device="cuda")
         with pytest.raises(ValueError, match='unknown device "gpu"'):
-            tokenize(self.table, vocab_size=V, device="gpu")
-        expected = tokenize(self.table, vocab_size=V).codes
+            tokenize(self.table, TokenizeConfig(vocab_size=V), device="gpu")
+        expected = tokenize(self.table, TokenizeConfig(vocab_size=V)).codes
         for device in ("auto", "cpu", torch.device("cpu")):
-            assert torch.equal(tokenize(self.table, vocab_size=V, device=device).codes, expected)
+            assert torch.equal(tokenize(self.table, TokenizeConfig(vocab_size=V), device=device).codes, expected)
 
     def test_a_gpu_with_and_without_room(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -11,8 +11,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gif import resume
 from gif.codes import IdentityCodes
-from gif.vectors import CodeVectors, judge_vectors, largest_uniform_cosine, spread_code_vectors, uniform_optimum
-from gif.vectors import spread as spread_module
+from gif.vectors import (
+    CodeVectors,
+    SpreadConfig,
+    judge_vectors,
+    largest_uniform_cosine,
+    spread_code_vectors,
+    stages,
+    uniform_optimum,
+)
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 
 
@@ -118,7 +125,7 @@ class TestQuality:
 class TestSpread:
     def test_three_epochs_close_most_of_the_gap(self):
         vectors = CodeVectors(clustered(3000, 64))
-        report = spread_code_vectors(vectors, epochs=5, batch=500)
+        report = spread_code_vectors(vectors, SpreadConfig(epochs=5, batch=500))
         assert report.before.gap > 0.5
         assert report.after.gap < 0.1 * report.before.gap
         assert len(report.gaps) == 5 and report.gaps == sorted(report.gaps, reverse=True)
@@ -127,11 +134,13 @@ class TestSpread:
         assert report.after.gap == pytest.approx(judge_vectors(vectors.table).gap)
 
     def test_stops_at_the_target_gap(self):
-        report = spread_code_vectors(CodeVectors(clustered(1000, 32)), epochs=50, batch=250, target_gap=0.3)
+        report = spread_code_vectors(
+            CodeVectors(clustered(1000, 32)), SpreadConfig(epochs=50, batch=250, target_gap=0.3)
+        )
         assert report.gaps[-1] < 0.3 <= report.gaps[-2]
 
     def test_every_epoch_uses_each_row_once(self):
-        epochs = [spread_module.random_subsets(103, 5, seed=3, epoch=epoch) for epoch in range(2)]
+        epochs = [stages.random_subsets(103, 5, seed=3, epoch=epoch) for epoch in range(2)]
         for subsets in epochs:
             assert [len(rows) for rows in subsets] == [21, 21, 21, 20, 20]
             assert torch.equal(torch.cat(subsets).sort().values, torch.arange(103))
@@ -141,9 +150,9 @@ class TestSpread:
     def test_a_killed_run_continues_to_the_same_result(self, tmp_path, monkeypatch, dtype):
         start = clustered(900, 16).to(dtype)
         whole = CodeVectors(start.clone())
-        report = spread_code_vectors(whole, epochs=3, batch=300)
+        report = spread_code_vectors(whole, SpreadConfig(epochs=3, batch=300))
 
-        step, calls = spread_module.uniformity_step_, []
+        step, calls = stages.uniformity_step_, []
 
         def killed(*args, **options):
             calls.append(1)
@@ -151,19 +160,21 @@ class TestSpread:
                 raise KeyboardInterrupt
             return step(*args, **options)
 
-        monkeypatch.setattr(spread_module, "uniformity_step_", killed)
+        monkeypatch.setattr(stages, "uniformity_step_", killed)
         monkeypatch.setattr(resume, "SECONDS", 0.0)
         monkeypatch.setattr(resume, "LARGEST_SHARE", 1e9)
         checkpoint = tmp_path / "spread.partial"
         with pytest.raises(KeyboardInterrupt):
-            spread_code_vectors(CodeVectors(start.clone()), epochs=3, batch=300, checkpoint=checkpoint)
+            spread_code_vectors(CodeVectors(start.clone()), SpreadConfig(epochs=3, batch=300), checkpoint=checkpoint)
         assert checkpoint.exists()
         with pytest.raises(ValueError, match="checkpoint of another run"):
-            spread_code_vectors(CodeVectors(start.clone()), epochs=3, batch=300, lr=0.2, checkpoint=checkpoint)
+            spread_code_vectors(
+                CodeVectors(start.clone()), SpreadConfig(epochs=3, batch=300, lr=0.2), checkpoint=checkpoint
+            )
         with pytest.raises(ValueError, match="checkpoint of another run"):
-            spread_code_vectors(CodeVectors(start.flip(0)), epochs=3, batch=300, checkpoint=checkpoint)
+            spread_code_vectors(CodeVectors(start.flip(0)), SpreadConfig(epochs=3, batch=300), checkpoint=checkpoint)
         resumed = CodeVectors(start.clone())
-        again = spread_code_vectors(resumed, epochs=3, batch=300, checkpoint=checkpoint)
+        again = spread_code_vectors(resumed, SpreadConfig(epochs=3, batch=300), checkpoint=checkpoint)
         assert len(calls) == 6 + 4
         assert torch.equal(resumed.table, whole.table)
         assert again.gaps == report.gaps and again.before.gap == report.before.gap
@@ -173,14 +184,14 @@ class TestSpread:
         with pytest.raises(ValueError, match="at least 2 vectors"):
             spread_code_vectors(CodeVectors(torch.ones(1, 3)))
         with pytest.raises(ValueError, match="epochs=-1"):
-            spread_code_vectors(CodeVectors(torch.randn(4, 3)), epochs=-1)
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), SpreadConfig(epochs=-1))
         with pytest.raises(ValueError, match="neighbors=3"):
-            spread_code_vectors(CodeVectors(torch.randn(4, 3)), neighbors=3)
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), SpreadConfig(neighbors=3))
         with pytest.raises(ValueError, match="start must be one of"):
-            spread_code_vectors(CodeVectors(torch.randn(4, 3)), start="middle")
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), SpreadConfig(start="middle"))
 
     def test_picture(self, tmp_path):
-        report = spread_code_vectors(CodeVectors(clustered(300, 16)), epochs=1, batch=100)
+        report = spread_code_vectors(CodeVectors(clustered(300, 16)), SpreadConfig(epochs=1, batch=100))
         plot_nearest_cosines(report.before, report.after, tmp_path / "p.png")
         plot_gaps(report, tmp_path / "g.png")
         for name in ("p.png", "g.png"):
@@ -189,13 +200,15 @@ class TestSpread:
     def test_a_budget_of_time_ends_it(self):
         start = clustered(1000, 16)
         none = CodeVectors(start.clone())
-        spread_code_vectors(none, epochs=5, batch=100, minutes=0.0)
+        spread_code_vectors(none, SpreadConfig(epochs=5, batch=100, minutes=0.0))
         assert torch.equal(none.table, CodeVectors(start.clone()).table)
-        report = spread_code_vectors(none, epochs=2, batch=100, minutes=60.0)
+        report = spread_code_vectors(none, SpreadConfig(epochs=2, batch=100, minutes=60.0))
         assert len(report.gaps) == 2
 
     def test_report_as_json(self):
-        report = spread_code_vectors(CodeVectors(clustered(300, 16)), epochs=2, batch=100, neighbor_epochs=1)
+        report = spread_code_vectors(
+            CodeVectors(clustered(300, 16)), SpreadConfig(epochs=2, batch=100, neighbor_epochs=1)
+        )
         saved = json.loads(json.dumps(report.to_dict()))
         assert saved["gaps"] == report.gaps and len(saved["gaps"]) == 2
         assert saved["largest_cosine"]["before"] == pytest.approx(float(report.before.nearest.max()))
@@ -206,9 +219,11 @@ class TestSpread:
     def test_near_duplicates_are_named(self):
         table = torch.randn(50, 16)
         table[1] = table[0] * (1 + 1e-3)
-        report = spread_code_vectors(CodeVectors(table), epochs=0)
+        report = spread_code_vectors(CodeVectors(table), SpreadConfig(epochs=0))
         assert "neighbor_epochs" in str(report) and report.largest_after == pytest.approx(1)
-        assert "neighbor_epochs" not in str(spread_code_vectors(CodeVectors(torch.randn(50, 64)), epochs=1))
+        assert "neighbor_epochs" not in str(
+            spread_code_vectors(CodeVectors(torch.randn(50, 64)), SpreadConfig(epochs=1))
+        )
 
 
 class TestWithoutWaiting:

@@ -1,4 +1,6 @@
-"""A table of vectors of which each process holds some rows, and how the rows of a step come together.
+"""A table of vectors that is distributed over the processes, and how the rows of a step come together.
+
+Each process holds some of the rows: all of them where it is the only one.
 
 The subsets of an epoch share no row, so the processes step one each at the same time, and the result is that of one
 process stepping them in turn, bit for bit.
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from gif.distributed import exchange_rows, gather_rows, rank, sum_over_processes, world_size
 from gif.files import check_mapped
-from gif.vectors.mapped import read_at_random, read_in_order, read_soon
+from gif.vectors.paging import read_at_random, read_in_order, read_soon
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,19 @@ class Round:
     subset: int
 
 
-class Shards:
-    """The rows of this process, ``table`` (k, d), of m in all, which lie in the order of the ranks.
+class DistributedTable:
+    """A table of m rows, of which this process holds its ``own`` (k, d); those of all lie in the order of the ranks.
 
-    ``device``: where rows are worked on. ``mapped``: the table is a memory map of a file.
+    ``device``: where rows are worked on. ``mapped``: the own rows are a memory map of a file.
     """
 
-    def __init__(self, table: Tensor, device: torch.device, *, mapped: bool = False) -> None:
-        self.table = table
+    def __init__(self, own: Tensor, device: torch.device, *, mapped: bool = False) -> None:
+        self.own = own
         self.device = device
         self.mapped = mapped
         if mapped:
-            read_at_random(table)
-        counts = gather_rows(torch.tensor([[len(table)]], device=device)).flatten().cpu()
+            read_at_random(own)
+        counts = gather_rows(torch.tensor([[len(own)]], device=device)).flatten().cpu()
         self.bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         self.largest = int(counts.max())
 
@@ -56,6 +58,11 @@ class Shards:
     def m(self) -> int:
         """Rows of all processes."""
         return int(self.bounds[-1])
+
+    @property
+    def width(self) -> int:
+        """d, the width of a row."""
+        return self.own.shape[1]
 
     def sample(self, rows: Tensor) -> Tensor:
         """The vectors ``rows`` (n,), increasing, of all processes, (n, d), on each."""
@@ -65,47 +72,47 @@ class Shards:
 
     def own_blocks(self, size: int) -> Iterator[Tensor]:
         """All own rows in order, (``size``, d) at a time, where they are worked on."""
-        check_mapped(self.table)
+        check_mapped(self.own)
         if self.mapped:
-            read_in_order(self.table)
-        for block in self.table.split(size):
+            read_in_order(self.own)
+        for block in self.own.split(size):
             yield block.to(self.device)
         if self.mapped:
-            read_at_random(self.table)
+            read_at_random(self.own)
 
     def take(self, rows: Tensor) -> Tensor:
         """A copy of own ``rows`` (n,), read in the order of the table: on a disk, neighbours are near."""
         order = rows.argsort()
-        check_mapped(self.table)
+        check_mapped(self.own)
         if self.mapped:
-            read_soon(self.table, rows[order])
-        taken = self.table.new_empty(len(rows), self.table.shape[1])
-        taken[order.to(self.table.device)] = self.table[rows[order].to(self.table.device)]
+            read_soon(self.own, rows[order])
+        taken = self.own.new_empty(len(rows), self.own.shape[1])
+        taken[order.to(self.own.device)] = self.own[rows[order].to(self.own.device)]
         return taken
 
     def put(self, rows: Tensor, vectors: Tensor) -> None:
         """Overwrite own ``rows`` (n,)."""
         order = rows.argsort()
-        check_mapped(self.table)
-        self.table[rows[order].to(self.table.device)] = vectors[order.to(vectors.device)].to(self.table.device)
+        check_mapped(self.own)
+        self.own[rows[order].to(self.own.device)] = vectors[order.to(vectors.device)].to(self.own.device)
 
     def rounds(self, subsets: Sequence[Tensor], first: int, skip: int) -> Iterator[Round]:
         """The rounds, numbered from ``first``, that step all ``subsets``, each (n,) rows of [0, m).
 
         The first ``skip`` of them are left out.
         """
-        world, own = world_size(), rank()
+        world, this = world_size(), rank()
         for i in range(skip, rounds_of(len(subsets))):
             mine, send = [], [0] * world
             receive, place = [0] * world, torch.empty(0, dtype=torch.int64)
             for q, subset in enumerate(subsets[i * world : (i + 1) * world]):
                 owner = torch.bucketize(subset, self.bounds[1:], right=True)
-                mine.append(subset[owner == own] - self.bounds[own])
+                mine.append(subset[owner == this] - self.bounds[this])
                 send[q] = len(mine[-1])
-                if q == own:
+                if q == this:
                     place = owner.argsort(stable=True)
                     receive = owner.bincount(minlength=world).tolist()
-            yield Round(first + i, torch.cat(mine), send, receive, place, i * world + own)
+            yield Round(first + i, torch.cat(mine), send, receive, place, i * world + this)
 
     def collect(self, round: Round, rows: Tensor) -> Tensor:
         """The vectors (n, d) of the round's subset, given the rows that this process sends."""
@@ -120,9 +127,9 @@ class Shards:
 
     def blocks(self, size: int, first: int, skip: int) -> Iterator[Round]:
         """All own rows, about ``size`` at a time: as many rounds on each process, in which nothing is exchanged."""
-        parts = torch.arange(len(self.table)).tensor_split(self.number_of_blocks(size))
+        parts = torch.arange(len(self.own)).tensor_split(self.number_of_blocks(size))
         for i, rows in islice(enumerate(parts), skip, None):
-            yield Round(first + i, rows, [], [], rows[:0], i)
+            yield Round(first + i, rows, [], [], torch.arange(len(rows)), i)
 
     def number_of_blocks(self, size: int) -> int:
         """How many `blocks` there are."""
