@@ -130,7 +130,7 @@ def _unseen(
 
 
 def _say_once(text: str) -> None:
-    """Of what all processes know alike, the first speaks."""
+    """Let the first process alone say what all processes know."""
     if rank() == 0:
         say(text)
 

@@ -246,7 +246,7 @@ class GIFLoss(nn.Module, Head):
             self.moved[candidates.to(self.moved.device)] = True
 
     def _checked(self, labels: Tensor, embeddings: Tensor) -> Tensor:
-        """The labels of the embeddings' rows, (B,) int64."""
+        """Check the labels, one for each row of the embeddings, and return them as (B,) int64."""
         hint = "these codes were made for other identities (-1 marks a row to ignore)"
         shape = (len(embeddings),)
         return checks.integer("labels", labels, shape, low=-1, high=len(self.codes), hint=hint, asserted=False)
