@@ -133,7 +133,7 @@ def _is_pytorch(path: Path) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of those that wrap one: each has it as an attribute."""
+    """Take a module out of those that wrap it, each of which has it as an attribute."""
     inner = getattr(module, "_orig_mod", getattr(module, "module", None))
     return module if inner is None else _unwrapped(inner)
 

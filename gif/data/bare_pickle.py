@@ -67,7 +67,7 @@ def interpret(content: bytes) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """What a value of `interpret` is, for messages."""
+    """Say in a few words, for messages, what a value of `interpret` is."""
     if isinstance(value, Unread):
         return value.name
     names = {Array: "ndarray", _DType: "dtype", _Name: "function"}
@@ -102,7 +102,7 @@ class _Interpreter:
             step(self)
 
     def _spend(self, *, values: int = 0, data: int = 0) -> None:
-        """Pay for what is about to be made."""
+        """Count what is about to be made against the limit."""
         self._values_left -= values
         self._bytes_left -= data
         if self._values_left < 0 or self._bytes_left < 0:
@@ -149,7 +149,7 @@ class _Interpreter:
         return tuple(reversed([self._pop() for _ in range(count)]))
 
     def _pop_mark(self) -> list[Any]:
-        """Everything since the last mark."""
+        """Take everything off the stack that was pushed since the last mark."""
         if not self._marks:
             raise InputError(f"no mark is on the stack at byte {self._at:,}: it is damaged")
         height = self._marks.pop()
@@ -157,7 +157,7 @@ class _Interpreter:
         return values
 
     def _pop_all_but_one(self) -> tuple[Any, list[Any]]:
-        """What lies below the last mark, left there, and everything since."""
+        """Return what lies below the last mark, which stays there, and take off everything since."""
         values = self._pop_mark()
         return self._top(), values
 

@@ -197,7 +197,7 @@ class _Writer(ABC):
 
     @abstractmethod
     def sizes(self) -> list[int]:
-        """Wait until everything is on disk; the sizes of the two growing files."""
+        """Wait until everything is on disk, and return the sizes of the two files that grow."""
 
     @abstractmethod
     def finish(self, counts: Tensor) -> None:
@@ -257,7 +257,7 @@ class _FolderWriter(_Writer):
 
 
 class _RecordWriter(_Writer):
-    """train.rec and train.idx in insightface's dialect, and property."""
+    """Writes train.rec and train.idx in insightface's dialect, and property."""
 
     def resume(self, written: int, *sizes: int) -> None:
         if len(self._names) > LARGEST_LABEL:
@@ -294,7 +294,7 @@ class _RecordWriter(_Writer):
 
 
 class _ShardWriter(_Writer):
-    """000000.tar, ...: 000000000.jpg and 000000000.cls with the label, and so on."""
+    """Writes shards 000000.tar, ..., which hold 000000000.jpg and, with its label, 000000000.cls, and so on."""
 
     def __init__(self, folder: Path, names: list[str], shard_size: int) -> None:
         super().__init__(folder, names)

@@ -38,7 +38,7 @@ class Names(PackedStrings):
         return strings if isinstance(strings, Names) else cls.pack(map(str, strings))
 
     def __getitem__(self, index: int | slice) -> Any:
-        """A name, or a list of some."""
+        """Return one name, or the list of those in a slice."""
         if isinstance(index, slice):
             return [self[row] for row in range(len(self))[index]]
         return super().__getitem__(range(len(self))[index])
@@ -68,10 +68,10 @@ class Names(PackedStrings):
 
     def digests(self, key: str = "") -> Tensor:
         """(m,) int64: the 8-byte BLAKE2b of each name, of that name and ``key`` alone."""
-        start = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key.encode())
+        keyed = hashlib.blake2b(digest_size=DIGEST_BYTES, key=key.encode())
         found = bytearray()
         for name in self._encoded():
-            digest = start.copy()
+            digest = keyed.copy()
             digest.update(name)
             found += digest.digest()
         return torch.frombuffer(found, dtype=torch.int64) if found else torch.empty(0, dtype=torch.int64)
@@ -123,7 +123,7 @@ class Identities:
         return Identities(self.names + others.names, self.images, self.data)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a file keeps of them, beside `metadata`."""
+        """The tensors that a file keeps of the identities, beside `metadata`."""
         return {"names": self.names.data, "name_ends": self.names.ends}
 
     def metadata(self) -> dict[str, str]:
@@ -163,7 +163,7 @@ class Identities:
 
     @classmethod
     def map(cls, path: str | Path, metadata: Mapping[str, str], *, format: str) -> Identities | None:
-        """`read`, with the names left in the file, memory-mapped."""
+        """Do what `read` does, but leave the names in the file, memory-mapped."""
         keys = ("names", "name_ends") if _KEY in metadata else ()
         return cls.read(path, {name: map_tensor(path, name, format=format) for name in keys}, metadata)
 

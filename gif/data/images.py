@@ -83,11 +83,11 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @abstractmethod
     def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
-        """A data set of these images of this one."""
+        """Make a data set of some of the images of this one."""
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """What the pixels of an image follow from, beside its file."""
+        """The settings that decide, together with its file, which pixels an image has."""
         channels, height, width = self.image_shape
         return {"channels": channels, "height": height, "width": width}
 
@@ -190,7 +190,7 @@ class IdentityImages(IdentityDataset):
         return self._images[self._rows[indices]], self.labels[indices]
 
     def broken(self, indices: Tensor) -> Tensor:
-        """None: (k,) of False."""
+        """Return (k,) of False: what is in memory can be read."""
         return torch.zeros(len(indices), dtype=torch.bool)
 
     def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
@@ -282,7 +282,7 @@ def check_held_out(held_out: float) -> None:
 
 
 def _whole_numbers(what: str, values: Tensor, end: int, advice: str) -> Tensor:
-    """``values``, integers of any dtype in [0, end), as int64."""
+    """Check that ``values`` are integers, of any dtype, in [0, end), and return them as int64."""
     if values.dtype not in checks.INTEGER:
         raise TypeError(f"{what} must be an integer tensor, got {values.dtype}; convert it")
     values = values.long()

@@ -35,7 +35,7 @@ class Tally:
             self.first.append(printable(name))
 
     def add_all(self, others: Tally) -> None:
-        """Those that follow."""
+        """Count names that follow those counted so far."""
         self.number += others.number
         self.first = [*self.first, *others.first][:NAMED]
 

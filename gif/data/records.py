@@ -213,7 +213,7 @@ def _records_between(file: MappedFile, offsets: NDArray[np.int64], ends: NDArray
 
 
 def _read_index(index: MappedFile, file: MappedFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Keys, rising, and the offsets that belong to them."""
+    """Read the keys from an .idx, in rising order, and the offsets that belong to them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # NumPy stops at what is no number with a warning
@@ -240,7 +240,7 @@ def _read_index(index: MappedFile, file: MappedFile) -> tuple[NDArray[np.int64],
 
 
 def _scan(file: MappedFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Keys and offsets where there is no .idx: the records in their order."""
+    """Find keys and offsets where there is no .idx, by going through the records in their order."""
     offsets, offset = [], 0
     with progress(f"looking for records in {file.path.name}", file.size, "bytes") as advance:
         while offset < file.size:
@@ -276,7 +276,7 @@ def _heads(file: MappedFile, offsets: NDArray[np.int64]) -> dict[str, NDArray]:
 
 
 def _parse(data: bytes) -> tuple[int, float, bool]:
-    """A record's flag, its label, and whether it is empty, without image."""
+    """Read a record's flag, its label, and whether it is empty, that is without an image."""
     flag, label, _, _ = _HEADER.unpack_from(data)
     end = _HEADER.size + 4 * flag
     if flag and len(data) >= _HEADER.size + 4:

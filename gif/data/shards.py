@@ -144,7 +144,7 @@ class _Shard:
 
 
 def cpu_count() -> int:
-    """Processors that this process may use."""
+    """Count the processors that this process may use."""
     with needs("joblib", "looking into shards"):
         import joblib
     return joblib.cpu_count()

@@ -64,7 +64,7 @@ class Preprocessing:
     squash: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, 1 or 3, h, w) uint8 to (n, 3, *crop) float32."""
+        """Prepare images (n, 1 or 3, h, w) uint8 for the network: (n, 3, *crop) float32."""
         with needs("torchvision", "resizing images"):
             from torchvision.transforms import InterpolationMode  # here: as slow to import as torch itself
             from torchvision.transforms.v2 import functional as F
@@ -123,7 +123,7 @@ class NetworkEncoder:
             return self._network(pixels).float()
 
     def finish(self, means: Tensor) -> Tensor:
-        """The means (m, d) as they are."""
+        """Return the means (m, d) as they are."""
         return means
 
 

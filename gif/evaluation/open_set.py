@@ -84,7 +84,7 @@ class Judgement:
         return f"{self.tar[far]:.{digits}f}" + " ?" * len(unresolved([far], self.impostor))
 
     def table(self) -> Table:
-        """The numbers, to print."""
+        """Return the numbers in the form in which they are printed."""
         table = new_table("measure", "value", title=f"{self.genuine:,} genuine and {self.impostor:,} impostor pairs")
         table.add_row("rank-1", f"{self.rank1:.4f}")
         for far in self.tar:
@@ -283,7 +283,7 @@ def _draw(rng: np.random.Generator, half: int, partners: Integers, first: Intege
 
 
 def _joined(exact: Roc, binned: Roc) -> Roc:
-    """``exact`` as far as it goes and ``binned`` from there on."""
+    """Join two curves: ``exact`` as far as it goes, and ``binned`` from there on."""
     rest = binned.fpr > exact.fpr[-1]
     fpr, tpr, thresholds = (
         np.concatenate([getattr(exact, name), getattr(binned, name)[rest]]) for name in ("fpr", "tpr", "thresholds")

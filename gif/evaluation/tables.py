@@ -73,7 +73,7 @@ def identification_table(results: Mapping[str, IjbResult]) -> Table:
 
 
 def _means(galleries: Sequence[Identification]) -> list[float]:
-    """Of each rank over all mated probes, of each TPIR over the galleries."""
+    """Average each rank over all mated probes, and each TPIR over the galleries."""
     mated = [found.mated for found in galleries]
     ranks = [np.average([found.ranks[k] for found in galleries], weights=mated) for k in galleries[0].ranks]
     return [*map(float, ranks), *np.mean([list(found.tpir.values()) for found in galleries], 0).tolist()]

@@ -160,7 +160,7 @@ def known(tar: Mapping[float, float], impostors: int) -> dict[str, float | None]
 
 
 def resolution(fars: Sequence[float], impostors: int) -> str:
-    """Why the TAR at `unresolved` ``fars`` is not known, in words."""
+    """Say why the TAR at the `unresolved` ``fars`` is not known."""
     rates = ", ".join(f"{far:g}" for far in fars)
     return f"TAR at FAR {rates} is not known: {impostors:,} impostor pairs resolve {1 / impostors:.1e} and above"
 

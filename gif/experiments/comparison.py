@@ -132,7 +132,7 @@ def settings_of(command: str, budget: Budget, contenders: Mapping[str, Contender
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, as text; a single value as it is."""
+    """Write the mean ± the standard deviation of some values; a single value is written as it is."""
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"

@@ -159,7 +159,7 @@ def _centers(loss_fn: nn.Module) -> Tensor:
 
 
 def folder_name(head: str) -> str:
-    """A head's name, fit for a folder."""
+    """Make a name for a folder of a head's name."""
     return head.lower().replace(",", "").replace(" ", "-")
 
 

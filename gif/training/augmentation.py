@@ -54,7 +54,7 @@ def mirror(images: Tensor) -> Tensor:
 
 
 def unchanged(images: Tensor) -> Tensor:
-    """The images as they are."""
+    """Return the images as they are."""
     return images
 
 

@@ -60,7 +60,7 @@ class Checkpoints:
         self._keep = keep
 
     def newest(self) -> Path | None:
-        """Where the newest checkpoint is; None where there is none."""
+        """Return the folder of the newest checkpoint, or None where there is none."""
         return next(reversed(self._places()), None)
 
     def save(self, state: TrainingState) -> None:
@@ -201,7 +201,7 @@ class Checkpoints:
 
 
 def mean_score(scores: Mapping[str, float]) -> float:
-    """What makes a checkpoint the best one: the mean of its named scores."""
+    """Return the mean of the named scores: the checkpoint with the highest is the best one."""
     return sum(scores.values()) / len(scores)
 
 
@@ -246,7 +246,7 @@ def _optimizer_state(state: TrainingState) -> tuple[dict[str, Tensor], dict[str,
 def _fill_optimizer(
     state: TrainingState, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, Any]], place: Path
 ) -> None:
-    """The inverse of `_optimizer_state`."""
+    """Give the optimizer the state that `_optimizer_state` took from it."""
     parameters = dict(state.model.named_parameters())
     index = {name: number for number, name in enumerate(_parameter_names(state))}
     stored: dict[int, dict[str, Any]] = {}
@@ -262,7 +262,7 @@ def _fill_optimizer(
 
 
 def _parameter_names(state: TrainingState) -> list[str]:
-    """The optimizer's parameters in its order, by their names in the model."""
+    """Return the names that the optimizer's parameters have in the model, in the order in which it holds them."""
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     return [names[id(parameter)] for group in state.optimizer.param_groups for parameter in group["params"]]
 
@@ -277,7 +277,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by the rest of their names."""
+    """Return the tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -287,7 +287,7 @@ def _read(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_progress(place: Path) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors, from its header alone."""
+    """Read what a checkpoint keeps beside its tensors: it is in the header, so no tensor is read."""
     metadata = read_metadata(place / STATE, format=FORMAT)
     try:
         progress: dict[str, Any] = json.loads(metadata["progress"])

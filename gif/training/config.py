@@ -92,7 +92,7 @@ class TrainingConfig:
         return {name: value for name, value in asdict(self).items() if name not in _MACHINE}
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of some parameters."""
+        """Make the optimizer that this configuration names, of some parameters."""
         if self.optimizer == "adamw":
             return torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)

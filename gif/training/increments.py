@@ -122,7 +122,7 @@ class TableIncrements:
         save_tensors(self._folder / name, tensors, format=FORMAT)
 
     def _place(self, rows: Tensor | None, block: slice) -> slice | Tensor:
-        """Where in the table the rows of a block lie."""
+        """Return the index at which the rows of a block lie in the table."""
         return block if rows is None else rows[block].to(self._table.device)
 
 

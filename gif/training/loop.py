@@ -379,7 +379,7 @@ def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _loader(
     dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """This process's share of each batch of an epoch, from a position in steps."""
+    """Load this process's share of each batch of an epoch, from the step ``position`` on."""
     order = EpochOrder(
         len(dataset), config.batch_size, seed=order_seed, begin=position, rank=rank(), processes=world_size()
     )
@@ -395,6 +395,6 @@ def _loader(
 
 
 def _numbers(measures: dict[str, Tensor]) -> dict[str, float]:
-    """The measures' means over the processes, with one look at the device."""
+    """Average the measures over the processes; the device is waited for once, not once a measure."""
     means = mean_over_processes(torch.stack([value.float() for value in measures.values()]))
     return dict(zip(measures, means.tolist(), strict=True))

@@ -91,7 +91,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def summary(measures: Mapping[str, float]) -> str:
-    """The measures in one short line."""
+    """Put the measures into one short line, for the progress bar."""
     parts = []
     tokens = [value for name, value in measures.items() if name.startswith("token accuracy")]
     if tokens:

@@ -75,7 +75,7 @@ class ValidationConfig:
 
 
 def _some(held_out: IdentityDataset, number: int) -> IdentityDataset:
-    """So many of the identities, always the same ones."""
+    """Choose ``number`` of the identities: the same ones each time."""
     if number > held_out.num_identities:
         raise InputError(
             f"{number} identities are to validate and {held_out.num_identities} are held out; raise held_out, or lower "

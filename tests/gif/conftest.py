@@ -52,7 +52,7 @@ def gif(monkeypatch):
                 cli.main()
                 code = 0
             except SystemExit as stop:
-                code = stop.code
+                code = stop.code  # type: ignore[assignment]
         return code, capture.get()
 
     return run

@@ -4,6 +4,7 @@ import json
 import random
 from collections import OrderedDict
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -53,11 +54,16 @@ def insightface_names(blocks, embedding_size=512, last_map=7):
     yield from norm("features", embedding_size)
 
 
+def resnet(name: Any) -> Any:
+    """Any, for its layers are known by their names alone."""
+    return BackboneConfig(name, 512, 3, 112).build()
+
+
 class TestIResNet:
     @pytest.mark.parametrize("depth", BLOCKS)
     def test_names_and_shapes_are_insightfaces(self, depth):
         with torch.device("meta"):
-            network = BackboneConfig(f"iresnet{depth}", 512, 3, 112).build()
+            network = resnet(f"iresnet{depth}")
         ours = [(name, tuple(tensor.shape)) for name, tensor in network.state_dict().items()]
         assert ours == list(insightface_names(BLOCKS[depth]))
         assert not network.features.weight.requires_grad
@@ -65,7 +71,7 @@ class TestIResNet:
     @pytest.mark.parametrize(("depth", "millions"), [(18, 24.02), (50, 43.59), (100, 65.15)])
     def test_parameters(self, depth, millions):
         with torch.device("meta"):
-            network = BackboneConfig(f"iresnet{depth}", 512, 3, 112).build()
+            network = resnet(f"iresnet{depth}")
         assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
     @pytest.mark.parametrize("training", [True, False])
@@ -157,7 +163,8 @@ class TestIResNet:
     def test_wrappers_within(self, tmp_path):
         state = self.small_state()
         torch.save({name.replace("layer2.", "layer2._orig_mod."): x for name, x in state.items()}, tmp_path / "m.pt")
-        assert torch.equal(load_backbone(tmp_path / "m.pt")[0].layer2[0].conv1.weight, state["layer2.0.conv1.weight"])
+        loaded: Any = load_backbone(tmp_path / "m.pt")[0]
+        assert torch.equal(loaded.layer2[0].conv1.weight, state["layer2.0.conv1.weight"])
 
     @pytest.mark.parametrize("old", [False, True])
     def test_damaged_files_are_named(self, tmp_path, old):
@@ -196,7 +203,7 @@ class TestIResNet:
             load_insightface(path)
 
     def test_embeddings_are_float32_under_autocast(self):
-        network = BackboneConfig("iresnet18", 8, 3, 16).build()
+        network: Any = BackboneConfig("iresnet18", 8, 3, 16).build()
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = network(torch.rand(2, 3, 16, 16))
         assert embeddings.dtype == torch.float32
@@ -234,7 +241,7 @@ class Ddp(torch.nn.Module):
         self.module = module
 
 
-WRAPS = {
+WRAPS: dict[str, Any] = {
     "compiled": torch.compile,
     "parallel": torch.nn.DataParallel,
     "distributed": Ddp,
@@ -257,7 +264,7 @@ def test_a_wrapped_network_is_saved_as_itself(tmp_path, wrap):
 
 
 def test_a_compiled_part_is_saved_as_itself(tmp_path):
-    network = BackboneConfig("iresnet18", 8, 3, 16).build()
+    network: Any = BackboneConfig("iresnet18", 8, 3, 16).build()
     wanted = network.state_dict()
     network.layer1 = torch.compile(network.layer1)
     save_backbone(tmp_path / "b.safetensors", network, BackboneConfig("iresnet18", 8, 3, 16))
@@ -266,10 +273,11 @@ def test_a_compiled_part_is_saved_as_itself(tmp_path):
 
 
 def test_files_of_compiled_networks_that_were_written_with_the_wrapper(tmp_path):
-    network = SMALL["small"].build()
+    network: Any = SMALL["small"].build()
     state = {f"_orig_mod.{name}": tensor for name, tensor in network.state_dict().items()}
     save_tensors(tmp_path / "old", state, format=FORMAT, config=json.dumps(asdict(SMALL["small"])))
-    assert torch.equal(load_backbone(tmp_path / "old")[0].embed[1].weight, network.embed[1].weight)
+    loaded: Any = load_backbone(tmp_path / "old")[0]
+    assert torch.equal(loaded.embed[1].weight, network.embed[1].weight)
 
 
 def test_what_the_config_does_not_build_is_not_saved(tmp_path):
@@ -280,7 +288,7 @@ def test_what_the_config_does_not_build_is_not_saved(tmp_path):
 
 def test_mobilefacenet_has_a_million_parameters():
     with torch.device("meta"):
-        network = BackboneConfig("mobilefacenet", 128, 3, 112).build()
+        network: Any = BackboneConfig("mobilefacenet", 128, 3, 112).build()
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(0.99e6, rel=0.02)  # the paper's table 2
     assert network.embed[0].kernel_size == (7, 7)
 
@@ -311,7 +319,7 @@ def test_bad_configs():
         with pytest.raises(ValueError, match="image_size must be a multiple of 16, got 100"):
             BackboneConfig(name, image_size=100).build()
     with pytest.raises(ValueError, match="unknown backbone 'resnet'"):
-        BackboneConfig("resnet").build()
+        BackboneConfig("resnet").build()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"timm has no model 'vit_tiny_patch17'; there are .*vit_tiny_patch16_224"):
         BackboneConfig("vit", model="vit_tiny_patch17").build()
     with pytest.raises(ValueError, match="cannot be built for an image size"):

@@ -219,7 +219,7 @@ def test_scores_are_numbers(scores):
 def test_optimizer_state_of_adamw_is_exact(tmp_path):
     config = TrainingConfig(epochs=2, batch_size=8, save_steps=3, optimizer="adamw", lr=1e-3)
 
-    def softmax():
+    def softmax() -> tuple[torch.nn.Module, torch.nn.Module]:
         torch.manual_seed(0)
         return BACKBONE.build(), MarginSoftmax(8, 16, scale=16.0)
 

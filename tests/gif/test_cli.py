@@ -1,6 +1,7 @@
 """The `gif` command, as a user types it, on a data set small enough for a test."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,8 +91,8 @@ def test_training_is_validated_and_resumed(tiny_data, gif, tmp_path, png, write_
     assert (run / "validations.png").read_bytes()[:4] == b"\x89PNG"
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    told = [(event.step, event.value) for event in events.Scalars("validation/lfw")]
-    assert told == [(int(step), pytest.approx(found["lfw"])) for step, found in scores.items()]
+    scored = [(event.step, event.value) for event in events.Scalars("validation/lfw")]
+    assert scored == [(int(step), pytest.approx(found["lfw"])) for step, found in scores.items()]
     assert "validation/mean" in events.Tags()["scalars"]
 
     assert gif("evaluate", "--model", run / "best.safetensors", "--pairs", tmp_path / "lfw.bin")[0] == 0
@@ -353,11 +354,11 @@ def test_every_option_goes_through_torchrun(gif, tmp_path):
     with pytest.raises(SystemExit):
         torchrun.parse_args(["-m", "gif.cli", "spread", "--start", "whiten"])  # why there is another name
     CodeVectors(torch.randn(30, 4) + 1).save(tmp_path / "v")
-    outputs = []
+    outputs: list[Path] = []
     for option in ("--start", "--closed_form"):
-        for given in ([option, "whiten"], [f"{option}=whiten"]):
+        for options in ([option, "whiten"], [f"{option}=whiten"]):
             outputs.append(tmp_path / f"{len(outputs)}.safetensors")
-            assert gif("spread", "--vectors", tmp_path / "v", "--output", outputs[-1], "--epochs=1", *given)[0] == 0
+            assert gif("spread", "--vectors", tmp_path / "v", "--output", outputs[-1], "--epochs=1", *options)[0] == 0
     tables = [CodeVectors.load(output).table for output in outputs]
     assert all(torch.equal(table, tables[0]) for table in tables)
     assert gif("spread", "--vectors", tmp_path / "v", "--output", tmp_path / "n", "--epochs=1")[0] == 0

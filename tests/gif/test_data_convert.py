@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def faces(tmp_path, jpeg):
 def contents(path):
     """Each identity's images, as they are stored."""
     found = find_data(str(path))
-    images = {}
+    images: dict[str, Any] = {}
     for row, label in enumerate(found.labels.tolist()):
         images.setdefault(found.names[label], []).append(found.source.read(row))
     return images
@@ -68,7 +69,8 @@ def test_rec_is_insightfaces(faces, tmp_path):
     """The bytes, read here: the first record, an image's, an identity's, the .idx, and `property`."""
     convert(str(faces), tmp_path / "out", to="rec")
     content = (tmp_path / "out" / "train.rec").read_bytes()
-    offsets = dict(map(int, line.split("\t")) for line in (tmp_path / "out" / "train.idx").read_text().splitlines())
+    index = (tmp_path / "out" / "train.idx").read_text().splitlines()
+    offsets = {int(key): int(offset) for key, offset in (line.split("\t") for line in index)}
     assert sorted(offsets) == list(range(22)) and offsets[0] == 0
     assert struct.unpack_from("<IIIfQQ2f", content) == (0xCED7230A, 32, 2, 0.0, 0, 0, 18.0, 22.0)
     magic, length, flag, label, key, other = struct.unpack_from("<IIIfQQ", content, offsets[4])
@@ -149,7 +151,7 @@ def test_errors(faces, tmp_path, jpeg):
     with pytest.raises(ValueError, match="unknown data set"):
         convert(str(tmp_path / "none"), tmp_path / "out")
     with pytest.raises(ValueError, match="to must be"):
-        convert(str(faces), tmp_path / "out", to="lmdb")
+        convert(str(faces), tmp_path / "out", to="lmdb")  # type: ignore[arg-type]
     (tmp_path / "shards").mkdir()
     with tarfile.open(tmp_path / "shards" / "0.tar", "w") as shard:
         for name, data in (("0.jpg", jpeg()), ("0.cls", b"../../elsewhere")):

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +296,7 @@ class TestNothingInAFolderIsLostOrInvented:
         assert data.names[0] == "jos\\xe9"
         assert len(data.batch(list(range(len(data))))[0]) == 21
         assert broken_report(data).endswith("faces/jos\\xe9/1.png")
+        assert isinstance(data, EncodedImages)
         assert data.place(1).encode().endswith(b"jos\\xe9/\\xe9.png")
         (faces / "jos\\xe9").mkdir()
         (faces / "jos\\xe9" / "0.png").write_bytes(image)
@@ -368,6 +370,7 @@ class TestBroken:
         for path in [*(faces / "person 1").iterdir(), faces / "person 2" / "0.png", faces / "person 2" / "1.PNG"]:
             path.write_bytes(b"?")
         data = open_data(str(faces), decoder=ImageDecoder(8))
+        assert isinstance(data, EncodedImages)
         with pytest.raises(InputError, match=r"identities without an image that can be read: 1 \(person 1\); replace"):
             check_identities(data, torch.arange(20), workers)
         assert int(data.broken(torch.arange(20)).sum()) == 5
@@ -396,7 +399,7 @@ class TestBroken:
         with pytest.raises(BrokenImageError, match=r"person 1/2\.PNG"):
             data.batch([0, 4])
         with pytest.raises(ValueError, match="on_broken must be"):
-            open_data(str(faces), on_broken="retry")
+            open_data(str(faces), on_broken="retry")  # type: ignore[arg-type]
 
     def test_where_all_are_broken_it_is_not_the_images(self, faces):
         for path in faces.glob("*/*.[pP][nN][gG]"):
@@ -530,7 +533,8 @@ class TestShards:
         with pytest.raises(InputError, match=r"holds images .*0\.tar\.gz"):
             open_data(str(tmp_path / "only"))
         (tmp_path / "only" / "1.tar").write_bytes(samples(png, [0])[0] + END)
-        assert open_data(str(tmp_path / "only")).passed_over == ("passed over beside the shards: 1 (0.tar.gz)",)
+        only: Any = open_data(str(tmp_path / "only"))
+        assert only.passed_over == ("passed over beside the shards: 1 (0.tar.gz)",)
 
 
 class TestNothingInAShardIsLostOrInvented:

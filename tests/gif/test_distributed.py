@@ -1,6 +1,7 @@
 """Processes that train together: the same code vectors on each, and the step of the whole batch."""
 
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def plain_loop(rank, wrap_head):
 
 def mean_of_lone_gradients(processes):
     """The same as `plain_loop`, computed without processes: heads with rank 0's values, one for each."""
-    total = {}
+    total: dict[str, Any] = {}
     for rank in range(processes):
         torch.manual_seed(0)
         backbone, head = network()

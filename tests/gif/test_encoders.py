@@ -1,6 +1,7 @@
 """Encoders, against the networks run by hand and the libraries' own preprocessing."""
 
 import json
+from typing import Any
 
 import open_clip
 import pytest
@@ -52,7 +53,7 @@ def timm_file(tmp_path_factory):
 class TestPreprocessing:
     @pytest.mark.parametrize(("height", "width"), [(20, 20), (67, 41), (41, 67), (32, 90), (1, 1)])
     def test_is_open_clips_own(self, height, width):
-        config = {"size": 32, "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
+        config: dict[str, Any] = {"size": 32, "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
         ours = Preprocessing((32, 32), (32, 32), "bicubic", config["mean"], config["std"])
         theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)
         batch = images(3, height=height, width=width)
@@ -60,7 +61,7 @@ class TestPreprocessing:
         torch.testing.assert_close(ours(batch), expected, rtol=0, atol=PREPROCESSING_TOLERANCE)
 
     def test_squash_is_open_clips_own(self):
-        config = {"size": (32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
+        config: dict[str, Any] = {"size": (32, 48), "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
         ours = Preprocessing((32, 48), (32, 48), "bicubic", config["mean"], config["std"], squash=True)
         theirs = image_transform_v2(PreprocessCfg(**config), is_train=False)
         batch = images(2, height=50, width=30)
@@ -100,7 +101,7 @@ class TestCLIP:
             1 - cosine
         ).max() < 1e-3  # a bfloat16 has 8 bits: each product is off by up to 0.4 %, and errors average
         with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'fp16'"):
-            CLIPEncoder("tiny-clip", str(clip_file), precision="fp16")
+            CLIPEncoder("tiny-clip", str(clip_file), precision="fp16")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(("tag", "quick_gelu"), [("openai", True), ("laion2b_s34b_b79k", False)])
     def test_a_tag_gets_the_activation_it_was_trained_with(self, clip_file, monkeypatch, tag, quick_gelu):
@@ -143,7 +144,7 @@ class TestDINO:
         encoder = DINOEncoder(TINY_TIMM, timm_file)
         assert encoder.embedding_size == 64
         assert encoder.name == f"dino {TINY_TIMM} tiny.safetensors"
-        model = timm.create_model(TINY_TIMM, num_classes=7, checkpoint_path=timm_file).eval()
+        model: Any = timm.create_model(TINY_TIMM, num_classes=7, checkpoint_path=timm_file).eval()
         config = timm.data.resolve_model_data_config(model)
         transform = timm.data.create_transform(**config, is_training=False)
         resized = round(160 / config["crop_pct"] - 0.5)
@@ -241,7 +242,7 @@ def test_make_encoder(clip_file, timm_file):
     assert make_encoder("clip", width=32, model="tiny-clip", weights=str(clip_file)).embedding_size == 24
     assert make_encoder("dino", width=32, model=TINY_TIMM, weights=str(timm_file)).embedding_size == 64
     with pytest.raises(ValueError, match="no encoder 'pixel'"):
-        make_encoder("pixel", width=32)
+        make_encoder("pixel", width=32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no weights"):
         make_encoder("pixels", width=32, weights="w.pt")
     with pytest.raises(ValueError, match="no precision"):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sklearn.metrics import roc_curve
 from gif.evaluation import curves, judge, open_set, plot_roc, rank1, roc, tar_at_far, verify_pairs
 from gif.evaluation.open_set import _Scores
 
-EXACT = {"rtol": 0, "atol": 1e-12}  # ratios of the same counts
+EXACT: Any = {"rtol": 0, "atol": 1e-12}  # ratios of the same counts
 FARS = (0.0, 1e-4, 1e-3, 0.013, 0.1, 0.375, 0.5, 1.0)
 
 
@@ -82,11 +83,11 @@ class TestVerifyPairs:
         issame = torch.arange(20) % 3 == 0
         expected = verify_pairs(embeddings.detach().double().numpy(), issame.tolist())
         assert verify_pairs(embeddings, issame).accuracy == expected.accuracy
-        embeddings = embeddings.detach().double().numpy()
-        before = embeddings.copy()
-        embeddings[:2] = 0  # no direction: the distance is 0, as in the field's code
-        assert math.isfinite(verify_pairs(embeddings, issame).accuracy)
-        assert np.array_equal(embeddings[2:], before[2:])
+        rows = embeddings.detach().double().numpy()
+        before = rows.copy()
+        rows[:2] = 0  # no direction: the distance is 0, as in the field's code
+        assert math.isfinite(verify_pairs(rows, issame).accuracy)
+        assert np.array_equal(rows[2:], before[2:])
 
     @pytest.mark.parametrize("kind", [np.bool_, np.int8, np.uint8, np.int64, np.float32])
     def test_truth_values(self, kind):

@@ -3,6 +3,7 @@
 import importlib.util
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -47,7 +48,7 @@ class TestExamples:
         module = example("lightning_module")
         images = pictures(24, 0)
         loader = DataLoader(images, 32, shuffle=True, drop_last=True, collate_fn=IdentityImages.collate)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         make = partial(lightning.Trainer, max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
         trainer = make(callbacks=[StopAfterOneEpoch()])
         trained = module.Recognition(BACKBONE, module.prepare(images, 16))

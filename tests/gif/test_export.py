@@ -4,6 +4,7 @@ import json
 import logging
 import warnings
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,6 +34,7 @@ def check_any_batch(path, backbone, config):
     session = onnxruntime.InferenceSession(path)
     for batch in (1, 3, 8):
         images = torch.rand(batch, config.channels, config.image_size, config.image_size) * 2 - 1
+        found: Any
         (found,) = session.run(["embeddings"], {"images": images.numpy()})
         with torch.no_grad():
             expected = backbone.eval()(images).numpy()
@@ -69,6 +71,7 @@ class Halves(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("table", torch.rand(16, 2))
+        self.table: torch.Tensor
 
     def forward(self, images):
         cosine, sine = (self.table * 2).chunk(2, 1)

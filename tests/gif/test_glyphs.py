@@ -43,7 +43,9 @@ def renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def parts(split: IdentitySplit) -> list[IdentityImages]:
-    return [split.train, split.held_out]
+    found = [split.train, split.held_out]
+    assert all(isinstance(part, IdentityImages) for part in found)
+    return found  # type: ignore[return-value]
 
 
 def identity_of(split: IdentitySplit, character: str) -> str:
@@ -76,7 +78,7 @@ def test_images_and_labels(split: IdentitySplit) -> None:
 
 def test_ink_is_centred(split: IdentitySplit) -> None:
     for axis in (2, 3):
-        ink = split.train.images[:, 0].amax(4 - axis) > 0  # (n, size): rows or columns with ink
+        ink = parts(split)[0].images[:, 0].amax(4 - axis) > 0  # (n, size): rows or columns with ink
         before = ink.int().argmax(1)
         after = ink.flip(1).int().argmax(1)
         assert (before - after).abs().max() <= 1  # the grid's rounding
@@ -86,6 +88,8 @@ def test_glyphs_wider_than_the_canvas_are_scaled_to_fit() -> None:
     (path,) = [path for path in module._font_files() if path.stem == "DejaVuSans"]
     image = draw(open_font(path, 32 * look_alikes.SUPERSAMPLING), "Ǆ", 32)  # 1.5 em wide
     assert image is not None
+    rows: Any
+    columns: Any
     rows, columns = image.any(axis=1), image.any(axis=0)
     assert columns.all() and not rows[0] and not rows[-1]
     assert 0 < image.min(where=image > 0, initial=255) < 255  # smooth, not subsampled
@@ -153,7 +157,7 @@ def test_seed_decides_the_split(split: IdentitySplit, cache_dir: Path) -> None:
 def test_held_out_and_size_are_obeyed(cache_dir: Path) -> None:
     split = glyphs(**FEW, size=16, held_out=0.5, cache_dir=cache_dir)
     assert abs(split.train.num_identities - split.held_out.num_identities) <= 1
-    assert split.train.images.shape[1:] == (1, 16, 16)
+    assert parts(split)[0].images.shape[1:] == (1, 16, 16)
 
 
 def test_rendered_once(tmp_path: Path, renderings: list[int]) -> None:

@@ -188,9 +188,10 @@ def test_other_size_wants_the_same_fonts(
 def test_parts_share_one_mapped_file(font_folder: Path, cache_dir: Path, data: IdentityImages) -> None:
     split = glyphs_80k(families=FIVE, font_folder=font_folder, cache_dir=cache_dir, held_out=0.25)
     assert isinstance(split, IdentitySplit)
+    parts: list[Any] = [split.train, split.held_out]
     assert {*split.train.names, *split.held_out.names} == set(data.names)
-    assert split.train._images.data_ptr() == split.held_out._images.data_ptr()
-    for part in (split.train, split.held_out):
+    assert parts[0]._images.data_ptr() == parts[1]._images.data_ptr()
+    for part in parts:
         for name in part.names:
             assert torch.equal(images_of(part, name), images_of(data, name))
         batch, labels = part.batch([3, 0, 5])
@@ -239,10 +240,10 @@ def draw_and_die(chunks: int, **options: Any) -> None:
     """Render, until so many chunks are drawn: then the process is killed."""
     draw, count = module._Chunk.draw, iter(range(chunks))
 
-    def dying(chunk: Any, images_file: Path) -> Any:
+    def dying(self: Any, images_file: Path) -> Any:
         if next(count, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(chunk, images_file)
+        return draw(self, images_file)
 
     module._Chunk.draw = dying
     all_glyphs_80k(**options)
@@ -298,7 +299,7 @@ def test_damaged_cache_is_rendered_again(
         content[locate_tensor(cached_file(cache_dir), f"{damage}s", format=FORMAT).offset + 50] ^= 1
     elif damage == "name":
         content = content.replace(b"\\\\u4e00", b"\\\\u4e99")
-    damaged = {"truncated": content[:-100], "empty": b"", "another file": b"hello" * 100}
+    damaged: dict[str, Any] = {"truncated": content[:-100], "empty": b"", "another file": b"hello" * 100}
     file.write_bytes(damaged.get(damage, content))
     assert file.read_bytes() != cached_file(cache_dir).read_bytes()
     with console.capture() as capture:
@@ -311,7 +312,8 @@ def test_damaged_cache_is_rendered_again(
 
 def test_data_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loading.NAMES["glyphs-80k"] is loading.all_glyphs_80k
-    assert loading.NAMES["glyphs-80k-64"].keywords == {"size": 64}
+    larger: Any = loading.NAMES["glyphs-80k-64"]
+    assert larger.keywords == {"size": 64}
     images = torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8)
     drawn = IdentityImages(images, torch.arange(40) // 2, [str(i) for i in range(20)])
     monkeypatch.setitem(loading.NAMES, "glyphs-80k", lambda: drawn)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from gif.vectors.distributed_table import DistributedTable
 
 SIZE = 16
 TINY = ["--backbone.embedding_size=16", f"--backbone.image_size={SIZE}", "--backbone.width=4", "--backbone.channels=3"]
-OFF = {"regression_weight": 0.0}
+OFF: dict[str, Any] = {"regression_weight": 0.0}
 NAMES = ["anna", "bob", "Čeněk", "d/dora", "", "emil\nx", "f\udce9"]
 
 
@@ -60,7 +61,9 @@ class TestNames:
         assert list(names) == NAMES and names == NAMES and names == tuple(NAMES) and len(names) == len(NAMES)
         assert names[0] == "anna" and names[-1] == NAMES[-1] and names[1:3] == NAMES[1:3] and "bob" in names
         assert names.index("bob") == 1 and Names.of(names) is names and names + names == NAMES * 2
-        assert names != NAMES[:-1] and names != [*NAMES[:-1], "g"] and Names.of(range(3)) == ["0", "1", "2"]
+        assert names != NAMES[:-1] and names != [*NAMES[:-1], "g"]
+        numbers: Any = range(3)
+        assert Names.of(numbers) == ["0", "1", "2"]
         assert Names.of([]) == [] and repr(Names.of("ab")) == "Names(['a', 'b'], 2)"
         for index in (7, -8):
             with pytest.raises(IndexError):

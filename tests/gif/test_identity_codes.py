@@ -76,7 +76,7 @@ def test_constructor_refuses_what_are_not_codes():
         IdentityCodes(torch.tensor([[0, 5]]), 5)
     for vocab_size in (1, 257, 2.5):
         with pytest.raises(ValueError, match=r"integer in \[2, 256\]"):
-            IdentityCodes(torch.zeros(1, 1, dtype=torch.int64), vocab_size)
+            IdentityCodes(torch.zeros(1, 1, dtype=torch.int64), vocab_size)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass 2\\^63"):
         IdentityCodes(torch.zeros(1, 8, dtype=torch.int64), 256)
     tokens[4] = tokens[1]

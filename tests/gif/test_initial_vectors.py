@@ -18,7 +18,9 @@ from gif.vectors import initial_code_vectors
 
 def random_images(n, m, channels=1, size=12):
     labels = torch.cat([torch.arange(m), torch.randint(m, (n - m,))])[torch.randperm(n)]
-    return IdentityImages(torch.randint(256, (n, channels, size, size), dtype=torch.uint8), labels, range(m))
+    return IdentityImages(
+        torch.randint(256, (n, channels, size, size), dtype=torch.uint8), labels, list(map(str, range(m)))
+    )
 
 
 class OneByOne(Dataset):
@@ -216,7 +218,7 @@ def shared_images():
     labels = torch.cat([torch.arange(11), torch.zeros(40).long(), torch.randint(11, (29,), generator=generator)])
     labels = labels[torch.randperm(80, generator=generator)]
     return IdentityImages(
-        torch.randint(256, (80, 1, 12, 12), dtype=torch.uint8, generator=generator), labels, range(11)
+        torch.randint(256, (80, 1, 12, 12), dtype=torch.uint8, generator=generator), labels, list(map(str, range(11)))
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gif.integrations import metric_learning
 from gif.integrations.insightface import PartialFC
 from gif.losses import HeadConfig, token_weights
 from gif.losses import gif_loss as gif_loss_module
+from gif.losses.recipes import RecipeName
 from gif_kernels import checks
 
 M, WIDTH, VOCAB = 30, 12, 4
@@ -73,7 +75,7 @@ class TestGIFLoss:
 
     def test_learns_the_codes(self, codes, vectors):
         torch.manual_seed(0)
-        options = {"margin": AngularMargin(m2=0.1), "scale": 16.0, "regression_weight": 10.0}
+        options: dict[str, Any] = {"margin": AngularMargin(m2=0.1), "scale": 16.0, "regression_weight": 10.0}
         loss_fn = GIFLoss(codes, vectors, WIDTH, recipe="paper", **options)
         embeddings = torch.nn.Parameter(torch.randn(M, WIDTH))
         optimizer = torch.optim.Adam([embeddings, *loss_fn.parameters()], lr=0.05)
@@ -115,13 +117,13 @@ class TestGIFLoss:
         with pytest.raises(ValueError, match="set regression_weight=0"):
             GIFLoss(codes, None, WIDTH)
         with pytest.raises(ValueError, match="recipe must be one of 'paper', 'live', got 'papper'"):
-            GIFLoss(codes, vectors, WIDTH, recipe="papper")
+            GIFLoss(codes, vectors, WIDTH, recipe="papper")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="vector_lr must be >= 0, got -1"):
             GIFLoss(codes, vectors, WIDTH, vector_lr=-1)
         with pytest.raises(TypeError, match="scal"):
             GIFLoss(codes, vectors, WIDTH, scal=3.0)
         with pytest.raises(ValueError, match="token_weights must be"):
-            GIFLoss(codes, vectors, WIDTH, token_weights="triangular")
+            GIFLoss(codes, vectors, WIDTH, token_weights="triangular")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"token_weights must be \(3,\)"):
             GIFLoss(codes, vectors, WIDTH, token_weights=torch.tensor([1.0, -1.0, 1.0]))
         loss_fn = GIFLoss(codes, vectors, WIDTH)
@@ -136,11 +138,11 @@ class TestGIFLoss:
         codes.save(tmp_path / "codes.safetensors")
         vectors.save(tmp_path / "vectors.safetensors")
         for as_given in (str, Path):
-            paths = [as_given(tmp_path / f"{name}.safetensors") for name in ("codes", "vectors")]
-            loss_fn = GIFLoss(*paths, WIDTH)
+            paths: Any = [as_given(tmp_path / f"{name}.safetensors") for name in ("codes", "vectors")]
+            loss_fn = GIFLoss(paths[0], paths[1], WIDTH)
             assert torch.equal(loss_fn.codes.codes, codes.codes)
             assert torch.equal(loss_fn.vectors.table, vectors.table)
-            assert len(metric_learning.GIFLoss(*paths, WIDTH).loss.codes) == M
+            assert len(metric_learning.GIFLoss(paths[0], paths[1], WIDTH).loss.codes) == M
         with pytest.raises(FileNotFoundError, match=r"no file .*none"):
             GIFLoss(str(tmp_path / "none"), vectors, WIDTH)
         with pytest.raises(TypeError, match="codes must be IdentityCodes or the path of their file, got CodeVectors"):
@@ -158,11 +160,11 @@ class TestLiveVectors:
 
     def contrast_by_hand(self, codes, table, embeddings, labels, siblings):
         order = sorted(range(M), key=lambda y: codes.codes[y].tolist())
-        candidates = set(labels.tolist())
+        near = set(labels.tolist())
         for y in labels.tolist():
             place = order.index(y)
-            candidates |= {order[(place + 1) % M], order[(place - 1) % M]} if siblings == 2 else set()
-        candidates = sorted(candidates)
+            near |= {order[(place + 1) % M], order[(place - 1) % M]} if siblings == 2 else set()
+        candidates = sorted(near)
         cosine = F.normalize(embeddings.double(), dim=1) @ F.normalize(table[candidates], dim=1).T
         targets = torch.tensor([candidates.index(y) for y in labels.tolist()])
         logits = 16 * (cosine - 0.2 * F.one_hot(targets, len(candidates)))
@@ -354,7 +356,7 @@ class TestStepsThatAreSkipped:
 
 
 INTEGERS = [getattr(torch, name) for name in ("int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64")]
-NO_LABELS = {
+NO_LABELS: dict[str, Any] = {
     "float": (lambda labels: labels.float(), TypeError, "must be an integer tensor, got torch.float32"),
     "bool": (lambda labels: labels > 3, TypeError, "must be an integer tensor, got torch.bool"),
     "column": (lambda labels: labels[:, None], ValueError, r"labels must have shape \(6\), got \(6, 1\)"),
@@ -365,6 +367,7 @@ NO_LABELS = {
 
 def heads(codes, vectors):
     """Every head, in training and out of it; what is drawn at random is drawn alike."""
+    recipe: RecipeName
     for recipe in ("live", "paper"):
         yield f"GIF {recipe}", GIFLoss(codes, CodeVectors(vectors.table.clone()), WIDTH, recipe=recipe)
     yield "softmax", MarginSoftmax(M, WIDTH)
@@ -378,7 +381,7 @@ def heads(codes, vectors):
 
 HEADS = ["GIF live", "GIF paper", "softmax", "partial_fc"]
 HEADS += [f"{library} {recipe}" for library in ("insightface", "metric learning") for recipe in ("live", "paper")]
-OF_METRIC_LEARNING = {  # which looks at shapes itself
+OF_METRIC_LEARNING: dict[str, Any] = {  # which looks at shapes itself
     "column": (ValueError, "labels must be a 1D tensor"),
     "short": (ValueError, "Number of embeddings must equal number of labels"),
     "list": (AttributeError, "'list' object has no attribute 'shape'"),
@@ -516,7 +519,7 @@ def test_head_config(codes, vectors):
     partial = HeadConfig(kind="partial_fc", sample_rate=0.25).build(M, WIDTH, None, None)
     assert isinstance(partial, MarginSoftmax) and partial.sample_rate == 0.25
     assert HeadConfig(kind="softmax").build(M, WIDTH, None, None).sample_rate == 1
-    started = HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, vectors)
+    started: Any = HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, vectors)
     torch.testing.assert_close(F.normalize(started.weight, dim=1), vectors.table)
     with pytest.raises(ValueError, match="need code vectors"):
         HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, None)

@@ -1,6 +1,7 @@
 """The loss as one of pytorch-metric-learning's, against the library itself."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from gif.integrations import metric_learning
 M, WIDTH, PIXELS, BATCH = 27, 12, 20, 16
 
 
-def tables():
+def tables() -> tuple[IdentityCodes, CodeVectors]:
     codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
     return codes, CodeVectors(torch.randn(M, WIDTH, generator=torch.Generator().manual_seed(1)))
 
@@ -37,13 +38,13 @@ class TestMetricLearning:
         generator = torch.Generator().manual_seed(5)
         return torch.randn(6, WIDTH, generator=generator), torch.tensor([3, 1, 3, 26, 0, 1])
 
-    def rows(self, embeddings, labels, **options):
+    def rows(self, embeddings, labels, **options: Any):
         """The loss of each row by itself."""
         torch.manual_seed(6)
         loss_fn = gif.GIFLoss(*tables(), WIDTH, **options).eval()
         return torch.stack([loss_fn(embeddings[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
 
-    def make(self, **options):
+    def make(self, **options: Any):
         torch.manual_seed(6)
         return metric_learning.GIFLoss(*tables(), WIDTH, **options)
 

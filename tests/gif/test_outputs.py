@@ -571,9 +571,9 @@ cli.main()
         assert code == 130 and "keeps nothing" in printed
 
     def test_what_is_kept_is_named(self, gif, table, tmp_path, monkeypatch):
-        from gif.vectors import spread
+        from gif.vectors import stages
 
-        step, calls = spread.uniformity_step_, []
+        step, calls = stages.uniformity_step_, []
 
         def interrupted(*arguments, **options):
             calls.append(1)
@@ -581,9 +581,9 @@ cli.main()
                 raise KeyboardInterrupt
             return step(*arguments, **options)
 
-        monkeypatch.setattr(spread, "uniformity_step_", interrupted)
+        monkeypatch.setattr(stages, "uniformity_step_", interrupted)
         command = ["spread", "--vectors", table, "--batch=50", "--output", tmp_path / "o.safetensors"]
         code, printed = gif(*command)
         assert code == 130 and f"continues from what {tmp_path / 'o.partial'} holds" in printed
-        monkeypatch.setattr(spread, "uniformity_step_", step)
+        monkeypatch.setattr(stages, "uniformity_step_", step)
         assert gif(*command)[0] == 0

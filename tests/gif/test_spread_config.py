@@ -1,6 +1,7 @@
 """The settings of spreading: whatever changes the result makes the run another one."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from gif.vectors import CodeVectors, SpreadConfig, spread_code_vectors
 
 BASE = SpreadConfig(epochs=2, batch=100, neighbor_epochs=1, neighbors=16)
-OTHER = {
+OTHER: dict[str, Any] = {
     "epochs": 3,
     "batch": 60,
     "lr": 0.2,

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gif.vectors import CodeVectors, SpreadConfig, recovery, spread_code_vectors
 from gif.vectors.commands import spread_command
 from gif.vectors.distributed_table import DistributedTable, Round, prefetched
 
-OPTIONS = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}
+OPTIONS: dict[str, Any] = {"epochs": 2, "batch": 200, "start": "center", "neighbor_epochs": 1, "neighbors": 16}
 
 
 def table(dtype=torch.float32, m=2500, d=32):
@@ -229,7 +230,8 @@ def streams(monkeypatch):
 
 def loads(device, seen):
     def load(round):
-        seen.append((round.number, torch.cuda.current_stream(torch.device("cuda")).name))
+        stream: Any = torch.cuda.current_stream(torch.device("cuda"))
+        seen.append((round.number, stream.name))
         return FakeRows()
 
     rounds = [Round(i, torch.empty(0), [], [], torch.empty(0), i) for i in range(3)]
@@ -237,19 +239,21 @@ def loads(device, seen):
 
 
 def test_rows_are_read_in_the_stream_that_the_caller_is_in(streams):
-    seen, mine = [], FakeStream("mine")
+    seen: list[Any] = []
+    mine = FakeStream("mine")
     with streams(mine):
         taken = [rows for _, rows in loads("cuda:1", seen)]
     assert seen == [(0, "mine"), (1, "mine"), (2, "mine")]
     assert not mine.waited and all(not rows.used_in for rows in taken)  # a stream need not wait for itself
-    on_cpu = []
+    on_cpu: list[Any] = []
     with streams(mine):
         list(loads("cpu", on_cpu))
     assert on_cpu == [(0, "default"), (1, "default"), (2, "default")]
 
 
 def test_a_caller_that_changed_its_stream_waits_for_the_rows(streams):
-    seen, first, second = [], FakeStream("first"), FakeStream("second")
+    seen: list[Any] = []
+    first, second = FakeStream("first"), FakeStream("second")
     generator = loads("cuda:1", seen)
     with streams(first):
         assert not next(generator)[1].used_in  # read in the first, as the round after it

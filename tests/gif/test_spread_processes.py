@@ -1,5 +1,7 @@
 """Several processes, each with its share of the table: to the result of one, and continued after a kill."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from gif.vectors import CodeVectors, SpreadConfig, recovery, spread_code_vectors
 from gif.vectors.distributed_table import DistributedTable
 
 PROCESSES = 2
-OPTIONS = {"epochs": 2, "batch": 150, "neighbor_epochs": 1, "neighbors": 16, "seed": 3}
+OPTIONS: dict[str, Any] = {"epochs": 2, "batch": 150, "neighbor_epochs": 1, "neighbors": 16, "seed": 3}
 CPU = torch.device("cpu")
 
 
@@ -27,7 +29,7 @@ def _process(rank, folder):
     files.fsync = recovery.fsync = lambda path: None  # a kill needs none
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
     rows = torch.arange(6).view(3, 2) + 10 * rank
-    found = {
+    found: dict[Any, Any] = {
         "exchanged": distributed.exchange_rows(rows, [1, 2], [[1, 1], [2, 2]][rank]),
         "least": distributed.least_of_processes(5 - rank),
         "file": spread_a_file(rank, folder),
@@ -65,7 +67,7 @@ def spread_a_file(rank, folder):
             raise KeyboardInterrupt
         save(self, tensors)
 
-    options = {**OPTIONS, "start": "whiten"}
+    options: dict[str, Any] = {**OPTIONS, "start": "whiten"}
     DistributedTable.put, recovery.UnfinishedWork.save = torn_put, torn_save
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

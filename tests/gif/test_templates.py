@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ from gif.evaluation import templates as templates_module
 from gif.evaluation.alignment import FIVE_POINTS
 from gif.progress import console
 
-EXACT = {"rtol": 0, "atol": 1e-12}  # float64 against float64
+EXACT: Any = {"rtol": 0, "atol": 1e-12}  # float64 against float64
 
 
 def protocol(features, template_ids, media_ids, faceness):
@@ -172,7 +173,9 @@ class TestIdentify:
         unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
         scores = unit(probes) @ unit(gallery).T
 
-        own, beaten_by, unmated = [], [], []
+        own: Any = []
+        beaten_by: Any = []
+        unmated: Any = []
         for row, subject in zip(scores, probe_subjects, strict=True):
             if subject in subjects:
                 (place,) = np.flatnonzero(subjects == subject)
@@ -377,7 +380,8 @@ class TestIjb:
         backbone = Grey()
         result = evaluate_ijb(backbone, ijb, flip=flip, faceness=faceness, batch_size=5, fars=(0.01, 0.1))
         assert backbone.training
-        faces = torch.stack([image for image, _ in IjbFaces(ijb)])
+        images = IjbFaces(ijb)
+        faces = torch.stack([images[i][0] for i in range(len(images))])
         pixels = (faces.double() / 255 - 0.5) / 0.5
         with torch.no_grad():
             features = backbone(pixels.float()).double()
@@ -484,7 +488,8 @@ class TestIjb:
 
     def test_processes_share_the_images(self, ijb_folder, monkeypatch):
         ijb, own = Ijb.read(ijb_folder, "ijbc"), threading.local()  # two threads stand for two processes
-        sent, everyone = [None, None], threading.Barrier(2)
+        sent: list[Any] = [None, None]
+        everyone = threading.Barrier(2)
         embedded = [0, 0]
 
         def sum_over_processes(values):

@@ -1,6 +1,7 @@
 """Codes are distinct whatever the vectors, nodes keep their capacities, and similar identities share a prefix."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_dtypes(vectors, dtype):
 def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatch):
     index = torch.arange(3000)[None]
     nodes = [Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool)) for _ in range(2)]
-    options = {
+    options: dict[str, Any] = {
         "capacity_factor": 1.5,
         "limit": 400,
         "iterations": 4,
@@ -187,7 +188,12 @@ def test_streaming_a_large_node_changes_nothing_but_rounding(vectors, monkeypatc
 def test_a_node_of_many_blocks_keeps_capacities_and_quality(vectors, monkeypatch):
     index = torch.arange(M)[None]
     mask = torch.ones_like(index, dtype=torch.bool)
-    options = {"capacity_factor": 1.0, "limit": M, "iterations": 4, "seeds": node_seeds(0, 0, np.zeros(1))}
+    options: dict[str, Any] = {
+        "capacity_factor": 1.0,
+        "limit": M,
+        "iterations": 4,
+        "seeds": node_seeds(0, 0, np.zeros(1)),
+    }
     _, sums = split(Nodes(vectors, index, mask), V, **options)
     monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", 2000 * V)  # prices from 2,000 rows, assignment in blocks of 625
     child, streamed = split(Nodes(vectors, index, mask), V, **options)
@@ -222,7 +228,7 @@ def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
     monkeypatch.setattr(clustering, "assign", look)
     index = torch.arange(2000).view(2, 1000)
     mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 5 samples of 10 rows a child, and 3
-    options = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
+    options: dict[str, Any] = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
     split(Nodes(vectors, index, mask), V, seeds=node_seeds(0, 1, np.arange(2)), **options)
     assert len(starts) == 5
     for node, samples in enumerate((5, 3)):
@@ -234,7 +240,7 @@ def test_a_node_depends_on_the_nodes_beside_it_by_rounding_alone(vectors):
     agreement = []
     index = torch.randperm(2000, generator=torch.Generator().manual_seed(0)).view(10, 200)
     mask = torch.arange(200) < torch.tensor([200, 190, 170, 150, 120, 101, 80, 61, 40, 21])[:, None]
-    options = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
+    options: dict[str, Any] = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
     seeds = node_seeds(3, 1, torch.arange(10).numpy())
     together, _ = split(Nodes(vectors, index, mask), V, seeds=seeds, **options)
     for i in range(10):
@@ -249,7 +255,7 @@ def exact_optimum(similarity: np.ndarray, capacity: int) -> float:
     """The largest mean similarity (n, k) with at most ``capacity`` rows a child, by minimum-cost flow."""
     n, k = similarity.shape
     rows, children, sink, unit_cost = np.arange(n), n + np.arange(k), n + k, 1e-6
-    flow = SimpleMinCostFlow()
+    flow: Any = SimpleMinCostFlow()
     costs = np.round((1 - similarity) / unit_cost).astype(np.int64)
     flow.add_arcs_with_capacity_and_unit_cost(
         np.repeat(rows, k), np.tile(children, n), np.ones(n * k, np.int64), costs.ravel()
@@ -364,7 +370,7 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"shape \(m, d\)"):
         tokenize(rows[0], TokenizeConfig(vocab_size=10))
     with pytest.raises(ValueError, match="'none', 'residual'"):
-        tokenize(rows, TokenizeConfig(vocab_size=10, alignment="other"))
+        tokenize(rows, TokenizeConfig(vocab_size=10, alignment="other"))  # type: ignore[arg-type]
     for options in ({"capacity_factor": 0.9}, {"capacity_factor": math.nan}, {"iterations": -1}):
         with pytest.raises(ValueError, match="wanted capacity_factor >= 1 and iterations >= 0"):
             tokenize(rows, TokenizeConfig(vocab_size=10, **options))

@@ -1,6 +1,7 @@
 """The settings of tokenising: whatever changes the codes makes the run another one."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from benchmarks.clusters import clustered
 from gif.codes import TokenizeConfig, tokenize
 
 BASE = TokenizeConfig(vocab_size=5)
-OTHER = {
+OTHER: dict[str, Any] = {
     "vocab_size": 6,
     "length": 5,
     "slack": 3.0,

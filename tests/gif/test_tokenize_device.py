@@ -1,6 +1,7 @@
 """Cutting codes on an accelerator, as far as a machine without one can tell: few operations, no waiting, same codes."""
 
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ class Operations(TorchDispatchMode):
 
 def meta_nodes(g, rows, d=64):
     index = torch.empty(g, rows, dtype=torch.int64, device="meta")
-    return Nodes(torch.empty(10**6, d, device="meta"), index, torch.empty(g, rows, dtype=bool, device="meta"))
+    return Nodes(torch.empty(10**6, d, device="meta"), index, torch.empty(g, rows, dtype=torch.bool, device="meta"))
 
 
 def test_demand_on_a_device_takes_a_few_operations():
@@ -91,7 +92,7 @@ def test_codes_do_not_depend_on_the_block(d, monkeypatch):
     same = (found[0] == found[1]).double()
     assert (same[:, 0] == 1).all()
     assert same.amin(1).mean() > 0.97  # sums in another order let ties fall the other way, and a node is cut anew
-    np.testing.assert_allclose(*quality, rtol=2e-3)
+    np.testing.assert_allclose(quality[0], quality[1], rtol=2e-3)
 
 
 def test_a_sampled_node_does_not_depend_on_the_nodes_beside_it(monkeypatch):
@@ -101,7 +102,7 @@ def test_a_sampled_node_does_not_depend_on_the_nodes_beside_it(monkeypatch):
     vectors = clustered(1000, 64)
     index = torch.arange(540).view(3, 180)
     mask = torch.arange(180) < torch.tensor([180, 139, 121])[:, None]  # samples of 140, and of 120 to seed with
-    options = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
+    options: dict[str, Any] = {"capacity_factor": 1.5, "limit": 400, "iterations": 4}
     seeds = node_seeds(3, 1, np.arange(3))
     together, _ = split(Nodes(vectors, index, mask), V, seeds=seeds, **options)
     for i in range(3):

@@ -38,7 +38,7 @@ def dataset():
     return IdentityImages((patterns[labels] + noise).to(torch.uint8), labels, list("abcdefgh"))
 
 
-def fresh():
+def fresh() -> tuple[torch.nn.Module, torch.nn.Module]:
     torch.manual_seed(0)
     return BACKBONE.build(), MarginSoftmax(8, 16, scale=16.0)
 
@@ -58,7 +58,7 @@ def test_learns(dataset):
     assert similarity[same].mean() > similarity[~same].mean() + 0.5
 
 
-def perceptron():
+def perceptron() -> tuple[torch.nn.Module, torch.nn.Module]:
     """A backbone without batch normalisation: micro-batches do not change what it computes."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 16)), MarginSoftmax(8, 16, scale=16.0)
@@ -171,7 +171,7 @@ class Watched(torch.nn.Module):
 def watched_kind(kind, seen):
     """``kind`` with a forward pass that is watched."""
 
-    class Own(kind):
+    class Own(kind):  # type: ignore[misc, valid-type]
         def forward(self, *arguments, **options):
             return Watched.forward(self, *arguments, **options)
 
@@ -200,7 +200,7 @@ def gif_head(kind=GIFLoss):
 def test_products_of_own_heads_are_in_the_training_s_precision(dataset, precision, dtype):
     config = TrainingConfig(epochs=1, batch_size=32, precision=precision)
     for kind, build in ((GIFLoss, gif_head), (MarginSoftmax, softmax_head)):
-        seen = []
+        seen: list[torch.dtype] = []
         train(BACKBONE.build(), build(watched_kind(kind, seen)), dataset, config, augment=unchanged)
         assert seen == [dtype] * 5
     seen = []

@@ -189,7 +189,7 @@ class TestSpread:
         with pytest.raises(ValueError, match="neighbors=3"):
             spread_code_vectors(CodeVectors(torch.randn(4, 3)), SpreadConfig(neighbors=3))
         with pytest.raises(ValueError, match="start must be one of"):
-            spread_code_vectors(CodeVectors(torch.randn(4, 3)), SpreadConfig(start="middle"))
+            spread_code_vectors(CodeVectors(torch.randn(4, 3)), SpreadConfig(start="middle"))  # type: ignore[arg-type]
 
     def test_picture(self, tmp_path):
         report = spread_code_vectors(CodeVectors(clustered(300, 16)), SpreadConfig(epochs=1, batch=100))

@@ -197,7 +197,7 @@ class _Drawings:
         return np.where(inked, counts[self.characters], 0)
 
     def chunks(self) -> list[_Chunk]:
-        """Pieces of work of one file each."""
+        """Divide the drawings into pieces of work, each of which needs one font file."""
         bounds = np.searchsorted(self.sources, range(len(self.files) + 1)).tolist()
         begins = [i for begin, end in pairwise(bounds) for i in range(begin, end, _CHUNK)]
         return [
