@@ -18,7 +18,7 @@ dispatch.register(
     OP,
     reference=reference.code_contrast,
     blocked=blocked.code_contrast,
-    triton="gif_kernels.code_contrast.kernels:code_contrast",
+    triton="gif_kernels.code_contrast.function:code_contrast",
 )
 
 

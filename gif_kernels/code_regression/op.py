@@ -18,7 +18,7 @@ dispatch.register(
     OP,
     reference=reference.code_regression,
     blocked=blocked.code_regression,
-    triton="gif_kernels.code_regression.kernels:code_regression",
+    triton="gif_kernels.code_regression.function:code_regression",
 )
 
 

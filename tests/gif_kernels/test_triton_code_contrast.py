@@ -282,7 +282,7 @@ def test_custom_ops_keep_their_word(masked):
         options = CodeContrastOptions(AngularMargin(), 64.0, reduction, torch.float32)
         inputs = (z, h, reduction, torch.float32, save, labels, competes, *astuple(options.margin), options.scale)
         check(torch.ops.gif_kernels.code_contrast_forward.default, inputs)
-    _, *saved = kernels._forward(z, h, labels, competes, options, save)
+    _, *saved = kernels.forward(z, h, labels, competes, options, save)
     for needs in ((True, True), (True, False), (False, True)):
         backward = (z, h, *needs, *saved, torch.ones(()), 64.0, torch.float32)
         check(torch.ops.gif_kernels.code_contrast_backward.default, backward)

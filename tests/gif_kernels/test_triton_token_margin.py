@@ -21,6 +21,7 @@ from gif_kernels.reduction import Reduction
 from gif_kernels.token_margin.options import TokenMarginOptions
 
 kernels = pytest.importorskip("gif_kernels.token_margin.kernels", reason="Triton is not installed")
+function = pytest.importorskip("gif_kernels.token_margin.function", reason="Triton is not installed")
 cosine_gradients = pytest.importorskip("gif_kernels.device.cosine_gradients", reason="Triton is not installed")
 shared_reduction = pytest.importorskip("gif_kernels.device.reduction", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
@@ -380,7 +381,7 @@ def test_custom_ops_keep_their_word(case):
     """Schemas and fake implementations agree with what runs."""
     z, w, *projections = case.tensors()
     operand = torch.float32
-    rows = kernels._project(z, *projections, operand) if projections else z.unsqueeze(1)
+    rows = function._project(z, *projections, operand) if projections else z.unsqueeze(1)
     pulls = [(None, None)] if projections else [(None, None), (torch.randn(3, case.width), torch.arange(5) % 3)]
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     calls: list[tuple[bool, Reduction]] = [(False, "sum"), (True, "none"), (True, "mean")]
@@ -391,7 +392,7 @@ def test_custom_ops_keep_their_word(case):
             codes, weights = case.codes(), case.weights()
             inputs = (rows, w, targets, reduction, save, codes, weights, target_rows, *numbers)
             check(torch.ops.gif_kernels.token_margin_forward.default, inputs)
-        _, share, *saved, pull = kernels._forward(rows, w, codes, weights, targets, target_rows, options, save)
+        _, share, *saved, pull = kernels.forward(rows, w, codes, weights, targets, target_rows, options, save)
         pulled = (None, None, None) if targets is None else (pull, targets, target_rows)
         for needs in ((True, True), (True, False), (False, True)):
             backward = (rows, w, *needs, *saved, *pulled, torch.ones(()), share, operand)
