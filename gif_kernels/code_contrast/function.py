@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gif_kernels import checks
 from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_contrast import kernels
 from gif_kernels.code_contrast.graph import backward_in_graph, forward_in_graph
@@ -34,7 +35,7 @@ class _CodeContrast(torch.autograd.Function):
         options: CodeContrastOptions,
     ) -> Tensor:
         save = any(ctx.needs_input_grad)
-        launch = forward_in_graph if torch.compiler.is_compiling() else kernels.forward
+        launch = forward_in_graph if checks.is_traced(embeddings) else kernels.forward
         loss, share, weights, row_inverse, vector_inverse = launch(
             embeddings, vectors, targets, competes, options, save
         )
@@ -56,7 +57,7 @@ class _CodeContrast(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> Gradients:
         saved = Saved(*ctx.saved_tensors)
         need_embeddings, need_vectors = ctx.needs_input_grad[:2]
-        launch = backward_in_graph if torch.compiler.is_compiling() else kernels.backward
+        launch = backward_in_graph if checks.is_traced(incoming) else kernels.backward
         with full_precision(incoming.device):
             of_embeddings, of_vectors = launch(
                 saved, incoming, ctx.scale, ctx.operand, need_embeddings=need_embeddings, need_vectors=need_vectors

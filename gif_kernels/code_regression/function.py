@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gif_kernels import checks
 from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_regression import kernels
 from gif_kernels.code_regression.graph import backward_in_graph, forward_in_graph
@@ -52,7 +53,7 @@ class _CodeRegression(torch.autograd.Function):
         reduction: Reduction,
     ) -> Tensor:
         save = any(ctx.needs_input_grad)
-        launch = forward_in_graph if torch.compiler.is_compiling() else kernels.forward
+        launch = forward_in_graph if checks.is_traced(embeddings) else kernels.forward
         loss, share, norms_and_distance = launch(
             embeddings=embeddings,
             targets=targets,
@@ -77,7 +78,7 @@ class _CodeRegression(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> Gradients:
         saved = _Saved(*ctx.saved_tensors)
         need_embeddings, need_targets = ctx.needs_input_grad[:2]
-        launch = backward_in_graph if torch.compiler.is_compiling() else kernels.backward
+        launch = backward_in_graph if checks.is_traced(incoming) else kernels.backward
         embeddings_gradient, targets_gradient = launch(
             embeddings=saved.embeddings,
             targets=saved.targets,

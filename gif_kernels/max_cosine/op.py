@@ -41,7 +41,7 @@ def max_cosine(vectors: Tensor, others: Tensor | None = None, *, impl: Impl = "a
     elif len(vectors) == 1:
         raise InputError("vectors must have at least 2 rows, got 1; a row is not compared with itself")
     checks.same_device(vectors=vectors, others=others)
-    if torch.compiler.is_compiling():
+    if checks.is_traced(vectors):
         found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.max_cosine(vectors, others, impl)
         return found
     return _max_cosine(vectors, others, impl)

@@ -52,7 +52,7 @@ def nearest_centroid(
             f"offsets must go from 0 to {n}, the number of vectors, and never decrease",
         )
     checks.same_device(vectors=vectors, centroids=centroids, offsets=offsets)
-    if torch.compiler.is_compiling():
+    if checks.is_traced(vectors):
         found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.nearest_centroid(vectors, centroids, offsets, impl)
         return found
     return _nearest(vectors, centroids, offsets, impl)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gif_kernels import checks
 from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_regression.function import code_regression
 from gif_kernels.device.cosine_gradients import Cosines, Pulled, cosine_gradients
@@ -71,7 +72,7 @@ class _TokenMargin(torch.autograd.Function):
     ) -> Tensor:
         rows = embeddings.unsqueeze(1) if projections is None else _project(embeddings, projections, options.operand)
         save = any(ctx.needs_input_grad)
-        launch = forward_in_graph if torch.compiler.is_compiling() else kernels.forward
+        launch = forward_in_graph if checks.is_traced(embeddings) else kernels.forward
         found = Found(*launch(rows, centers, codes, token_weights, targets, target_rows, options, save))
         if save:
             saved = _Saved(
@@ -107,7 +108,7 @@ class _TokenMargin(torch.autograd.Function):
             center_inverse=saved.center_inverse,
         )
         pulled = None if saved.targets is None else Pulled(saved.pull, saved.targets, saved.target_rows)
-        launch = backward_in_graph if torch.compiler.is_compiling() else cosine_gradients
+        launch = backward_in_graph if checks.is_traced(incoming) else cosine_gradients
         row_gradient, centers_gradient = launch(
             cosines,
             pulled,

@@ -54,7 +54,7 @@ def uniformity_step_(
     checks.positive("lr", lr)
     checks.positive("t", t)
     checks.same_device(table=table, index=index)
-    if torch.compiler.is_compiling():
+    if checks.is_traced(table):
         loss: Tensor = torch.ops.gif_kernels.uniformity_step_(table, index, float(lr), float(t), seed, impl)
         return loss
     return _step(table, index, UniformityStepOptions(lr=float(lr), t=float(t), seed=seed), impl)

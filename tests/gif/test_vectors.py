@@ -1,5 +1,6 @@
 """Code vectors: the table, its quality, its spreading."""
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from gif import resume
 from gif.codes import IdentityCodes
-from gif.codes.code_table import CodeTable
 from gif.vectors import (
     CodeVectors,
     SpreadConfig,
@@ -242,10 +242,9 @@ class TestWithoutWaiting:
     def test_no_value_is_read(self):
         codes = IdentityCodes(torch.tensor([[i // 5, i % 5] for i in range(20)]), 5)
         with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-            tables = (codes.table.numbers, codes.table.order, codes.table.starts)
-            codes.table = CodeTable(
-                *(fake.from_tensor(each).to("cuda") for each in tables), 5, 2, codes.table.largest_bucket
-            )
+            names = ("numbers", "order", "starts")
+            tables = {name: fake.from_tensor(getattr(codes.table, name)).to("cuda") for name in names}
+            codes.table = dataclasses.replace(codes.table, **tables)
             vectors = CodeVectors(torch.empty(20, 8, device="cuda", dtype=torch.bfloat16), normalized=True)
             labels = torch.empty(6, device="cuda", dtype=torch.int64)
             assert codes.lookup(labels).shape == (6, 2)
