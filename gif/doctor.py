@@ -10,8 +10,11 @@ import torch
 
 import gif_kernels  # noqa: F401 (registers the ops)
 from gif.progress import new_table, print_table
+from gif.vectors.placement import DEVICE_SHARE, HOST_SHARE, psutil_memory
 from gif_kernels import dispatch
 
+ROW_BYTES = 1024
+"""Of a code vector 512 wide in bfloat16."""
 PACKAGES = (
     "torch",
     "torchvision",
@@ -36,6 +39,7 @@ def doctor() -> None:
     )
     for name in devices():
         facts.add_row("device", name)
+    facts.add_row("code vectors", "; ".join(room_for_code_vectors()))
     print_table(facts)
 
     versions = new_table("package", "version", title="packages")
@@ -51,6 +55,19 @@ def doctor() -> None:
     for op in dispatch.ops():
         chosen.add_row(op, *dispatch.choose(op, device))
     print_table(chosen)
+
+
+def room_for_code_vectors() -> list[str]:
+    """How many code vectors training puts where, of the widths of `ROW_BYTES`, and where those go that are more."""
+    rooms = [f"{1e-6 * DEVICE_SHARE * free / ROW_BYTES:,.1f}M on cuda:{i}" for i, free in enumerate(_free_on_devices())]
+    free = psutil_memory().available
+    rooms.append(f"{1e-6 * HOST_SHARE * free / ROW_BYTES:,.1f}M on the host")
+    return [*rooms, "more in a file (512 wide, bfloat16)"]
+
+
+def _free_on_devices() -> list[int]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.mem_get_info(i)[0] for i in range(count)]
 
 
 def devices() -> list[str]:

@@ -19,6 +19,7 @@ SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
 RECORD = "settings.json"  # of what a folder belongs to
 WHO = "identities.safetensors"  # whom the run in it is trained on
+WORKING = "vectors.working.safetensors"  # the copy in which it moves code vectors that are placed in a file
 _SHOWN = 80  # characters of settings that cannot be read
 
 
@@ -104,8 +105,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def unclaim(folder: Path) -> None:
-    """Remove a ``folder`` that holds a claim and nothing else: of a run that failed before it had done anything."""
-    if folder.is_dir() and all(path.name in (RECORD, WHO) or _is_left_over(path) for path in folder.iterdir()):
+    """Remove a ``folder`` that holds a claim and what follows from it: of a run that failed before it did anything."""
+    if folder.is_dir() and all(path.name in (RECORD, WHO, WORKING) or _is_left_over(path) for path in folder.iterdir()):
         shutil.rmtree(folder)
 
 

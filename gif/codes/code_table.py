@@ -52,7 +52,7 @@ class CodeTable:
             block = slice(begin, begin + _ROWS_A_BLOCK)
             numbers[block] = number_of(codes[block], vocab_size)
         ordered, order = numbers.sort(stable=True)
-        buckets = max(1, min(BUCKETS, m // _A_BUCKET))
+        buckets = _buckets(m)
         bounds = torch.arange(buckets, device=codes.device) * _bucket_width(codes_there_are, buckets)
         starts = torch.cat([torch.searchsorted(ordered, bounds), ordered.new_tensor([m])])
         if narrow:
@@ -118,6 +118,12 @@ class CodeTable:
         return len(self.numbers)
 
 
+def table_bytes(m: int, vocab_size: int, length: int) -> int:
+    """Memory of a `CodeTable` in memory; one in a memory map has none."""
+    index = _index_dtype(m).itemsize
+    return m * ((4 if vocab_size**length <= _UNSIGNED + 1 else 8) + index) + (_buckets(m) + 1) * index
+
+
 def largest_bucket(starts: Tensor) -> int:
     """The most codes that lie between two of ``starts`` (buckets + 1,)."""
     return int(starts.diff().max())
@@ -129,6 +135,10 @@ def number_of(codes: Tensor, vocab_size: int) -> Tensor:
     for tokens in codes.unbind(1):
         numbers.mul_(vocab_size).add_(tokens)
     return numbers
+
+
+def _buckets(m: int) -> int:
+    return max(1, min(BUCKETS, m // _A_BUCKET))
 
 
 def _bucket_width(numbers: int, buckets: int) -> int:

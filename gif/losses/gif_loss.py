@@ -22,6 +22,7 @@ from gif.head import Head, TablePart
 from gif.losses.health import against_others
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
+from gif.resume import WORKING
 from gif.vectors.divided import DividedCodeVectors
 from gif.vectors.placement import PLACEMENTS, place_code_vectors
 from gif.vectors.rows import Rows
@@ -30,9 +31,6 @@ from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regress
 from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
 from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
-
-WORKING = "vectors.working.safetensors"
-"""The file in a run's folder in which code vectors move that are placed in one."""
 
 
 class PreparedLabels:
@@ -74,6 +72,10 @@ class PreparedLabels:
         """The code vectors (C, d) of the candidates; float32 at least, for steps are smaller than bfloat16 tells."""
         values = self.rows.values
         return values.to(torch.promote_types(values.dtype, torch.float32))
+
+    def release(self) -> None:
+        """Let go of ``vectors``, which a repeated forward pass reads again."""
+        self.__dict__.pop("vectors", None)
 
     @property
     def own_vectors(self) -> Tensor:
@@ -196,6 +198,7 @@ class GIFLoss(nn.Module, Head):
             loss = loss + recipe.regression_weight * self._regression_loss(embeddings, found, reduction)
         if recipe.contrast_weight > 0:
             loss = loss + recipe.contrast_weight * self._contrast_loss(embeddings, found, reduction)
+        found.release()
         return loss
 
     def prepare(self, labels: Tensor, device: torch.device, ahead: int = 0) -> PreparedLabels:

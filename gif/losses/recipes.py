@@ -44,6 +44,11 @@ class Recipe:
     vector_lr: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("siblings", "negatives"):
+            number = getattr(self, name)
+            if number != int(number):
+                raise InputError(f"{name} must be a whole number, got {number}")
+            object.__setattr__(self, name, int(number))  # a config gives 2.0
         for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "negatives", "vector_lr"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from gif.planning.stages import (
     tokenize_cost,
 )
 from gif.progress import new_table, print_table, say
+from gif.vectors.placement import DEVICE_SHARE, HOST_SHARE
 
 
 def plan(
@@ -93,6 +95,7 @@ def plan(
     over = [stage.name for stage in stages if stage.memory > rates.capacity]
     if over:
         say(f"more than the {rates.capacity / 1e9:.0f} GB of one {device}: {'; '.join(over)}")
+    say(f"code vectors in training: {where_code_vectors_go(m * width * itemsize, rates.capacity, device)}")
     say(
         f"codes: v = {shape.vocab_size}, l = {shape.length}, {shape.codes:,} of them, {shape.slack:.0%} more than "
         f"identities (wanted {slack:.0%})"
@@ -105,6 +108,18 @@ def plan(
         )
     if output is not None:
         _write(output, m, width, itemsize, batch, rates, in_file, measured)
+
+
+def where_code_vectors_go(table_bytes: int, capacity: float, device: str) -> str:
+    """Where ``--placement auto`` puts a table of so many bytes, and how many processes it takes on devices."""
+    size = f"{table_bytes / 2**30:,.1f} GiB"
+    room = (HOST_SHARE if device == "cpu" else DEVICE_SHARE) * capacity
+    if table_bytes <= room:
+        return f"{size}, in memory" if device == "cpu" else f"{size}, on the device"
+    processes = math.ceil(table_bytes / room)
+    if device == "cpu":
+        return f"{size}, in a file"
+    return f"{size}, on the host or, where that has no room, in a file; on the devices of {processes} processes or more"
 
 
 def _write(

@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gif.codes import code_length
+from gif.codes.code_table import table_bytes
 from gif.losses.recipes import RECIPES, Recipe
 
 FLOAT = 4
 """Bytes of a number in float32, which parameters, gradients, momentum and activations are."""
-ORDER_BYTES = 8
-"""An identity's place in the order of the codes, and the identity at each place: four bytes each."""
 SOFTMAX_ROWS = 4
 """Arrays as large as the centres that take part in a step, at the peak of its backward pass: the centres at unit
 length, the gradient of these, its part along the sphere, and that over the length, the gradient of the centres."""
@@ -32,7 +31,7 @@ class HeadCost:
     Args:
         parameters: bytes of the weights that are trained.
         momentum: bytes of the optimizer's momentum, a number a weight. It is there from the end of the first step on.
-        tables: bytes that are kept and not trained: the code table and its order.
+        tables: bytes that are kept and not trained: the code table.
         step: bytes that a step takes beside these at its peak: gradients, logits, candidate rows and other activations.
         weights: how many weights, on average, a row of the batch is multiplied by; as many move in a step.
         batch: rows of the batch.
@@ -83,10 +82,11 @@ def partial_fc_cost(m: int, sample_rate: float, *, width: int = 512, batch: int 
 def gif_cost(
     m: int, *, width: int = 512, batch: int = 1024, vocab_size: int = 20, recipe: Recipe = RECIPES["live"]
 ) -> HeadCost:
-    """l tokens of v centres and a projection a token; the code table, of a byte a token, and its order.
+    """l tokens of v centres and a projection a token; the code table in memory, which `gif train` leaves in its file.
 
     The table of code vectors is not counted: it may stay on the host or in a file, and a step reads the rows of its
-    candidates. A step holds most at one of two moments:
+    candidates, which are the batch's identities, their siblings and the negatives. A step holds most at one of two
+    moments:
 
     - in the contrast, which is differentiated in the forward pass: the candidates' rows as `GATHERED_ROWS` says, the
       logits of the batch with all candidates, and what the tokens' loss has kept, which are the projected rows;
@@ -95,7 +95,7 @@ def gif_cost(
     """
     length = code_length(m, vocab_size)
     parameters = length * width * (vocab_size + width)
-    candidates = batch * (1 + recipe.siblings) if recipe.contrast_weight > 0 else 0
+    candidates = batch * (1 + recipe.siblings) + min(recipe.negatives, m) if recipe.contrast_weight > 0 else 0
     projected = batch * length * width
     of_embeddings = 2 * batch * width  # at unit length, and their gradient
     contrast = candidates * (GATHERED_ROWS * width + CONTRAST_LOGITS * batch) + projected + of_embeddings
@@ -104,7 +104,7 @@ def gif_cost(
     return HeadCost(
         parameters=FLOAT * parameters,
         momentum=FLOAT * parameters,
-        tables=m * (length + ORDER_BYTES),
+        tables=table_bytes(m, vocab_size, length),
         step=FLOAT * max(contrast if candidates else 0, backward),
         weights=parameters + candidates * width,
         batch=batch,

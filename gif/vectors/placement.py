@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -50,9 +50,7 @@ def choose_placement(
             raise InputError(f"the code vectors take {told}; give --placement host or file, or more processes")
         if placement == "device" or (placement == "auto" and fits):
             return Place("device", told)
-    with needs("psutil", "looking at the memory that is free"):
-        import psutil
-    free = psutil.virtual_memory().available
+    free = psutil_memory().available
     told = f"{_gib(table_bytes)} of {_gib(free)} that are free on the host"
     if placement == "file":
         return Place("file", told)
@@ -93,6 +91,13 @@ def _in_file(vectors: CodeVectors, working: Path, goes_on: bool) -> CodeVectors:
     first_decides(make)
     there = CodeVectors.load(working, mmap=True, writable=True)
     return DividedCodeVectors.of(there) if world_size() > 1 else there
+
+
+def psutil_memory() -> Any:
+    """What psutil says of the host's memory: total, available and more, in bytes."""
+    with needs("psutil", "looking at the memory that is free"):
+        import psutil
+    return psutil.virtual_memory()
 
 
 def _gib(count: float) -> str:

@@ -10,7 +10,7 @@ from gif import CodeVectors, GIFLoss, IdentityCodes
 from gif.data import IdentityImages
 from gif.errors import InputError
 from gif.files import is_mapped
-from gif.losses.gif_loss import WORKING
+from gif.resume import WORKING
 from gif.training import TrainingConfig, train
 from gif.vectors.divided import DividedCodeVectors
 from gif.vectors.placement import choose_placement, place_code_vectors
