@@ -152,6 +152,34 @@ class TestChoice:
         assert not (tmp_path / WORKING).exists()
 
 
+class TestCommand:
+    def test_a_file_gives_the_files_that_memory_does(self, gif, png, tmp_path):
+        for number in range(24):
+            folder = tmp_path / "data" / f"{number // 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number}.png").write_bytes(png(torch.randint(256, (3, 16, 16), dtype=torch.uint8)))
+        data = ("--data", str(tmp_path / "data"), "--held_out", "0")
+        gif("vectors", *data, "--width", "8", "--image_size", "16", "--output", str(tmp_path / "v.safetensors"))
+        code_options = ("--vocab_size", "4", "--output", str(tmp_path / "c.safetensors"))
+        gif("tokenize", "--vectors", str(tmp_path / "v.safetensors"), *code_options)
+        run = ["train", *data, "--codes", str(tmp_path / "c.safetensors"), "--vectors", str(tmp_path / "v.safetensors")]
+        run += ["--backbone.embedding_size", "8", "--backbone.image_size", "16", "--backbone.width", "4"]
+        run += ["--backbone.channels", "3", "--training.batch_size", "4", "--training.epochs", "2"]
+        run += ["--head.overrides", "{negatives: 4}", "--augmentation", "none"]
+        for placement in ("host", "file"):
+            output = tmp_path / placement
+            code, printed = gif(*run, "--placement", placement, "--output", str(output))
+            assert code == 0 and f"code vectors: {placement} (" in printed
+            assert not (output / WORKING).exists()
+        for name in ("vectors.safetensors", "head.safetensors", "backbone.safetensors"):
+            assert (tmp_path / "host" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
+
+    def test_plan_and_doctor_say_where(self, gif):
+        assert "code vectors in training: 61.0 GiB, on the host or" in gif("plan")[1]
+        assert "code vectors in training: 1.0 GiB, on the device" in gif("plan", "--identities", "1048576")[1]
+        assert "more in a file" in gif("doctor")[1]
+
+
 def divided(folder, dtype, *, file):
     if file:
         return in_a_file(folder, dtype)
