@@ -10,7 +10,9 @@ from gif_kernels.precision import compute_dtype
 from gif_kernels.rounding import stochastic_round
 
 
-def step_(table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float) -> Tensor:
+def step_(
+    table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float
+) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ()."""
     rows, step, stands = _summed(rows, gradient.to(compute_dtype(table, gradient)))
     before = table[rows]

@@ -9,7 +9,9 @@ from gif_kernels.precision import compute_dtype
 from gif_kernels.rounding import stochastic_round
 
 
-def step_(table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float) -> Tensor:
+def step_(
+    table: Tensor, rows: Tensor, gradient: Tensor, row_ids: Tensor | None, seed: int | Tensor, lr: float
+) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ()."""
     sums = torch.zeros(table.shape, dtype=compute_dtype(table, gradient), device=table.device)
     named = torch.zeros(len(table), dtype=torch.bool, device=table.device)

@@ -81,7 +81,9 @@ def test_rounding_is_that_of_blocked_to_the_bit_where_the_values_are(dtype):
         given, expected = (stepped(table, rows, gradient, impl, lr=1.0, seed=9)[0] for impl in ("triton", "blocked"))
         assert torch.equal(given, expected)
     nearest = F.normalize(-gradient, dim=1).to(dtype)
-    assert (given[rows] != nearest)[:, :filled].double().mean() >= 0.1  # by rounding up or down where it was not the nearest
+    assert (given[rows] != nearest)[
+        :, :filled
+    ].double().mean() >= 0.1  # by rounding up or down where it was not the nearest
 
 
 @pytest.mark.parametrize("seed", [0, -5, 2**40 + 3])

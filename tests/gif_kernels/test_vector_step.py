@@ -312,7 +312,9 @@ def test_no_value_is_read_on_an_accelerator(seed):
         rows, gradient = torch.empty(6, device="cuda", dtype=torch.int64), torch.empty(6, 8, device="cuda")
         given = torch.empty((), device="cuda", dtype=torch.int64) if seed == "tensor" else 3
         with Calls() as calls:
-            stayed = vector_step_(table, rows, gradient, lr=0.1, seed=given, row_ids=torch.empty(20, device="cuda").long())
+            stayed = vector_step_(
+                table, rows, gradient, lr=0.1, seed=given, row_ids=torch.empty(20, device="cuda").long()
+            )
         assert "gif_kernels.vector_step_.default" in calls.names
         assert (stayed.device.type, stayed.dtype, stayed.shape) == ("cuda", torch.int64, ())
         with pytest.raises(DataDependentOutputException):
