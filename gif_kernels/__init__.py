@@ -1,4 +1,20 @@
-"""Kernels for training recognition models with millions of identities: tensors in, tensors out."""
+"""Kernels for training recognition models with millions of identities: tensors in, tensors out.
+
+The ops are imported from here. Packages that build on them may also use what `__all__` names in these modules:
+
+    errors                      InputError, for what the person who called can mend
+    checks                      checks of arguments, whose messages say what to do
+    sphere                      rows on the unit sphere
+    reduction                   a loss a row to a mean or a sum
+    precision                   which dtype, and products in it
+    rounding                    stochastic rounding
+    autograd                    a loss whose gradient is already known
+    dispatch                    which implementation of an op runs, and why
+    gaussian_potential.blocked  the size of its tiles, for planning memory and time
+    device.tuning               tile sizes of the Triton kernels, for measuring them
+
+Everything else is this package's own and may change.
+"""
 
 from gif_kernels.code_contrast.op import code_contrast_loss
 from gif_kernels.code_regression.op import CodeRegression, code_regression_loss

@@ -48,7 +48,7 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Target:
-    """What is compiled for, and what it offers."""
+    """An architecture to compile for, and what it offers a program."""
 
     triton: GPUTarget
     shared: int
@@ -86,7 +86,7 @@ The results are right, with a few loads and stores more.
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a configuration became on a target; zeros where it does not compile."""
+    """What a configuration needs on a target, read from the compiled kernel; zeros where it does not compile."""
 
     architecture: str
     kernel: str

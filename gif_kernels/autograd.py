@@ -17,7 +17,7 @@ __all__ = ["with_row_gradients"]
 
 
 Gradients = dict[str, Tensor | None]
-"""What a backward pass gives: gradients by the names of the forward pass's arguments; those not named have none."""
+"""Gradients by the names of the forward pass's arguments; an argument that is not named gets none."""
 
 
 def backward_of(forward: Callable[..., Any]) -> Callable[[Callable[..., Gradients]], Callable[..., Any]]:

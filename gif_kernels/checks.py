@@ -17,6 +17,24 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
 
+__all__ = [
+    "FLOATING",
+    "INTEGER",
+    "angular_margin",
+    "choice",
+    "finite",
+    "floating",
+    "integer",
+    "is_traced",
+    "labels",
+    "looks_at_values",
+    "positive",
+    "refuse_not_finite",
+    "require",
+    "same_device",
+    "seen_not_finite",
+]
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -106,6 +124,13 @@ def integer(
         ignored = given < 0
         require((ignored == ignored[..., :1]).all(), f"a row of {name} must be -1 in every entry or in none; {hint}")
     return given
+
+
+def labels(name: str, tensor: object, batch: int, *, high: int, hint: str = "", asserted: bool = True) -> Tensor:
+    """``tensor`` (batch,) as int64 labels in [-1, high), of which -1 ignores its row; raises as `integer` does."""
+    ignores = "-1 ignores a row"
+    hint = f"{ignores}; {hint}" if hint else ignores
+    return integer(name, tensor, (batch,), low=-1, high=high, hint=hint, asserted=asserted)
 
 
 def require(condition: Tensor, message: str) -> None:

@@ -15,6 +15,22 @@ import torch
 from gif_kernels import checks
 from gif_kernels.errors import InputError
 
+__all__ = [
+    "IMPLS",
+    "INTERPRETING",
+    "TRITON_INSTALLED",
+    "Impl",
+    "choose",
+    "full_precision",
+    "implementation",
+    "ops",
+    "register",
+    "resolve",
+    "select",
+    "triton_packages",
+    "triton_unavailable",
+]
+
 Impl = Literal["auto", "triton", "blocked", "reference"]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "blocked", "reference")
 

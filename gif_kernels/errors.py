@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["InputError"]
+
 
 class InputError(ValueError):
     """An argument, setting or file is not what was wanted: the message says what was given, wanted, and what to do.

@@ -31,7 +31,7 @@ class Agreement:
     torch_rms: float
     torch_max: float
     noise: float
-    """What rounding alone may leave."""
+    """The error that rounding alone may leave."""
 
     @property
     def ok(self) -> bool:

@@ -8,6 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = [
+    "PREFERS_ONEDNN",
+    "add_products",
+    "compute_dtype",
+    "float32_precision",
+    "gradient_dtype",
+    "in_range",
+    "operand_dtype",
+    "product",
+    "rounded",
+    "shared_dtype",
+    "tf32_allowed",
+]
+
 _NATIVE_ON_CPU = frozenset(
     dtype
     for dtype, supported in {
@@ -36,13 +50,13 @@ MKL keeps to AVX2 on AMD's processors, oneDNN uses their AVX-512. Both come with
 """
 
 _ONEDNN_MULTIPLICATIONS = 1 << 21
-"""Below that what oneDNN does around a product outweighs what it saves."""
+"""Multiplications of a product below which what oneDNN does around it outweighs what it saves."""
 
 _LARGEST_EXPONENT = 126
-"""Of a power of two that is a float32, as is its inverse."""
+"""The largest exponent of a power of two that is a float32 and whose inverse is one too."""
 
 _ONEDNN_WIDTH = 256
-"""A transposed left operand is copied first: worth it before a right one this wide."""
+"""Columns of the right operand from which oneDNN is worth a copy of a left one that is transposed."""
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""From a loss a row to what the caller asked for."""
+"""The reduction of a loss a row to what the caller asked for: their mean, their sum, or none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+__all__ = ["REDUCTIONS", "Reduction", "reduce_rows", "row_weights"]
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -24,6 +26,6 @@ def reduce_rows(losses: Tensor, counted: Tensor, reduction: Reduction) -> Tensor
 
 
 def row_weights(counted: Tensor, reduction: Reduction, dtype: torch.dtype) -> Tensor:
-    """What each row weighs in the reduced loss, (B,): `reduce_rows` is the sum of the losses times these."""
+    """The weight of each row in the reduced loss, (B,): `reduce_rows` is the sum of the losses times these."""
     weights = counted.to(dtype)
     return weights / weights.sum().clamp(min=1) if reduction == "mean" else weights

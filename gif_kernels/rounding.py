@@ -7,8 +7,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+__all__ = ["SIGNIFICAND_BITS", "stochastic_round", "uniform"]
+
 SIGNIFICAND_BITS = {torch.bfloat16: 8, torch.float16: 11}
-"""Of the dtypes that are rounded to; the implicit one counted."""
+"""Bits of the significand of the dtypes that are rounded to, the implicit one counted."""
 _LOWEST_EXPONENT = {torch.bfloat16: -125, torch.float16: -13}  # frexp's, of the smallest normal number
 MASK = 0xFFFFFFFF
 """The bits of a seed that count."""
@@ -45,7 +47,7 @@ def uniform(rows: Tensor, columns: Tensor, seed: int | Tensor) -> Tensor:
 
 
 def mixed_seed(seed: int) -> int:
-    """What a seed adds to the hash, of 32 bits; it follows from the seed's lowest 32."""
+    """The 32 bits by which a seed changes the hash of a row; they follow from its lowest 32."""
     return _mix(seed & MASK)
 
 

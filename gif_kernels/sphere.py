@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["inverse_norm", "tangent", "unit"]
+
 
 def inverse_norm(rows: Tensor) -> Tensor:
     """1 / ||row|| over the last dimension, kept; 0 for a row of zeros, which has no direction. Not for autograd."""

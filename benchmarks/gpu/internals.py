@@ -21,7 +21,7 @@ SHARED_H100 = 227 << 10
 
 
 def clear_caches() -> None:
-    """Forget what kernels remember of tiles."""
+    """Forget the constants that launches remember, which were made from tiles."""
     for name, module in list(sys.modules.items()):
         if name.startswith("gif_kernels"):
             for found in vars(module).values():
@@ -31,7 +31,7 @@ def clear_caches() -> None:
 
 @contextmanager
 def fresh_caches(*patches: Any) -> Iterator[None]:
-    """The patches, and nothing remembered from before them or after."""
+    """Apply the patches; nothing that a launch remembers comes in from before, or stays after."""
     with ExitStack() as stack:
         for found in patches:
             stack.enter_context(found)
@@ -55,19 +55,19 @@ def with_tile(kernel: str, operand: int, tile: Tile, device: str) -> Iterator[No
 
 
 def architecture_name(device: str) -> str:
-    """As the tables name it."""
+    """The name of a device's architecture, as the tables of tiles write it."""
     return architecture(torch.device(device))
 
 
 def shared_memory() -> int:
-    """Bytes that a program may use; of an H100 where there is no card."""
+    """Bytes of shared memory that a program may use on this card, or on an H100 where there is none."""
     if not torch.cuda.is_available():
         return SHARED_H100
     return int(torch.cuda.get_device_properties().shared_memory_per_block_optin)
 
 
 def shipped_tile(kernel: str, operand: int, device: str) -> Tile:
-    """The tile of this device."""
+    """The tile that this device takes of ``kernel`` for operands of so many bytes."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[operand]
     return tuning.tile(kernel, dtype, architecture(torch.device(device)))
 
@@ -80,12 +80,12 @@ def shipped_tiles(kernel: str, operand: int, device: str) -> list[tuple[Tile, bo
 
 
 def tile_sizes(tile: Tile) -> dict[str, int]:
-    """All but where they come from."""
+    """The sizes of a tile, without how they were chosen."""
     return {name: value for name, value in vars(tile).items() if name != "source"}
 
 
 def tile_name(tile: Tile) -> str:
-    """As the tables write it."""
+    """A tile as the tables of results write it."""
     return ", ".join(f"{name}={value}" for name, value in tile_sizes(tile).items())
 
 

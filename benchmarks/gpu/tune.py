@@ -41,7 +41,7 @@ from gif_kernels import (
     nearest_centroid,
     token_margin_loss,
 )
-from gif_kernels.device.tuning import FEWEST_ROWS, MAX_VOCAB, TILES, Tile
+from gif_kernels.device.tuning import MAX_VOCAB, SMALLEST_BLOCK, TILES, Tile
 
 COMPILING = 0.5
 """Share of the time for the first part."""
@@ -161,7 +161,7 @@ def candidates(run: Run, task: Task) -> list[Tile]:
 
 
 def _around(size: int) -> list[int]:
-    return [x for x in (size // 2, size, 2 * size) if FEWEST_ROWS <= x <= MAX_VOCAB]
+    return [x for x in (size // 2, size, 2 * size) if SMALLEST_BLOCK <= x <= MAX_VOCAB]
 
 
 def _holds(rows: int, columns: int, width: int, stages: int, warps: int, operand: int) -> bool:

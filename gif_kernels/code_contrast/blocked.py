@@ -24,7 +24,7 @@ def code_contrast(
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads."""
+    """The tensors that the backward pass reads."""
 
     embeddings: Tensor
     vectors: Tensor

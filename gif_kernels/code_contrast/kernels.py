@@ -10,14 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.device.margins import margin_arguments, margin_value_and_slope
 from gif_kernels.device.primitives import block_size, empty_like_if
-from gif_kernels.device.reduction import incoming_stride, reduced, reduced_like
-from gif_kernels.device.rows import ONE_WARP, inverse_norms, row_gradients
-from gif_kernels.dispatch import full_precision
-from gif_kernels.margins import AngularMargin
+from gif_kernels.device.reduction import incoming_stride, reduced
+from gif_kernels.device.rows import inverse_norms, row_gradients, warps
 from gif_kernels.precision import gradient_dtype, product
 
 AT_ONCE = 4096
@@ -114,16 +111,8 @@ def _other_logits(
     return tl.where(m_other, b_logit, -float("inf")), b_inverse
 
 
-def code_contrast(
-    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor | None, options: CodeContrastOptions
-) -> Tensor:
-    """The reduced loss; arguments as of the specification."""
-    loss: Tensor = _CodeContrast.apply(embeddings, vectors, targets, competes, options)
-    return loss
-
-
-class _Saved(NamedTuple):
-    """What the backward pass reads."""
+class Saved(NamedTuple):
+    """The tensors that the backward pass reads."""
 
     embeddings: Tensor
     vectors: Tensor
@@ -137,51 +126,7 @@ class _Saved(NamedTuple):
     """1 / ||h||, (C,)"""
 
 
-class _CodeContrast(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        vectors: Tensor,
-        targets: Tensor,
-        competes: Tensor | None,
-        options: CodeContrastOptions,
-    ) -> Tensor:
-        save = any(ctx.needs_input_grad)
-        forward = _forward_in_graph if torch.compiler.is_compiling() else _forward
-        loss, share, weights, row_inverse, vector_inverse = forward(
-            embeddings, vectors, targets, competes, options, save
-        )
-        if save:
-            saved = _Saved(
-                embeddings=embeddings,
-                vectors=vectors,
-                share=share,
-                weights=weights,
-                row_inverse=row_inverse,
-                vector_inverse=vector_inverse,
-            )
-            ctx.scale, ctx.operand = options.scale, options.operand
-            ctx.save_for_backward(*saved)
-        return loss
-
-    @staticmethod
-    @backward_of(forward)
-    def backward(ctx: Any, incoming: Tensor) -> Gradients:
-        saved = _Saved(*ctx.saved_tensors)
-        need_embeddings, need_vectors = ctx.needs_input_grad[:2]
-        backward = _backward_in_graph if torch.compiler.is_compiling() else _backward
-        with full_precision(incoming.device):
-            of_embeddings, of_vectors = backward(
-                saved, incoming, ctx.scale, ctx.operand, need_embeddings=need_embeddings, need_vectors=need_vectors
-            )
-        return {
-            "embeddings": of_embeddings if need_embeddings else None,
-            "vectors": of_vectors if need_vectors else None,
-        }
-
-
-def _forward(
+def forward(
     embeddings: Tensor,
     vectors: Tensor,
     targets: Tensor,
@@ -189,9 +134,9 @@ def _forward(
     options: CodeContrastOptions,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and the last four of `_Saved`, of which all but the share are empty unless ``save``."""
+    """The loss, and the last four of `Saved`, of which all but the share are empty unless ``save``."""
     operand = options.operand
-    losses, weights = _memory(embeddings, vectors, operand, save)
+    losses, weights = memory(embeddings, vectors, operand, save)
     targets = targets.contiguous()
     row_inverse, vector_inverse = inverse_norms(embeddings, operand), inverse_norms(vectors, operand)
     if len(embeddings):
@@ -220,7 +165,7 @@ def _forward(
     return loss, share, weights, row_inverse, vector_inverse
 
 
-def _memory(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
+def memory(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
     """Memory for the losses (B,), and, empty unless ``save``, for the weights (B, C)."""
     batch, count = len(embeddings), len(vectors)
     losses = torch.empty(batch, dtype=torch.float32, device=embeddings.device)
@@ -230,13 +175,13 @@ def _memory(embeddings: Tensor, vectors: Tensor, operand: torch.dtype, save: boo
 
 @functools.cache
 def softmax_constants(count: int) -> dict[str, Any]:
-    """What `code_contrast_softmax` compiles with, but for the margin, MASKED and SAVE."""
+    """The constants that `code_contrast_softmax` compiles with, but for the margin's, MASKED and SAVE."""
     block = block_size(count, AT_ONCE)
-    return {"BLOCK_N": block, "num_warps": max(1, min(MOST_WARPS, block // ONE_WARP))}
+    return {"BLOCK_N": block, "num_warps": warps(block, MOST_WARPS)}
 
 
-def _backward(
-    saved: _Saved,
+def backward(
+    saved: Saved,
     incoming: Tensor,
     scale: float,
     operand: torch.dtype,
@@ -258,111 +203,3 @@ def _backward(
         numerators = product(weights.T, rows, operand)
         of_vectors = row_gradients(vectors, saved.vector_inverse, numerators, incoming, share, scale)
     return of_embeddings, of_vectors
-
-
-# Under torch.compile both passes are operators of their own, which take the options one by one. The arguments on which
-# the outputs' shapes depend come first.
-
-
-def _forward_in_graph(
-    embeddings: Tensor,
-    vectors: Tensor,
-    targets: Tensor,
-    competes: Tensor | None,
-    options: CodeContrastOptions,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_forward` as one node of a compiled graph."""
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = torch.ops.gif_kernels.code_contrast_forward(
-        embeddings=embeddings,
-        vectors=vectors,
-        reduction=options.reduction,
-        operand=options.operand,
-        save=save,
-        targets=targets,
-        competes=competes,
-        m1=options.margin.m1,
-        m2=options.margin.m2,
-        m3=options.margin.m3,
-        gradient=options.margin.gradient,
-        scale=options.scale,
-    )
-    return found
-
-
-@torch.library.custom_op("gif_kernels::code_contrast_forward", mutates_args=())
-def _forward_op(
-    embeddings: Tensor,
-    vectors: Tensor,
-    reduction: str,
-    operand: torch.dtype,
-    save: bool,
-    targets: Tensor,
-    competes: Tensor | None,
-    m1: float,
-    m2: float,
-    m3: float,
-    gradient: str,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    margin = AngularMargin(m1=m1, m2=m2, m3=m3, gradient=gradient)  # type: ignore[arg-type]
-    options = CodeContrastOptions(margin=margin, scale=scale, reduction=reduction, operand=operand)  # type: ignore[arg-type]
-    return _forward(embeddings, vectors, targets, competes, options, save)
-
-
-@_forward_op.register_fake
-def _(
-    embeddings: Tensor, vectors: Tensor, reduction: str, operand: torch.dtype, save: bool, *_: Any
-) -> tuple[Tensor, ...]:
-    losses, weights = _memory(embeddings, vectors, operand, save)
-    batch, count = (len(embeddings), len(vectors)) if save else (0, 0)
-    return *reduced_like(losses, reduction), weights, losses.new_empty(batch), losses.new_empty(count)
-
-
-def _backward_in_graph(
-    saved: _Saved,
-    incoming: Tensor,
-    scale: float,
-    operand: torch.dtype,
-    *,
-    need_embeddings: bool,
-    need_vectors: bool,
-) -> tuple[Tensor, Tensor]:
-    """`_backward` as one node of a compiled graph."""
-    found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.code_contrast_backward(
-        embeddings=saved.embeddings,
-        vectors=saved.vectors,
-        need_embeddings=need_embeddings,
-        need_vectors=need_vectors,
-        share=saved.share,
-        weights=saved.weights,
-        row_inverse=saved.row_inverse,
-        vector_inverse=saved.vector_inverse,
-        incoming=incoming,
-        scale=scale,
-        operand=operand,
-    )
-    return found
-
-
-@torch.library.custom_op("gif_kernels::code_contrast_backward", mutates_args=())
-def _backward_op(
-    embeddings: Tensor,
-    vectors: Tensor,
-    need_embeddings: bool,
-    need_vectors: bool,
-    share: Tensor,
-    weights: Tensor,
-    row_inverse: Tensor,
-    vector_inverse: Tensor,
-    incoming: Tensor,
-    scale: float,
-    operand: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    saved = _Saved(embeddings, vectors, share, weights, row_inverse, vector_inverse)
-    return _backward(saved, incoming, scale, operand, need_embeddings=need_embeddings, need_vectors=need_vectors)
-
-
-@_backward_op.register_fake
-def _(embeddings: Tensor, vectors: Tensor, need_embeddings: bool, need_vectors: bool, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_if(need_embeddings, embeddings), empty_like_if(need_vectors, vectors)

@@ -18,7 +18,7 @@ dispatch.register(
     OP,
     reference=reference.code_contrast,
     blocked=blocked.code_contrast,
-    triton="gif_kernels.code_contrast.kernels:code_contrast",
+    triton="gif_kernels.code_contrast.function:code_contrast",
 )
 
 
@@ -67,9 +67,9 @@ def code_contrast_loss(
     count = len(vectors)
     name = dispatch.resolve(OP, impl, embeddings.device, compute_dtype(embeddings, vectors))
     asserted = name != "triton"
-    high, hint = count, "-1 ignores a row; give candidates where rows of vectors are not numbered from 0"
+    high, hint = count, "give candidates where rows of vectors are not numbered from 0"
     if candidates is not None:
-        high, hint = torch.iinfo(torch.int64).max, "-1 ignores a row"
+        high, hint = torch.iinfo(torch.int64).max, ""
         candidates = checks.integer(
             "candidates",
             candidates,
@@ -79,7 +79,7 @@ def code_contrast_loss(
             hint="name the identity of each row",
             asserted=asserted,
         )
-    labels = checks.integer("labels", labels, (batch,), low=-1, high=high, hint=hint, asserted=asserted)
+    labels = checks.labels("labels", labels, batch, high=high, hint=hint, asserted=asserted)
     checks.angular_margin(margin)
     checks.positive("scale", scale)
     checks.choice("reduction", reduction, REDUCTIONS)

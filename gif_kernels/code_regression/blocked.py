@@ -33,7 +33,10 @@ class Pull:
 
     @staticmethod
     def of(z: Tensor, z_inverse: Tensor, targets: Tensor, target_rows: Tensor | None, weight: Tensor) -> Pull:
-        """For rows z (B, d) in the computation's dtype, 1 / ||z|| (B, 1) and weights (B,); row -1 does not pull."""
+        """The pull of rows z (B, d), in the computation's dtype, with 1 / ||z|| (B, 1) and weights (B,).
+
+        A row whose target row is -1 is not pulled.
+        """
         h = _gather(targets, target_rows).to(z.dtype)
         h_inverse = inverse_norm(h)
         cosine = torch.linalg.vecdot(z, h).unsqueeze(1) * z_inverse * h_inverse
@@ -61,7 +64,7 @@ def code_regression(embeddings: Tensor, targets: Tensor, target_rows: Tensor | N
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads; the last three are of `Pull`."""
+    """The tensors that the backward pass reads; the last three are those of `Pull`."""
 
     embeddings: Tensor
     targets: Tensor

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.autograd import Gradients, backward_of
 from gif_kernels.device.gathers import gathered_index, load_gathered
 from gif_kernels.device.primitives import block_size, empty_like_if, inside, inverse_norm, load_block
-from gif_kernels.device.reduction import incoming_stride, reduced, reduced_like, row_factor
+from gif_kernels.device.reduction import incoming_stride, reduced, row_factor
 from gif_kernels.device.tuning import architecture, tile
-from gif_kernels.reduction import Reduction
 
 
 @triton.jit
@@ -134,90 +132,7 @@ def code_regression_backward(
         tl.store(p_targets_gradient + i_start * WIDTH + o_out, b_gradient, mask=m_out)
 
 
-def code_regression(
-    embeddings: Tensor,
-    targets: Tensor,
-    target_rows: Tensor | None,
-    reduction: Reduction,
-    counted: Tensor | None = None,
-) -> Tensor:
-    """The reduced loss; arguments as of the specification.
-
-    ``counted`` (B,) integer, any stride, says by values >= 0 which rows count, where ``target_rows`` do not.
-    """
-    counted = target_rows if counted is None else counted
-    loss: Tensor = _CodeRegression.apply(embeddings, targets, target_rows, counted, reduction)
-    return loss
-
-
-class _Saved(NamedTuple):
-    """What the backward pass reads."""
-
-    embeddings: Tensor
-    targets: Tensor
-    target_rows: Tensor | None
-    share: Tensor
-    """See `reduced`."""
-    norms_and_distance: Tensor
-    """1 / ||z||, 1 / ||h||, cosine - 1, (B, 3)"""
-
-
-class _CodeRegression(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        targets: Tensor,
-        target_rows: Tensor | None,
-        counted: Tensor | None,
-        reduction: Reduction,
-    ) -> Tensor:
-        save = any(ctx.needs_input_grad)
-        compiling = torch.compiler.is_compiling()
-        forward = torch.ops.gif_kernels.code_regression_forward if compiling else _forward
-        loss, share, norms_and_distance = forward(
-            embeddings=embeddings,
-            targets=targets,
-            target_rows=target_rows,
-            counted=counted,
-            reduction=reduction,
-            save=save,
-        )
-        if save:
-            saved = _Saved(
-                embeddings=embeddings,
-                targets=targets,
-                target_rows=target_rows,
-                share=share,
-                norms_and_distance=norms_and_distance,
-            )
-            ctx.save_for_backward(*saved)
-        return loss
-
-    @staticmethod
-    @backward_of(forward)
-    def backward(ctx: Any, incoming: Tensor) -> Gradients:
-        saved = _Saved(*ctx.saved_tensors)
-        need_embeddings, need_targets = ctx.needs_input_grad[:2]
-        compiling = torch.compiler.is_compiling()
-        backward = torch.ops.gif_kernels.code_regression_backward if compiling else _backward
-        embeddings_gradient, targets_gradient = backward(
-            embeddings=saved.embeddings,
-            targets=saved.targets,
-            target_rows=saved.target_rows,
-            share=saved.share,
-            norms_and_distance=saved.norms_and_distance,
-            incoming=incoming,
-            need_embeddings=need_embeddings,
-            need_targets=need_targets,
-        )
-        return {
-            "embeddings": embeddings_gradient if need_embeddings else None,
-            "targets": targets_gradient if need_targets else None,
-        }
-
-
-def _forward(
+def forward(
     embeddings: Tensor,
     targets: Tensor,
     target_rows: Tensor | None,
@@ -226,7 +141,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and share of a row (see `reduced`); then, empty unless ``save``, the norms and the distance (B, 3)."""
-    losses, norms_and_distance = _memory(embeddings, save)
+    losses, norms_and_distance = memory(embeddings, save)
     batch, width = embeddings.shape
     constants = regression_constants(width, architecture(embeddings.device))
     target_rows = None if target_rows is None else target_rows.contiguous()
@@ -249,14 +164,14 @@ def _forward(
     return *reduced(losses, counted, reduction), norms_and_distance
 
 
-def _memory(embeddings: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+def memory(embeddings: Tensor, save: bool) -> tuple[Tensor, Tensor]:
     """Memory for the losses (B,), and, empty unless ``save``, for the norms and the distance (B, 3)."""
     batch, device = len(embeddings), embeddings.device
     losses = torch.empty(batch, dtype=torch.float32, device=device)
     return losses, torch.empty((batch if save else 0, 3), dtype=torch.float32, device=device)
 
 
-def _backward(
+def backward(
     embeddings: Tensor,
     targets: Tensor,
     target_rows: Tensor | None,
@@ -297,7 +212,7 @@ def _backward(
 
 @functools.cache
 def regression_constants(width: int, architecture: str) -> dict[str, Any]:
-    """What both kernels compile with, but for their switches."""
+    """The constants that both kernels compile with, but for their switches."""
     limits = tile("code_regression", torch.float32, architecture)
     return {
         "WIDTH": width,
@@ -306,34 +221,3 @@ def regression_constants(width: int, architecture: str) -> dict[str, Any]:
         "num_warps": limits.warps,
         "num_stages": limits.stages,
     }
-
-
-_forward_op = torch.library.custom_op("gif_kernels::code_regression_forward", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("gif_kernels::code_regression_backward", _backward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(
-    embeddings: Tensor,
-    targets: Tensor,
-    target_rows: Tensor | None,
-    counted: Tensor | None,
-    reduction: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    losses, norms_and_distance = _memory(embeddings, save)
-    return *reduced_like(losses, reduction), norms_and_distance
-
-
-@_backward_op.register_fake
-def _(
-    embeddings: Tensor,
-    targets: Tensor,
-    target_rows: Tensor | None,
-    share: Tensor,
-    norms_and_distance: Tensor,
-    incoming: Tensor,
-    need_embeddings: bool,
-    need_targets: bool,
-) -> tuple[Tensor, Tensor]:
-    return empty_like_if(need_embeddings, embeddings), empty_like_if(need_targets, targets)

@@ -18,7 +18,7 @@ dispatch.register(
     OP,
     reference=reference.code_regression,
     blocked=blocked.code_regression,
-    triton="gif_kernels.code_regression.kernels:code_regression",
+    triton="gif_kernels.code_regression.function:code_regression",
 )
 
 
@@ -87,8 +87,7 @@ def check_targets(embeddings: Tensor, targets: Tensor, rows: Tensor | None, *, a
         checks.floating("targets", targets, (batch, width), finite=False)
     else:
         checks.floating("targets", targets, ("m" if batch else "B", width), finite=False)  # an empty batch reads none
-        hint = "-1 ignores a row"
-        rows = checks.integer("rows", rows, (batch,), low=-1, high=len(targets), hint=hint, asserted=asserted)
+        rows = checks.labels("rows", rows, batch, high=len(targets), asserted=asserted)
         if targets.requires_grad:
             raise InputError("targets are constants where rows are given; detach them, or give targets[rows]")
     checks.same_device(embeddings=embeddings, targets=targets, rows=rows)

@@ -13,7 +13,7 @@ from gif_kernels.device.shipped import Configuration
 
 
 def configurations(architecture: str) -> Iterator[Configuration]:
-    """For ``architecture``: two dtypes, both gradients, three chunks of the width."""
+    """Inputs of two dtypes, both gradients and three chunks of the width, for ``architecture``."""
     width, label = 768, "768 bfloat16 and float32"
     constants = regression_constants(width, architecture)
     inputs = {

@@ -277,7 +277,7 @@ def center_gradient(
 
 
 class Cosines(NamedTuple):
-    """What a loss over cosines leaves for its backward pass."""
+    """The tensors that a loss over cosines leaves for its backward pass."""
 
     rows: Tensor
     """x, (B, T, d')"""
@@ -379,7 +379,7 @@ def slopes_stride(columns: int) -> int:
 def backward_constants(
     operand: torch.dtype, tokens: int, columns: int, width: int, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    """What `cosine_backward` compiles with, but for MEAN, PULLED and HAS_TARGET_ROWS."""
+    """The constants that `cosine_backward` compiles with, but for MEAN, PULLED and HAS_TARGET_ROWS."""
     tf32 = tf32 or operand == torch.float16  # which has as many digits as TF32, but not its range
     operand = gradient_dtype(operand)
     limits = tile("cosine_backward", operand, architecture)

@@ -7,14 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gif_kernels.device.tuning import SMALLEST_BLOCK
+
 SMALLEST_SQUARE = tl.constexpr(1.1754944e-38)
 """The smallest normal float32: a sum of squares below it counts as 0, since hardware may flush it to 0 anyway."""
 
 TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """What Triton calls the dtype of an operand; `gif_kernels.precision` says which one it is."""
-
-SMALLEST_BLOCK = 16
-"""The fewest rows or columns that Triton multiplies as a block."""
 
 
 @triton.jit

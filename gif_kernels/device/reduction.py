@@ -1,4 +1,4 @@
-"""From a loss a row to what the caller asked for, in one launch, and the factor of each row on the way back."""
+"""The reduction in one launch of a loss a row to a mean or a sum, and the factor of each row in the backward pass."""
 
 from __future__ import annotations
 

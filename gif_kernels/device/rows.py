@@ -152,5 +152,9 @@ def row_gradients(
 def row_constants(width: int, column_stride: int) -> dict[str, Any]:
     """The constants of kernels that take a row a program: sizes, strides, and more warps for a wider row."""
     block = triton.next_power_of_2(width)
-    warps = max(1, min(MOST_WARPS, block // ONE_WARP))
-    return {"WIDTH": width, "COLUMN_STRIDE": column_stride, "BLOCK_D": block, "num_warps": warps}
+    return {"WIDTH": width, "COLUMN_STRIDE": column_stride, "BLOCK_D": block, "num_warps": warps(block, MOST_WARPS)}
+
+
+def warps(block: int, most: int) -> int:
+    """How many warps hold a block of so many numbers."""
+    return max(1, min(most, block // ONE_WARP))

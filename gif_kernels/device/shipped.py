@@ -1,6 +1,6 @@
-"""What is compiled ahead of time: how an op says it, and the kernels of this folder that several ops launch.
+"""Configurations that are compiled ahead of time: how one is written, and those of the kernels in this folder.
 
-Each op's own rows stand in its `shipped.py`, as `configurations`; `gif_kernels.aot` compiles all of them.
+Each op lists its own in its `shipped.py`, as `configurations`; `gif_kernels.aot` compiles all of them.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ class Configuration:
 
 
 def dtype_names(*dtypes: torch.dtype) -> str:
-    """Each once, as labels write them: "bfloat16 and float32"."""
+    """The names of the dtypes, each once, as labels write them: "bfloat16 and float32"."""
     return " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def matrix_units(constants: dict[str, Any]) -> MatrixUnits:
-    """16-bit operands use matrix units; the widest take 64 rows, and wide columns leave no room for so many."""
+    """The matrix units that products with these constants must use.
+
+    Those of 16-bit operands use some; the widest take 64 rows, and wide columns leave no room for so many.
+    """
     if constants["OPERAND"] == tl.float32:
         return "none"
     return "widest" if constants["BLOCK_B"] >= WIDEST_ROWS else "any"

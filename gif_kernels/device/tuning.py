@@ -13,6 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+__all__ = [
+    "FUSED_POTENTIAL",
+    "MAX_VOCAB",
+    "SMALLEST_BLOCK",
+    "TILES",
+    "Tile",
+    "architecture",
+    "fused_potential_tile",
+    "multiprocessors",
+    "tile",
+]
+
 H100 = "measured, NVIDIA H100 80GB HBM3, 2026-11-26"
 INTERPRETED = "sm_80"
 """The architecture whose tiles a CPU interprets."""
@@ -24,15 +36,17 @@ SHARES_TILES_OF = {
     "sm_103": "sm_100",
     "sm_120": "sm_86",
 }
-"""Whose row of `TILES` an architecture takes that has none of its own, and so on from there."""
+"""The architecture whose row of `TILES` another one takes where it has none of its own, and so on from there."""
 LAST = ("sm_80", "gfx942")
-"""Those that have a row for every kernel and size."""
+"""The architectures that have a row for every kernel and size, at which the search for one ends."""
 SMALLEST_NVIDIA, SMALLEST_AMD = "sm_86", "gfx942"
-"""Whose row an architecture takes that is not named above: the one with the least shared memory of its vendor."""
-FEWEST_ROWS = 16
+"""Whose row an architecture takes that is not named above: that of its vendor's with the least shared memory."""
+SMALLEST_BLOCK = 16
+"""Rows or columns of the smallest block that Triton multiplies."""
 FEWEST_WARPS = 4
+"""Warps of a program, however small its block is."""
 MAX_VOCAB = 256
-"""Centres a token that the token-margin kernels hold at once."""
+"""The most centres a token for which there are token-margin kernels, which hold all of them at once."""
 WIDE_VOCAB = 128
 """Centres a token beyond which those kernels have a tile of their own: fewer rows, or the epilogue spills."""
 WIDEST_ROWS = 64
@@ -41,7 +55,7 @@ WIDEST_ROWS = 64
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program holds at a time, rows x columns, and how many warps and pipeline stages work on it.
+    """The block of rows x columns that one program holds at a time, and the warps and pipeline stages that work on it.
 
     ``width`` is how much of d it takes in one step.
     """
@@ -56,7 +70,7 @@ class Tile:
 
     def rows_beside(self, columns: int) -> int:
         """Rows of a program that holds ``columns``: fewer where the columns are more than the tile's."""
-        return max(FEWEST_ROWS, self.rows * self.columns // max(columns, self.columns))
+        return max(SMALLEST_BLOCK, self.rows * self.columns // max(columns, self.columns))
 
     def launch(self, columns: int) -> dict[str, int]:
         """Triton's launch options for a program that holds ``columns``: warps as the block is small or large."""

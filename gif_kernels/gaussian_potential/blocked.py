@@ -11,6 +11,8 @@ from gif_kernels.gaussian_potential.options import GaussianPotentialOptions
 from gif_kernels.precision import compute_dtype, product
 from gif_kernels.sphere import inverse_norm, tangent
 
+__all__ = ["TILE"]
+
 TILE = 768
 """Rows of a tile: 2.25 MiB of float32 pairs, in the last-level cache; workspace never grows with m."""
 

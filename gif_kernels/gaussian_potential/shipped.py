@@ -20,7 +20,7 @@ from gif_kernels.precision import float32_precision
 
 
 def configurations(architecture: str) -> Iterator[Configuration]:
-    """For ``architecture``: every fused tile at the largest width, and the products in blocks."""
+    """Every fused tile of ``architecture`` at its largest width, and the products in blocks."""
     sizes = dict.fromkeys(["rows", "columns", "offset", "split_columns", "splits", "vectors_stride"], "i32")
     common = {
         **sizes,

@@ -111,7 +111,7 @@ def max_cosine(vectors: Tensor, others: Tensor | None) -> tuple[Tensor, Tensor]:
 def search_constants(
     operand: torch.dtype, width: int, among_themselves: bool, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    """What the kernel compiles with."""
+    """The constants that the kernel compiles with."""
     limits = tile("max_cosine", operand, architecture)
     return {
         "WIDTH": width,

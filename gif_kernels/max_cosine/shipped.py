@@ -11,7 +11,7 @@ from gif_kernels.max_cosine.kernels import max_cosine_search, search_constants
 
 
 def configurations(architecture: str) -> Iterator[Configuration]:
-    """For ``architecture``: matrix units and exact products."""
+    """Products in matrix units and exact ones, for ``architecture``."""
     common = {
         **dict.fromkeys(["p_vectors_inverse", "p_others_inverse", "p_cosine"], "*fp32"),
         "p_index": "*i32",

@@ -103,7 +103,7 @@ def nearest_centroid(vectors: Tensor, centroids: Tensor, offsets: Tensor) -> tup
 
 @functools.cache
 def search_constants(operand: torch.dtype, count: int, width: int, tf32: bool, architecture: str) -> dict[str, Any]:
-    """What the kernel compiles with."""
+    """The constants that the kernel compiles with."""
     limits = tile("nearest_centroid", operand, architecture)
     columns = block_size(count, limits.columns)
     return {

@@ -13,7 +13,7 @@ from gif_kernels.precision import shared_dtype
 
 
 def configurations(architecture: str) -> Iterator[Configuration]:
-    """For ``architecture``: usual sizes, many centroids, exact products."""
+    """Usual sizes, many centroids and exact products, for ``architecture``."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rows, centroids, count, width in (
         (bf16, bf16, 20, 512),

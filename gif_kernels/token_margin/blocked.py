@@ -40,7 +40,7 @@ def token_margin(
 
 
 class _Saved(NamedTuple):
-    """What the backward pass reads."""
+    """The tensors that the backward pass reads."""
 
     embeddings: Tensor
     centers: Tensor
@@ -54,7 +54,7 @@ class _Saved(NamedTuple):
     slopes: Tensor
     """dloss/dcosine / ||row||, (l, v, B)"""
     radial: Tensor
-    """What the tangent projection takes from each row, (1 or l, 1, B)"""
+    """The factor of each row in what the tangent projection subtracts, (1 or l, 1, B)"""
     along: Tensor | None
     """`Pull.along`, (B, 1)"""
     towards: Tensor | None

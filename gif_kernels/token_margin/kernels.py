@@ -14,16 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.autograd import Gradients, backward_of
-from gif_kernels.code_regression.kernels import code_regression, regression_cosine, regression_loss
-from gif_kernels.device.cosine_gradients import Cosines, Pulled, cosine_gradients, slopes_stride
+from gif_kernels.code_regression.kernels import regression_cosine, regression_loss
+from gif_kernels.device.cosine_gradients import slopes_stride
 from gif_kernels.device.gathers import gathered_index
 from gif_kernels.device.margins import margin_arguments, margin_value_and_slope
-from gif_kernels.device.primitives import TRITON_DTYPE, block_size, empty_like_if, inside, inverse_norm, load_block
-from gif_kernels.device.reduction import reduced, reduced_like
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, inside, inverse_norm, load_block
+from gif_kernels.device.reduction import reduced
 from gif_kernels.device.tuning import MAX_VOCAB, WIDE_VOCAB, architecture, tile
-from gif_kernels.dispatch import full_precision
-from gif_kernels.margins import AngularMargin
 from gif_kernels.precision import float32_precision, tf32_allowed
 from gif_kernels.token_margin.options import TokenMarginOptions
 
@@ -32,7 +29,7 @@ from gif_kernels.token_margin.options import TokenMarginOptions
 def block_inverse_norms(
     p, o_row, m_row, STRIDE: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 / norm of a block of rows rounded to OPERAND: a loop of its own, for what rows.py says of products."""
+    """1 / norm of each row of a block, rounded to OPERAND; in a loop of its own, for the reason that rows.py gives."""
     b_square = tl.zeros((o_row.shape[0], BLOCK_D), tl.float32)
     for i_d in tl.static_range(0, WIDTH, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
@@ -168,136 +165,8 @@ def token_margin_forward(
         tl.store(p_radial + o_b, b_radial, mask=m_b)
 
 
-def token_margin(
-    embeddings: Tensor,
-    centers: Tensor,
-    projections: Tensor | None,
-    codes: Tensor,
-    token_weights: Tensor | None,
-    targets: Tensor | None,
-    target_rows: Tensor | None,
-    options: TokenMarginOptions,
-) -> Tensor:
-    """The reduced loss; arguments as of the specification. At most MAX_VOCAB centres a token.
-
-    With projections the kernels never see z, so the pull has its own two launches beside the products.
-    """
-    loss: Tensor
-    if targets is None or projections is None:
-        loss = _TokenMargin.apply(embeddings, centers, projections, codes, token_weights, targets, target_rows, options)
-        return loss
-    loss = _TokenMargin.apply(embeddings, centers, projections, codes, token_weights, None, None, options)
-    return loss + options.pull * code_regression(embeddings, targets, target_rows, options.reduction, codes[:, 0])
-
-
-class _Saved(NamedTuple):
-    """What the backward pass reads; what the kernels call it where they do."""
-
-    embeddings: Tensor
-    projections: Tensor | None
-    rows: Tensor
-    centers: Tensor
-    targets: Tensor | None
-    target_rows: Tensor | None
-    share: Tensor
-    slopes: Tensor
-    row_inverse: Tensor
-    radial: Tensor
-    center_inverse: Tensor
-    pull: Tensor
-
-
-class _TokenMargin(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        embeddings: Tensor,
-        centers: Tensor,
-        projections: Tensor | None,
-        codes: Tensor,
-        token_weights: Tensor | None,
-        targets: Tensor | None,
-        target_rows: Tensor | None,
-        options: TokenMarginOptions,
-    ) -> Tensor:
-        rows = embeddings.unsqueeze(1) if projections is None else _project(embeddings, projections, options.operand)
-        save = any(ctx.needs_input_grad)
-        forward = _forward_in_graph if torch.compiler.is_compiling() else _forward
-        found = _Found(*forward(rows, centers, codes, token_weights, targets, target_rows, options, save))
-        if save:
-            saved = _Saved(
-                embeddings=embeddings,
-                projections=projections,
-                rows=rows,
-                centers=centers,
-                targets=targets,
-                target_rows=target_rows,
-                share=found.share,
-                slopes=found.slopes,
-                row_inverse=found.row_inverse,
-                radial=found.radial,
-                center_inverse=found.center_inverse,
-                pull=found.pull,
-            )
-            ctx.operand = options.operand
-            ctx.save_for_backward(*saved)
-        return found.loss
-
-    @staticmethod
-    @backward_of(forward)
-    def backward(ctx: Any, incoming: Tensor) -> Gradients:
-        saved = _Saved(*ctx.saved_tensors)
-        embeddings, projections = saved.embeddings, saved.projections
-        need_embeddings, need_centers, need_projections = ctx.needs_input_grad[:3]
-        cosines = Cosines(
-            rows=saved.rows,
-            centers=saved.centers,
-            slopes=saved.slopes,
-            row_inverse=saved.row_inverse,
-            radial=saved.radial,
-            center_inverse=saved.center_inverse,
-        )
-        pulled = None if saved.targets is None else Pulled(saved.pull, saved.targets, saved.target_rows)
-        backward = _backward_in_graph if torch.compiler.is_compiling() else cosine_gradients
-        row_gradient, centers_gradient = backward(
-            cosines,
-            pulled,
-            incoming,
-            saved.share,
-            ctx.operand,
-            need_rows=need_embeddings or need_projections,
-            need_centers=need_centers,
-        )
-        embeddings_gradient = projections_gradient = None
-        flat = row_gradient.flatten(1)  # (B, T d')
-        if projections is None:
-            embeddings_gradient = flat
-        else:
-            with full_precision(embeddings.device):
-                if need_embeddings:
-                    embeddings_gradient = (flat @ _flatten(projections, flat.dtype)).to(embeddings.dtype)
-                if need_projections:
-                    projections_gradient = (flat.T @ embeddings.to(flat.dtype)).to(projections.dtype)
-                    projections_gradient = projections_gradient.view_as(projections)
-        return {
-            "embeddings": embeddings_gradient if need_embeddings else None,
-            "centers": centers_gradient if need_centers else None,
-            "projections": projections_gradient,
-        }
-
-
-def _project(embeddings: Tensor, projections: Tensor, operand: torch.dtype) -> Tensor:
-    """u_j = P_j z, (B, l, d'), in one product; its direction does not depend on the norm of z."""
-    length, inner, _ = projections.shape
-    return (embeddings.to(operand) @ _flatten(projections, operand).T).view(-1, length, inner)
-
-
-def _flatten(projections: Tensor, dtype: torch.dtype) -> Tensor:
-    return projections.to(dtype).reshape(-1, projections.shape[-1])  # (l d', d)
-
-
-class _Found(NamedTuple):
-    """What the forward launches give: the loss, and for the backward pass the rest, empty where there is none."""
+class Found(NamedTuple):
+    """The results of the forward launches: the loss, and what a backward pass reads, empty where there is none."""
 
     loss: Tensor
     share: Tensor
@@ -314,7 +183,7 @@ class _Found(NamedTuple):
     """(B,)"""
 
 
-def _forward(
+def forward(
     rows: Tensor,
     centers: Tensor,
     codes: Tensor,
@@ -323,9 +192,9 @@ def _forward(
     target_rows: Tensor | None,
     options: TokenMarginOptions,
     save: bool,
-) -> _Found:
+) -> Found:
     """Launch the forward kernel and the reduction; with ``save`` for a backward pass too."""
-    memory = _memory(rows, centers, targets is not None, save)
+    found = memory(rows, centers, targets is not None, save)
     batch, tokens, _ = rows.shape
     constants = forward_constants(options.operand, tokens, *centers.shape, tf32_allowed(), architecture(rows.device))
     codes = codes.contiguous()
@@ -340,12 +209,12 @@ def _forward(
             p_weights=token_weights,
             p_targets=targets,
             p_target_rows=target_rows,
-            p_losses=memory.loss,
-            p_slopes=memory.slopes,
-            p_row_inverse=memory.row_inverse,
-            p_radial=memory.radial,
-            p_center_inverse=memory.center_inverse,
-            p_pull=memory.pull,
+            p_losses=found.loss,
+            p_slopes=found.slopes,
+            p_row_inverse=found.row_inverse,
+            p_radial=found.radial,
+            p_center_inverse=found.center_inverse,
+            p_pull=found.pull,
             batch=batch,
             target_count=0 if targets is None else len(targets),
             pull=options.pull,
@@ -357,11 +226,11 @@ def _forward(
             **margin_arguments(options.margin),
             **constants,
         )
-    loss, share = reduced(memory.loss, codes[:, 0], options.reduction)
-    return memory._replace(loss=loss, share=share)
+    loss, share = reduced(found.loss, codes[:, 0], options.reduction)
+    return found._replace(loss=loss, share=share)
 
 
-def _memory(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> _Found:
+def memory(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> Found:
     """Memory for what the forward kernel writes, the losses not reduced yet; empty, but for those, unless ``save``."""
     batch, tokens, _ = rows.shape
     length, vocab, _ = centers.shape
@@ -369,7 +238,7 @@ def _memory(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> _Found:
     def numbers(*shape: int, wanted: bool = save) -> Tensor:
         return torch.empty(shape if wanted else 0, dtype=torch.float32, device=rows.device)
 
-    return _Found(
+    return Found(
         loss=numbers(batch, wanted=True),
         share=numbers(wanted=False),
         slopes=numbers(batch, tokens, slopes_stride(length * vocab // tokens)),
@@ -384,7 +253,7 @@ def _memory(rows: Tensor, centers: Tensor, pulled: bool, save: bool) -> _Found:
 def forward_constants(
     operand: torch.dtype, tokens: int, length: int, vocab: int, width: int, tf32: bool, architecture: str
 ) -> dict[str, Any]:
-    """What the kernel compiles with, but for the margin, WEIGHED, PULLED, HAS_TARGET_ROWS and SAVE."""
+    """The constants that the kernel compiles with, but for the margin's and its switches."""
     limits = tile("token_margin_forward_wide" if vocab > WIDE_VOCAB else "token_margin_forward", operand, architecture)
     block_v = block_size(vocab, MAX_VOCAB)
     group = block_size(length, max(1, limits.columns // block_v), least=1) if tokens == 1 else 1
@@ -403,126 +272,3 @@ def forward_constants(
         "GROUP": group,
         **limits.launch(columns),
     }
-
-
-# Under torch.compile both passes are operators of their own, which take the options one by one. The arguments on which
-# the outputs' shapes depend come first.
-
-
-def _forward_in_graph(
-    rows: Tensor,
-    centers: Tensor,
-    codes: Tensor,
-    token_weights: Tensor | None,
-    targets: Tensor | None,
-    target_rows: Tensor | None,
-    options: TokenMarginOptions,
-    save: bool,
-) -> tuple[Tensor, ...]:
-    """`_forward` as one node of a compiled graph."""
-    found: tuple[Tensor, ...] = torch.ops.gif_kernels.token_margin_forward(
-        rows=rows,
-        centers=centers,
-        targets=targets,
-        reduction=options.reduction,
-        save=save,
-        codes=codes,
-        token_weights=token_weights,
-        target_rows=target_rows,
-        m1=options.margin.m1,
-        m2=options.margin.m2,
-        m3=options.margin.m3,
-        gradient=options.margin.gradient,
-        scale=options.scale,
-        pull=options.pull,
-        operand=options.operand,
-    )
-    return found
-
-
-@torch.library.custom_op("gif_kernels::token_margin_forward", mutates_args=())
-def _forward_op(
-    rows: Tensor,
-    centers: Tensor,
-    targets: Tensor | None,
-    reduction: str,
-    save: bool,
-    codes: Tensor,
-    token_weights: Tensor | None,
-    target_rows: Tensor | None,
-    m1: float,
-    m2: float,
-    m3: float,
-    gradient: str,
-    scale: float,
-    pull: float,
-    operand: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    margin = AngularMargin(m1=m1, m2=m2, m3=m3, gradient=gradient)  # type: ignore[arg-type]
-    options = TokenMarginOptions(margin=margin, scale=scale, pull=pull, reduction=reduction, operand=operand)  # type: ignore[arg-type]
-    return tuple(_forward(rows, centers, codes, token_weights, targets, target_rows, options, save))  # type: ignore[return-value]
-
-
-@_forward_op.register_fake
-def _(rows: Tensor, centers: Tensor, targets: Tensor | None, reduction: str, save: bool, *_: Any) -> tuple[Tensor, ...]:
-    memory = _memory(rows, centers, targets is not None, save)
-    loss, share = reduced_like(memory.loss, reduction)
-    return tuple(memory._replace(loss=loss, share=share))
-
-
-def _backward_in_graph(
-    cosines: Cosines,
-    pulled: Pulled | None,
-    incoming: Tensor,
-    share: Tensor,
-    operand: torch.dtype,
-    *,
-    need_rows: bool,
-    need_centers: bool,
-) -> tuple[Tensor, Tensor]:
-    """`cosine_gradients` as one node of a compiled graph."""
-    pull, targets, target_rows = pulled or (None, None, None)
-    found: tuple[Tensor, Tensor] = torch.ops.gif_kernels.token_margin_backward(
-        rows=cosines.rows,
-        centers=cosines.centers,
-        need_rows=need_rows,
-        need_centers=need_centers,
-        slopes=cosines.slopes,
-        row_inverse=cosines.row_inverse,
-        radial=cosines.radial,
-        center_inverse=cosines.center_inverse,
-        pull=pull,
-        targets=targets,
-        target_rows=target_rows,
-        incoming=incoming,
-        share=share,
-        operand=operand,
-    )
-    return found
-
-
-@torch.library.custom_op("gif_kernels::token_margin_backward", mutates_args=())
-def _backward_op(
-    rows: Tensor,
-    centers: Tensor,
-    need_rows: bool,
-    need_centers: bool,
-    slopes: Tensor,
-    row_inverse: Tensor,
-    radial: Tensor,
-    center_inverse: Tensor,
-    pull: Tensor | None,
-    targets: Tensor | None,
-    target_rows: Tensor | None,
-    incoming: Tensor,
-    share: Tensor,
-    operand: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    cosines = Cosines(rows, centers, slopes, row_inverse, radial, center_inverse)
-    pulled = None if pull is None or targets is None else Pulled(pull, targets, target_rows)
-    return cosine_gradients(cosines, pulled, incoming, share, operand, need_rows=need_rows, need_centers=need_centers)
-
-
-@_backward_op.register_fake
-def _(rows: Tensor, centers: Tensor, need_rows: bool, need_centers: bool, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_if(need_rows, rows), empty_like_if(need_centers, centers)

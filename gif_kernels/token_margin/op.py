@@ -20,7 +20,7 @@ dispatch.register(
     OP,
     reference=reference.token_margin,
     blocked=blocked.token_margin,
-    triton="gif_kernels.token_margin.kernels:token_margin",
+    triton="gif_kernels.token_margin.function:token_margin",
 )
 
 

@@ -42,7 +42,7 @@ class _Sizes:
 
 
 def configurations(architecture: str) -> Iterator[Configuration]:
-    """For ``architecture``: usual sizes, and the largest and oddest of each kind."""
+    """Usual sizes, and the largest and oddest of each kind, for ``architecture``."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     usual = _Sizes(bf16, bf16, bf16, 5, 20, 512)
     projected = _Sizes(bf16, bf16, bf16, 5, 20, 512, projected=True)

@@ -24,7 +24,8 @@ from benchmarks.gpu.stage import Run
 from benchmarks.gpu.tune import TASKS
 from benchmarks.report import report
 from gif.vectors import CodeVectors
-from gif_kernels import gaussian_potential, tuning
+from gif_kernels import gaussian_potential
+from gif_kernels.device import tuning
 from gif_kernels.device.tuning import Tile
 
 NAMES = [stage.name for stage in STAGES]

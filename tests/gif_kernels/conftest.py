@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 def poisoned_memory() -> Iterator[None]:
     """torch.empty holds NaN, or the largest integer: an output that nobody wrote is seen."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -82,12 +82,12 @@ def low_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=MARGINS.values(), ids=MARGINS.keys())
+@pytest.fixture(params=MARGINS.values(), ids=list(MARGINS))
 def margin(request: pytest.FixtureRequest) -> AngularMargin:
     return request.param
 
 
-@pytest.fixture(params=TRUE_MARGINS.values(), ids=TRUE_MARGINS.keys())
+@pytest.fixture(params=TRUE_MARGINS.values(), ids=list(TRUE_MARGINS))
 def true_margin(request: pytest.FixtureRequest) -> AngularMargin:
     return request.param
 

@@ -286,21 +286,21 @@ def test_offsets_that_decrease():
 
 
 def test_labels_without_candidates_number_the_vectors():
-    tensors = code_contrast_tensors() | {"candidates": None}
+    tensors: dict[str, Any] = code_contrast_tensors() | {"candidates": None}
     message = r"labels must lie in \[-1, 4\), got values from -1 to 5; .* give candidates where"
     with pytest.raises(ValueError, match=message):
         gif_kernels.code_contrast_loss(**tensors)
 
 
 def test_widths_that_need_projections():
-    tensors = token_margin_tensors() | {"projections": None}
+    tensors: dict[str, Any] = token_margin_tensors() | {"projections": None}
     message = r"centers have width 5 and embeddings 6; .* give projections of shape \(2, 5, 6\)"
     with pytest.raises(ValueError, match=message):
         gif_kernels.token_margin_loss(**tensors)
 
 
 def test_token_weights_are_not_trained():
-    tensors = token_margin_tensors()
+    tensors: dict[str, Any] = token_margin_tensors()
     tensors["token_weights"].requires_grad_()
     with pytest.raises(ValueError, match="token_weights are constants of the loss; detach them"):
         gif_kernels.token_margin_loss(**tensors)

@@ -230,8 +230,9 @@ def test_compiled_takes_other_batches_candidates_and_scales(compiled, agree):
     for batch, count, scale in ((7, 11, 64.0), (5, 9, 32.0), (1, 4, 16.0)):
         case = Case(batch, count, 6)
         (z, h), candidates = case.tensors(torch.float32), case.candidates()
-        labels, options = case.labels(candidates), {"candidates": candidates, "scale": scale}
-        agree(loss(z, h, labels, **options), code_contrast_loss(z, h, labels, **options))
+        labels = case.labels(candidates)
+        given = loss(z, h, labels, candidates=candidates, scale=scale)
+        agree(given, code_contrast_loss(z, h, labels, candidates=candidates, scale=scale))
 
 
 def test_row_gradients_that_are_known():

@@ -19,7 +19,7 @@ with_triton = pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton i
 @with_triton
 def test_auto_is_triton_on_a_gpu():
     assert dispatch.choose(OP, CUDA) == ("triton", "Triton runs on cuda")
-    assert dispatch.select(OP, "auto", CUDA).__module__ == "gif_kernels.code_regression.kernels"
+    assert dispatch.select(OP, "auto", CUDA).__module__ == "gif_kernels.code_regression.function"
 
 
 @with_triton
@@ -58,7 +58,7 @@ def test_large_vocabularies_run_in_blocks(vocab, name, monkeypatch):
 @with_triton
 def test_the_interpreter_runs_on_the_cpu_when_asked_for_alone(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETING", True)
-    assert dispatch.select(OP, "triton", CPU).__module__ == "gif_kernels.code_regression.kernels"
+    assert dispatch.select(OP, "triton", CPU).__module__ == "gif_kernels.code_regression.function"
     assert dispatch.choose(OP, CPU) == ("blocked", "Triton's interpreter is for tests")
     with pytest.raises(ValueError, match="an input is float64"):
         code_regression_loss(torch.ones(1, 2).double(), torch.ones(1, 2), impl="triton")

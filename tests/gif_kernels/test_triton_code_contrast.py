@@ -14,6 +14,8 @@ from torch import Tensor
 
 from gif_kernels import AngularMargin, code_contrast_loss, dispatch
 from gif_kernels.code_contrast.options import CodeContrastOptions
+from gif_kernels.dispatch import Impl
+from gif_kernels.reduction import Reduction
 
 kernels = pytest.importorskip("gif_kernels.code_contrast.kernels", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
@@ -64,7 +66,7 @@ MANY = [Case(67, 70, 48), Case(33, 100, 16)]
 many_rows = pytest.mark.parametrize("case", MANY, ids=str)  # enough to compare two errors: one may be zero by chance
 
 
-def loss_of(labels: Tensor, impl: str = "triton", **options):
+def loss_of(labels: Tensor, impl: Impl = "triton", **options):
     return lambda z, h: code_contrast_loss(z, h, labels, impl=impl, **options)
 
 
@@ -188,7 +190,8 @@ def test_gradients_where_they_are_asked_for_alone():
     for wanted in range(2):
         leaves = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(tensors)]
         loss_of(labels)(*leaves).backward()
-        assert torch.equal(leaves[wanted].grad, complete[wanted])
+        gradient = leaves[wanted].grad
+        assert gradient is not None and torch.equal(gradient, complete[wanted])
         assert leaves[1 - wanted].grad is None
 
 
@@ -274,11 +277,12 @@ def test_custom_ops_keep_their_word(masked):
     (z, h), labels = CASES["few"].tensors(), torch.tensor([3, 0, -1, 10, 3])
     competes = torch.arange(11) != 5 if masked else None
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    for save, reduction in ((False, "sum"), (True, "none"), (True, "mean")):
+    calls: list[tuple[bool, Reduction]] = [(False, "sum"), (True, "none"), (True, "mean")]
+    for save, reduction in calls:
         options = CodeContrastOptions(AngularMargin(), 64.0, reduction, torch.float32)
         inputs = (z, h, reduction, torch.float32, save, labels, competes, *astuple(options.margin), options.scale)
         check(torch.ops.gif_kernels.code_contrast_forward.default, inputs)
-    _, *saved = kernels._forward(z, h, labels, competes, options, save)
+    _, *saved = kernels.forward(z, h, labels, competes, options, save)
     for needs in ((True, True), (True, False), (False, True)):
         backward = (z, h, *needs, *saved, torch.ones(()), 64.0, torch.float32)
         check(torch.ops.gif_kernels.code_contrast_backward.default, backward)

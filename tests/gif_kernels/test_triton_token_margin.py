@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gif_kernels import AngularMargin, CodeRegression, dispatch, token_margin_loss
 from gif_kernels.device.tuning import MAX_VOCAB
+from gif_kernels.dispatch import Impl
+from gif_kernels.reduction import Reduction
 from gif_kernels.token_margin.options import TokenMarginOptions
 
 kernels = pytest.importorskip("gif_kernels.token_margin.kernels", reason="Triton is not installed")
+function = pytest.importorskip("gif_kernels.token_margin.function", reason="Triton is not installed")
 cosine_gradients = pytest.importorskip("gif_kernels.device.cosine_gradients", reason="Triton is not installed")
 shared_reduction = pytest.importorskip("gif_kernels.device.reduction", reason="Triton is not installed")
 if not (dispatch.INTERPRETING or torch.cuda.is_available()):
@@ -80,7 +84,7 @@ many_rows = pytest.mark.parametrize("case", MANY, ids=str)  # enough to compare 
 plain_and_projected = pytest.mark.parametrize("case", SMALL, ids=["plain", "projected"])
 
 
-def loss_of(codes: Tensor, impl: str = "triton", **options):
+def loss_of(codes: Tensor, impl: Impl = "triton", **options):
     """token_margin_loss of (embeddings, centers) or (embeddings, centers, projections)."""
 
     def loss(z: Tensor, w: Tensor, p: Tensor | None = None) -> Tensor:
@@ -137,7 +141,7 @@ def test_shifts_past_pi(m2, differentiate, agree):
     across = torch.randn(67, 8)
     across = F.normalize(across - (across * own).sum(1, keepdim=True) * own)
     z = angle.cos() * own + angle.sin() * across
-    options = {"margin": AngularMargin(m2=m2), "scale": 4.0, "reduction": "none"}
+    options: dict[str, Any] = {"margin": AngularMargin(m2=m2), "scale": 4.0, "reduction": "none"}
     truth = differentiate(loss_of(codes, "reference", **options), z.double(), w.double())
     for a, b in zip(differentiate(loss_of(codes, **options), z, w), truth, strict=True):
         agree(a, b)
@@ -217,8 +221,9 @@ def test_pulled(case, gathered, reduction, differentiate, agree):
     case = replace(case, batch=67)
     tensors, codes = case.tensors(), case.codes()
     targets = torch.randn(31 if gathered else case.batch, case.width).half()
-    rows = torch.randint(31, (case.batch,)) if gathered else None
+    rows = None
     if gathered:
+        rows = torch.randint(31, (case.batch,))
         rows[::5] = -1
     options = {"regression": CodeRegression(targets, rows, 0.7), "reduction": reduction}
     truth = differentiate(loss_of(codes, "reference", **options), *(x.double() for x in tensors))
@@ -237,7 +242,7 @@ def test_parts_of_the_batch(case, parts, monkeypatch, differentiate, agree):
     monkeypatch.setattr(cosine_gradients, "PROGRAMS", parts * blocks_d * (1 if case.inner is None else case.length))
     case = replace(case, batch=257)  # 9 blocks of 32 rows, the last of one row
     tensors, codes = case.tensors(), case.codes()
-    options = {"reduction": "none"}
+    options: dict[str, Any] = {"reduction": "none"}
     truth = differentiate(loss_of(codes, "reference", **options), *(x.double() for x in tensors))
     for a, b in zip(differentiate(loss_of(codes, **options), *tensors), truth, strict=True):
         agree(a, b)
@@ -376,17 +381,18 @@ def test_custom_ops_keep_their_word(case):
     """Schemas and fake implementations agree with what runs."""
     z, w, *projections = case.tensors()
     operand = torch.float32
-    rows = kernels._project(z, *projections, operand) if projections else z.unsqueeze(1)
+    rows = function._project(z, *projections, operand) if projections else z.unsqueeze(1)
     pulls = [(None, None)] if projections else [(None, None), (torch.randn(3, case.width), torch.arange(5) % 3)]
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    calls: list[tuple[bool, Reduction]] = [(False, "sum"), (True, "none"), (True, "mean")]
     for targets, target_rows in pulls:
-        for save, reduction in ((False, "sum"), (True, "none"), (True, "mean")):
+        for save, reduction in calls:
             options = TokenMarginOptions(AngularMargin(), 64.0, 0.5, reduction, operand)
             numbers = (*astuple(options.margin), options.scale, options.pull, operand)
             codes, weights = case.codes(), case.weights()
             inputs = (rows, w, targets, reduction, save, codes, weights, target_rows, *numbers)
             check(torch.ops.gif_kernels.token_margin_forward.default, inputs)
-        _, share, *saved, pull = kernels._forward(rows, w, codes, weights, targets, target_rows, options, save)
+        _, share, *saved, pull = kernels.forward(rows, w, codes, weights, targets, target_rows, options, save)
         pulled = (None, None, None) if targets is None else (pull, targets, target_rows)
         for needs in ((True, True), (True, False), (False, True)):
             backward = (rows, w, *needs, *saved, *pulled, torch.ones(()), share, operand)
@@ -415,7 +421,7 @@ class Counted:
 )
 def test_launches_of_a_step_without_projections(reduction, pulled, launches, monkeypatch):
     """Three for the loss and its gradients, one more for a mean; around them nothing touches the device."""
-    counts = []
+    counts: list[str] = []
     for module, names in (
         (kernels, ["token_margin_forward"]),
         (cosine_gradients, ["cosine_backward", "center_gradient"]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gif_kernels import checks, dispatch, uniformity_step_
+from gif_kernels.dispatch import Impl
 from gif_kernels.rounding import stochastic_round
 
 kernels = pytest.importorskip("gif_kernels.uniformity_step.kernels", reason="Triton is not installed")
@@ -33,7 +34,7 @@ def device() -> Iterator[None]:
         yield
 
 
-def stepped(table: Tensor, index: Tensor, impl: str, lr: float = 0.1, **options) -> tuple[Tensor, Tensor]:
+def stepped(table: Tensor, index: Tensor, impl: Impl, lr: float = 0.1, **options) -> tuple[Tensor, Tensor]:
     table = table.clone()
     return table, uniformity_step_(table, index, lr=lr, impl=impl, **options)
 
@@ -61,10 +62,9 @@ def test_bfloat16_steps_like_the_reference():
 
 def check_low_precision(dtype):
     table, index = torch.randn(60, 48).to(dtype), torch.randperm(60)[:30]
-    (given, _), (expected, _), (another, _) = (
-        stepped(table, index, impl, lr=0.01, seed=seed)
-        for impl, seed in (("triton", 5), ("reference", 5), ("triton", 6))
-    )
+    given, _ = stepped(table, index, "triton", lr=0.01, seed=5)
+    expected, _ = stepped(table, index, "reference", lr=0.01, seed=5)
+    another, _ = stepped(table, index, "triton", lr=0.01, seed=6)
     # the same random numbers: unit rows of the dtype's digits move a coordinate by some hundredths of its unit, and as
     # seldom tip it; other numbers would round a third of them elsewhere
     assert (given != expected).double().mean() <= 0.05
