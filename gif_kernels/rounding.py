@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["stochastic_round", "uniform"]
+__all__ = ["SIGNIFICAND_BITS", "stochastic_round", "uniform"]
 
 SIGNIFICAND_BITS = {torch.bfloat16: 8, torch.float16: 11}
 """Bits of the significand of the dtypes that are rounded to, the implicit one counted."""
@@ -21,9 +21,9 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: 
     """Round float32 ``values`` (n, d) to ``dtype``, up or down with the probabilities that make the mean exact.
 
     A step of less than half a unit in the last place survives on average, where round-to-nearest loses it. ``row_ids``
-    (n,) int64 name the rows, so the result does not depend on the order in which they are rounded. ``seed`` is a number,
-    or () int64 on the values' device, of which no host need know: both draw the same. A dtype that holds float32 passes
-    unrounded.
+    (n,) int64 name the rows, so the result does not depend on the order in which they are rounded. ``seed`` is a
+    number, or () int64 on the values' device, of which no host need know: both draw the same. A dtype that holds
+    float32 passes unrounded.
     """
     if dtype not in SIGNIFICAND_BITS:
         return values.to(dtype)
@@ -41,13 +41,19 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, row_ids: Tensor, seed: 
 
 def uniform(rows: Tensor, columns: Tensor, seed: int | Tensor) -> Tensor:
     """Uniform float32 in [0, 1) for each pair of int64 ``rows`` and ``columns``, broadcast: a counter-based RNG."""
-    state = _mix(rows ^ mixed_seed(seed)) ^ _mix(rows >> 32)
+    mixed = _mix(seed & MASK) if isinstance(seed, Tensor) else mixed_seed(seed)
+    state = _mix(rows ^ mixed) ^ _mix(rows >> 32)
     return _mix(state + columns * 0x9E3779B1).bitwise_right_shift_(8).float().mul_(2.0**-24)
 
 
-def mixed_seed(seed: _Integers) -> _Integers:
-    """What a seed adds to the hash, of 32 bits; it follows from the seed's lowest 32."""
+def mixed_seed(seed: int) -> int:
+    """The 32 bits by which a seed changes the hash of a row; they follow from its lowest 32."""
     return _mix(seed & MASK)
+
+
+def seed_on(device: torch.device, seed: int | Tensor) -> Tensor:
+    """The seed as () int64, without waiting: a number in memory that the device fills, a tensor as it is."""
+    return seed if isinstance(seed, Tensor) else torch.full((), seed & MASK, dtype=torch.int64, device=device)
 
 
 def _mix(x: _Integers) -> _Integers:

@@ -22,6 +22,7 @@ from gif_kernels import (
     nearest_centroid,
     token_margin_loss,
     uniformity_step_,
+    vector_step_,
 )
 
 Errors = Iterator[tuple[str, float, float]]
@@ -37,6 +38,8 @@ LOSS_ALLOWED = 5e-3
 MAX_RATIO = 3
 """Our largest error may be so many times PyTorch's own: the largest of a few hundred is chance."""
 LR = 0.1
+IN_PLACE = (uniformity_step_, vector_step_)
+"""Ops that change their ``table``."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Case:
         return self.mapped(lambda x: torch.stack([x, x], -1)[..., 0])
 
     def outputs(self, device: Device) -> list[Tensor]:
-        """What the kernel gives: a loss and its gradients, what a search finds, or the loss and the table of a step."""
-        if self.op is uniformity_step_:
+        """What the kernel gives: a loss and its gradients, what a search finds, or what a step says and its table."""
+        if self.op in IN_PLACE:
             given = self.arguments["table"]
             table = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
             table.copy_(given)  # not clone, which makes it contiguous
@@ -79,6 +82,8 @@ class Case:
         """Against float64 on the same rounded inputs."""
         if self.leaves:
             return self._gradients(device)
+        if self.op is vector_step_:
+            return self._vector_step(device)
         return self._step(device) if self.op is uniformity_step_ else self._search(device)
 
     def _gradients(self, device: Device) -> Errors:
@@ -121,6 +126,18 @@ class Case:
         others = torch.ones(len(table), dtype=torch.bool, device=table.device)
         others[index] = False
         yield "rows that stay", float((moved[others] != table[others]).sum()), 0.0
+
+    def _vector_step(self, device: Device) -> Errors:
+        """The rows that were named, how many of them stayed, and that no other was touched."""
+        table, rows = self.arguments["table"], self.arguments["rows"]
+        stayed, moved = self.outputs(device)
+        expected = table.double()  # a copy: no table is float64
+        truth = vector_step_(**self.arguments | {"table": expected}, impl="reference")
+        yield "coordinates", float((moved.double() - expected).abs().max()), COORDINATE_ALLOWED[table.dtype]
+        yield "rows that stayed", abs(float(stayed) - float(truth)), 0.0
+        others = torch.ones(len(table), dtype=torch.bool, device=table.device)
+        others[rows[rows >= 0]] = False
+        yield "rows that are not named", float((moved[others] != table[others]).sum()), 0.0
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -222,6 +239,20 @@ def _step(draw: Draw) -> Iterator[Case]:
         yield Case(uniformity_step_, f"{n} of {rows} x {width}", {"table": table, "index": index, "lr": LR})
 
 
+def _vector_step(draw: Draw) -> Iterator[Case]:
+    full = [(500, 67, 48), (5000, 3072, 512), (300, 2049, 2048)]
+    for n, size, width in [(20, 9, 16)] if draw.tiny else full:
+        count = draw.near(size)
+        table = F.normalize(draw.randn(n, width).float(), dim=1).to(draw.dtype)
+        rows = draw.randint(n + 1, count) - 1
+        gradient = torch.randn(count, width, device=draw.device)
+        gradient[0, 0] = torch.nan
+        arguments: dict[str, Any] = {"table": table, "rows": rows, "gradient": gradient, "lr": LR}
+        yield Case(vector_step_, f"{count} of {n} x {width}", arguments)
+    named = {"row_ids": draw.randint(1 << 40, n), "seed": draw.randint(1 << 40)}
+    yield Case(vector_step_, f"{count} of {n} x {width}, row_ids", arguments | named)
+
+
 def _nearest(draw: Draw) -> Iterator[Case]:
     full = [(67, 5, 48), (3000, 20, 512), (3000, 300, 400)]
     for size, count, width in [(9, 3, 20)] if draw.tiny else full:
@@ -247,6 +278,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "code_contrast_loss": _contrast,
     "gaussian_potential": _potential,
     "uniformity_step_": _step,
+    "vector_step_": _vector_step,
     "nearest_centroid": _nearest,
     "max_cosine": _largest,
     "code_regression_loss": _regression,

@@ -30,7 +30,14 @@ from gif_kernels.device.tuning import Tile
 
 PRECISIONS = ("bfloat16", "float32", "float16", "TF32", "autocast")
 TINY = ("float16",)
-WITHOUT_AUTOCAST = ("gaussian_potential", "uniformity_step_", "nearest_centroid", "max_cosine", "code_regression_loss")
+WITHOUT_AUTOCAST = (
+    "gaussian_potential",
+    "uniformity_step_",
+    "vector_step_",
+    "nearest_centroid",
+    "max_cosine",
+    "code_regression_loss",
+)
 """Ops that compute in their inputs' dtype, with autocast or without."""
 SMALL_TILE = Tile(rows=16, columns=16, width=16, warps=4, stages=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from benchmarks.heads import VOCAB, identity_codes
 from gif.backbones import BackboneConfig
 from gif.codes.tree import Cutting, root
 from gif.losses.recipes import RecipeName
-from gif_kernels import uniformity_step_
+from gif_kernels import uniformity_step_, vector_step_
 
 NONE = at_most(0)
 WORKS = at_least(1)
@@ -32,10 +33,14 @@ def run(run: Run) -> None:
                 goal = NONE if place == run.device.name else None
                 what = f"training step, {recipe}, tables on the {'device' if goal else 'host'}"
                 _waits(run, what, _training_step(run, recipe, m, width, batch, place), goal)
+    table = torch.randn(m, width, device=run.device.name).to(torch.bfloat16)
     with run.attempt("step of spreading"):
-        table = torch.randn(m, width, device=run.device.name).to(torch.bfloat16)
         index = torch.randperm(m, device=run.device.name)[: min(m, 2048)]
         _waits(run, "step of spreading", lambda: uniformity_step_(table, index, lr=0.1), NONE)
+    with run.attempt("step of code vectors"):
+        named = torch.randint(m, (3 * batch,), device=run.device.name)
+        step = partial(vector_step_, table, named, torch.randn(3 * batch, width, device=run.device.name), lr=0.1)
+        _waits(run, "step of code vectors", step, NONE)
     with run.attempt("epoch of spreading"):
         rows = gif.CodeVectors(torch.randn(run.pick(8192, 20), width, device=run.device.name) + 0.3)
         batch_rows = run.pick(2048, 10)

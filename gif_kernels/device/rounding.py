@@ -18,7 +18,7 @@ normal float32, 2^-126, for coordinates below 2^-119."""
 
 @triton.jit
 def mix(x):
-    """As `gif_kernels.rounding` does it, on 32 bits."""
+    """The hash of `gif_kernels.rounding`, in unsigned numbers of 32 bits."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Vector step in Triton: positions sorted by row, then one launch in which each row that is named moves. See README.md."""
+"""Vector step in Triton: positions sorted by row, then one launch in which each named row moves. See README.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gif_kernels.device.primitives import SMALLEST_SQUARE, inside
 from gif_kernels.device.rounding import mix, rounded_row_constants, stochastic_round
-from gif_kernels.rounding import MASK, SIGNIFICAND_BITS
+from gif_kernels.rounding import SIGNIFICAND_BITS, seed_on
 
 
 @triton.jit(do_not_specialize=["count", "table_rows"])
@@ -73,26 +73,24 @@ def step_(
     ordered, places = rows.sort(stable=True)
     stayed = torch.zeros((), dtype=torch.int64, device=table.device)
     rounds = table.dtype in SIGNIFICAND_BITS
-    if rounds and not isinstance(seed, Tensor):
-        seed = torch.full((), seed & MASK, dtype=torch.int64, device=table.device)
-    named = rounds and row_ids is not None
+    names = row_ids if rounds else None
     with torch.cuda.device_of(table):
         vector_step[(len(rows),)](
             p_table=table,
             p_rows=ordered,
             p_places=places,
             p_gradient=gradient,
-            p_row_ids=row_ids if named else None,
-            p_seed=seed if rounds else None,
+            p_row_ids=names,
+            p_seed=seed_on(table.device, seed) if rounds else None,
             p_stayed=stayed,
             count=len(rows),
             table_rows=len(table),
             rate=lr,
             table_stride=table.stride(0),
             gradient_stride=gradient.stride(0),
-            row_ids_stride=row_ids.stride(0) if named else 0,
+            row_ids_stride=0 if names is None else names.stride(0),
             GRADIENT_COLUMN_STRIDE=gradient.stride(1),
-            NAMED=named,
+            NAMED=names is not None,
             **rounded_row_constants(table.dtype, table.shape[1], table.stride(1)),
         )
     return stayed

@@ -9,7 +9,7 @@ from gif_kernels import checks, dispatch
 from gif_kernels.dispatch import Impl
 from gif_kernels.errors import InputError
 from gif_kernels.precision import compute_dtype
-from gif_kernels.rounding import MASK
+from gif_kernels.rounding import seed_on
 from gif_kernels.vector_step import blocked, reference
 
 OP = "vector_step_"
@@ -56,8 +56,8 @@ def vector_step_(
         () int64: how many distinct rows were named and stayed.
 
     Raises:
-        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a row >= n (on an accelerator the Triton
-            kernel skips it).
+        TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also a row >= n (on an accelerator the
+            Triton kernel skips it).
     """
     checks.floating("table", table, ("n", "d"), finite=False)
     n, width = table.shape
@@ -69,22 +69,20 @@ def vector_step_(
     if row_ids is not None:
         hint = "name each row of the table"
         row_ids = checks.integer("row_ids", row_ids, (n,), low=_ANY.min, high=_ANY.max, hint=hint, asserted=False)
-    tensor_seed = _checked_seed(seed)
-    checks.same_device(table=table, rows=rows, gradient=gradient, row_ids=row_ids, seed=tensor_seed)
+    _check_seed(seed)
+    place = seed if isinstance(seed, Tensor) else None
+    checks.same_device(table=table, rows=rows, gradient=gradient, row_ids=row_ids, seed=place)
     name = dispatch.resolve(OP, impl, table.device, compute_dtype(table, gradient))
     _check_below(rows, n, asserted=name != "triton")
     if checks.is_traced(table):
-        if tensor_seed is None:
-            tensor_seed = torch.full((), seed & MASK, dtype=torch.int64, device=table.device)
-        stayed: Tensor = torch.ops.gif_kernels.vector_step_(
-            table, rows, gradient, row_ids, tensor_seed, float(lr), impl
-        )
+        seed = seed_on(table.device, seed)
+        stayed: Tensor = torch.ops.gif_kernels.vector_step_(table, rows, gradient, row_ids, seed, float(lr), impl)
         return stayed
     return _step(table, rows, gradient, row_ids, seed, float(lr), name)
 
 
 def _check_below(rows: Tensor, n: int, *, asserted: bool) -> None:
-    """Raise ValueError where a row is n or more; where values cannot be read it is ``asserted`` on the device, or not."""
+    """Raise ValueError where a row is n or more; on a device it is ``asserted``, or the kernel answers."""
     wanted, hint = f"rows must lie below {n}", "a negative one is skipped"
     if checks.looks_at_values(rows):
         if rows.numel() and (highest := int(rows.max())) >= n:
@@ -93,15 +91,12 @@ def _check_below(rows: Tensor, n: int, *, asserted: bool) -> None:
         checks.require((rows < n).all(), f"{wanted}; {hint}")
 
 
-def _checked_seed(seed: object) -> Tensor | None:
-    """The seed where it is a tensor. Raises TypeError or ValueError unless it is an int or () int64."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim:
-            raise InputError(f"seed must be an int or () int64, got {tuple(seed.shape)} {seed.dtype}; convert it")
-        return seed
-    if not isinstance(seed, int):
+def _check_seed(seed: object) -> None:
+    """Raise TypeError or ValueError unless the seed is an int or () int64."""
+    if not isinstance(seed, (int, Tensor)):
         raise TypeError(f"seed must be an int or a () int64 tensor, got {type(seed).__name__}")
-    return None
+    if isinstance(seed, Tensor) and (seed.dtype != torch.int64 or seed.ndim):
+        raise InputError(f"seed must be an int or () int64, got {tuple(seed.shape)} {seed.dtype}; convert it")
 
 
 @torch.no_grad()

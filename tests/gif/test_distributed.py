@@ -61,6 +61,18 @@ def uneven(rank):
     return gather_rows(rows), mean_over_processes(torch.tensor([float(rank)])), table
 
 
+def rounded(rank):
+    """Steps of a bfloat16 table with negatives, by heads that begin with random numbers of their own."""
+    codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
+    table = torch.randn(M, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
+    torch.manual_seed(rank)
+    loss_fn = GIFLoss(codes, CodeVectors(table), WIDTH, negatives=7)
+    replicate(loss_fn)
+    for _ in range(3):
+        loss_fn(torch.randn(4, WIDTH, requires_grad=True), torch.randint(M, (4,))).backward()
+    return loss_fn.vectors.table, loss_fn.draws, loss_fn.stayed
+
+
 def test_one_process_needs_no_group():
     rows = torch.randn(3, 2)
     assert world_size() == 1 and gather_rows(rows) is rows and mean_over_processes(rows) is rows
@@ -166,6 +178,7 @@ def together(rank, folder):
             found = {
                 "shared step": shared_step(rank),
                 "uneven": uneven(rank),
+                "rounded": rounded(rank),
                 "whole": long_run(rank),
                 "accumulated": long_run(rank, micro=3),
                 "frozen": long_run(rank, frozen=True),
@@ -204,6 +217,12 @@ def test_a_process_may_have_fewer_rows_or_none(trained_together):
     first, second = (trained_together[rank]["uneven"] for rank in ("0", "1"))
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, second, strict=True))
     assert first[0].tolist() == [[10], [11], [12]] and first[1].item() == 0.5
+
+
+def test_rounding_and_negatives_are_those_of_the_first_process(trained_together):
+    first, second = (trained_together[rank]["rounded"] for rank in ("0", "1"))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[1] == rounded(0)[1]
 
 
 def assert_close(found, wanted):

@@ -247,6 +247,94 @@ class TestLiveVectors:
         torch.testing.assert_close(once.table, thrice.table)
 
 
+class TestRandomNumbers:
+    """Negatives and rounding follow from one counter in the head, that no host reads."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "options", "draws"),
+        [
+            (torch.float32, {}, False),
+            (torch.bfloat16, {}, True),
+            (torch.float16, {}, True),
+            (torch.bfloat16, {"vector_lr": 0}, False),
+            (torch.bfloat16, {"contrast_weight": 0}, False),
+            (torch.bfloat16, {"recipe": "paper"}, False),
+            (torch.float32, {"negatives": 5}, True),
+            (torch.float32, {"negatives": 5, "vector_lr": 0}, True),
+        ],
+    )
+    def test_the_counter_is_in_the_state_where_it_decides_something(self, codes, dtype, options, draws):
+        loss_fn = GIFLoss(codes, CodeVectors(torch.randn(M, WIDTH).to(dtype)), WIDTH, **options)
+        assert ("draws" in loss_fn.state_dict()) == draws
+        before = loss_fn.draws.clone() if draws else None
+        for k in range(1, 3):
+            loss_fn(torch.randn(6, WIDTH, requires_grad=True), torch.arange(6)).backward()
+            assert not draws or loss_fn.draws == before + k
+
+    def test_a_state_loads_with_the_counter_or_without(self, codes, vectors):
+        low = CodeVectors(vectors.table.bfloat16(), normalized=True)
+        with_it, without = GIFLoss(codes, low, WIDTH), GIFLoss(codes, vectors, WIDTH)
+        state, earlier = with_it.state_dict(), without.state_dict()
+        names, own = list(state), with_it.draws.clone()
+        with_it.load_state_dict(earlier)  # as heads were saved when the host drew: it goes on with its own
+        assert with_it.draws == own and "draws" not in earlier
+        torch.nn.Sequential(without).load_state_dict({f"0.{name}": value for name, value in state.items()})
+        assert list(without.state_dict()) == list(earlier) and list(state) == names
+        other = GIFLoss(codes, low, WIDTH)
+        assert other.draws != own
+        other.load_state_dict(state)
+        assert other.draws == own
+        with pytest.raises(RuntimeError, match="Missing key"):
+            other.load_state_dict({name: value for name, value in state.items() if name != "centers"})
+
+    @pytest.mark.parametrize("negatives", [0, 9])
+    def test_who_continues_draws_what_would_have_been_drawn(self, codes, vectors, negatives):
+        def head():
+            return GIFLoss(codes, CodeVectors(vectors.table.bfloat16(), normalized=True), WIDTH, negatives=negatives)
+
+        embeddings, labels = torch.randn(8, WIDTH, requires_grad=True), torch.arange(8)
+        whole, continued = head(), head()
+        for step in range(4):
+            if step == 2:
+                continued.load_state_dict(whole.state_dict())
+                continued.vectors.table.copy_(whole.vectors.table)
+            random = torch.get_rng_state()
+            whole(embeddings, labels).backward()
+            assert torch.equal(torch.get_rng_state(), random)  # the host draws nothing
+        for _ in range(2):
+            continued(embeddings, labels).backward()
+        assert torch.equal(whole.vectors.table, continued.vectors.table)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("vector_lr", [0, 4.0])
+    def test_a_repeated_forward_pass_draws_what_the_first_drew(self, codes, vectors, reentrant, vector_lr):
+        found = []
+        for checkpointed in (False, True):
+            table = CodeVectors(vectors.table.bfloat16(), normalized=True)
+            torch.manual_seed(7)
+            loss_fn = GIFLoss(codes, table, WIDTH, negatives=9, vector_lr=vector_lr)
+            before = loss_fn.draws.clone()
+            embeddings, labels = torch.randn(8, WIDTH, requires_grad=True), torch.arange(8)
+            for _ in range(2):
+                if checkpointed:
+                    loss = checkpoint(loss_fn, embeddings, labels, use_reentrant=reentrant)
+                else:
+                    loss = loss_fn(embeddings, labels)
+                loss.backward()
+            assert loss_fn.draws == before + 2
+            found.append((loss.detach(), embeddings.grad, table.table))
+        for plain, repeated in zip(*found, strict=True):
+            assert torch.equal(plain, repeated)
+
+    def test_what_is_no_step_of_training_draws_nothing(self, codes, vectors):
+        loss_fn = GIFLoss(codes, vectors, WIDTH, negatives=9)
+        before = loss_fn.draws.clone()
+        with torch.no_grad():
+            loss_fn(torch.randn(6, WIDTH), torch.arange(6))
+        loss_fn.eval()(torch.randn(6, WIDTH, requires_grad=True), torch.arange(6)).backward()
+        assert loss_fn.draws == before
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Values are not looked at, as on an accelerator."""

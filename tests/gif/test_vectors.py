@@ -250,7 +250,8 @@ class TestWithoutWaiting:
             assert codes.lookup(labels).shape == (6, 2)
             assert codes.siblings(labels, 3).shape == (6, 3)
             assert vectors.lookup(labels).shape == (6, 8)
-            stayed = vectors.move_(labels, torch.empty(6, 8, device="cuda"), 0.1, seed=3)
+            seed = torch.empty((), device="cuda", dtype=torch.int64)
+            stayed = vectors.move_(labels, torch.empty(6, 8, device="cuda"), 0.1, seed=seed)
             assert stayed.device.type == "cuda"
             with pytest.raises(DataDependentOutputException):
                 stayed.item()

@@ -26,6 +26,8 @@ class Op:
     differentiable: bool = True
     in_place: str | None = None
     """The argument that it changes."""
+    takes_not_finite: bool = False
+    """NaN and infinity are no mistake: it says what they do."""
 
     def trained(self) -> list[str]:
         """The arguments that get a gradient."""
@@ -86,6 +88,19 @@ OPS = {
         {"lr": 0.1},
         differentiable=False,
         in_place="table",
+    ),
+    "vector_step_": Op(
+        gif_kernels.vector_step_,
+        lambda: {
+            "table": torch.randn(5, 6),
+            "rows": torch.tensor([3, 0, -1, 3]),
+            "gradient": torch.randn(4, 6),
+            "row_ids": torch.tensor([7, 2, 9, 4, 1]),
+        },
+        {"lr": 0.1},
+        differentiable=False,
+        in_place="table",
+        takes_not_finite=True,
     ),
     "nearest_centroid": Op(
         gif_kernels.nearest_centroid,
@@ -214,7 +229,15 @@ def test_sizes_that_do_not_fit(op, name, shape):
         OPS[op].function(**tensors, **OPS[op].options)
 
 
-@every_float
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        pytest.param(op, name, id=f"{key}-{name}")
+        for key, op in OPS.items()
+        for name, x in op.tensors().items()
+        if x.is_floating_point() and not op.takes_not_finite
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite(op, name, value):
     tensors = op.tensors()

@@ -128,8 +128,8 @@ def test_skipped_rows_change_nothing(impl):
     expected = stepped(table, rows[rows >= 0], gradient[rows >= 0], seed=2, impl=impl)
     given = stepped(table, rows, gradient, seed=2, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
-    given, stayed = stepped(table, torch.full((6,), -1), gradient, impl=impl)
-    assert torch.equal(given, table) and stayed == 0
+    unmoved, stayed = stepped(table, torch.full((6,), -1), gradient, impl=impl)
+    assert torch.equal(unmoved, table) and stayed == 0
 
 
 @pytest.mark.parametrize(("n", "count"), [(5, 0), (0, 0), (0, 3)])
