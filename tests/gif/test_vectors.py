@@ -242,9 +242,9 @@ class TestWithoutWaiting:
     def test_no_value_is_read(self):
         codes = IdentityCodes(torch.tensor([[i // 5, i % 5] for i in range(20)]), 5)
         with FakeTensorMode(allow_non_fake_inputs=False) as fake:
-            names = ("numbers", "order", "starts")
-            tables = {name: fake.from_tensor(getattr(codes.table, name)).to("cuda") for name in names}
-            codes.table = dataclasses.replace(codes.table, **tables)
+            tables = (codes.table.numbers, codes.table.order, codes.table.starts)
+            numbers, order, starts = (fake.from_tensor(each).to("cuda") for each in tables)
+            codes.table = dataclasses.replace(codes.table, numbers=numbers, order=order, starts=starts)
             vectors = CodeVectors(torch.empty(20, 8, device="cuda", dtype=torch.bfloat16), normalized=True)
             labels = torch.empty(6, device="cuda", dtype=torch.int64)
             assert codes.lookup(labels).shape == (6, 2)
