@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from gif.errors import InputError
-from gif_kernels import checks
 
 POLYNOMIAL_POWER = 2  # of insightface's schedule
 _MACHINE = ("device", "micro_batch_size", "channels_last", "compile", "workers", "save_steps", "save_minutes", "keep")
@@ -83,9 +82,13 @@ class TrainingConfig:
                 raise InputError(f"wanted {name} in [0, 1), got {name}={getattr(self, name)}")
         if self.weight_decay < 0:
             raise InputError(f"wanted weight_decay >= 0, got weight_decay={self.weight_decay}")
-        checks.choice("optimizer", self.optimizer, ("sgd", "adamw"))
-        checks.choice("schedule", self.schedule, ("cosine", "polynomial"))
-        checks.choice("precision", self.precision, ("fp32", *AUTOCAST))
+        for name, names in (
+            ("optimizer", ("sgd", "adamw")),
+            ("schedule", ("cosine", "polynomial")),
+            ("precision", ("fp32", *AUTOCAST)),
+        ):
+            if getattr(self, name) not in names:
+                raise InputError(f"wanted {name} of {', '.join(names)}, got {name}={getattr(self, name)!r}")
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the result: all but what says on which machine, and how, it is computed."""
