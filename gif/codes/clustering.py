@@ -79,13 +79,20 @@ def assign(
     nodes: Nodes, centroids: Tensor, prices: Tensor, *, capacity_factor: float, limit: int, seeds: np.ndarray
 ) -> Tensor:
     """The child (g, M) uint8 of each row, within the capacities, from ``prices`` (g, k) that are nearly right."""
-    k = centroids.shape[1]
     scores = Scores(nodes, centroids)
+    child = scores.dearest(_prices_of_all(nodes, scores, prices, capacity_factor, limit, seeds))
+    return repair(scores, child, capacities(scores.count(child), capacity_factor, limit))
+
+
+def _prices_of_all(
+    nodes: Nodes, scores: Scores, prices: Tensor, capacity_factor: float, limit: int, seeds: np.ndarray
+) -> Tensor:
+    """Prices (g, k) for all rows, or as many as fit a block; what they come from is let go of."""
+    k = prices.shape[1]
     sample, similarity = scores.sample(seeds)
     capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
     market = Market(similarity, sample.mask, capacity)
-    child = scores.dearest(final_prices(market, prices, sample.sizes[:, None] > LLOYD_ROWS * k))
-    return repair(scores, child, capacities(scores.count(child), capacity_factor, limit))
+    return final_prices(market, prices, sample.sizes[:, None] > LLOYD_ROWS * k)
 
 
 def largest_share(nodes: Nodes, k: int, capacity_factor: float, limit: int) -> Tensor:

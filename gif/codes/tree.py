@@ -133,6 +133,8 @@ class Level:
         for cuts in (sampled, self.cut(self._large(sample), self._small(sample), cutting=cutting)):
             for cut in cuts:
                 names = match(cut.residuals, codebook) if len(codebook) else self._random_names(cut.node)
+                if self.shared:  # the first process's: machines that round otherwise may see another one match
+                    names = sum_over_processes(names * (rank() == 0))
                 self._write(tokens, cut, names.to(torch.uint8))
                 rows = int(self.sizes(cut.node).sum())
                 advance(rows)

@@ -43,7 +43,8 @@ class TestFormulas:
 
     def test_tokenising_on_a_cpu_leaves_the_vectors_in_their_file(self):
         mapped, held = (
-            tokenize_cost(10**6, 512, 2, RATES, vocab_size=16, length=7, mapped=mapped).memory for mapped in (True, False)
+            tokenize_cost(10**6, 512, 2, RATES, vocab_size=16, length=7, mapped=mapped).memory
+            for mapped in (True, False)
         )
         blocks = 10 * 4 * 2**24  # of float32 on a CPU; eight times as many on a card
         assert mapped == 24e6 + blocks

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.multiprocessing import spawn
 
 from benchmarks.clusters import clustered
-from gif.codes import IdentityCodes, TokenizeConfig, blocks, commands, tokenize
+from gif.codes import IdentityCodes, TokenizeConfig, blocks, clustering, commands, tokenize
 from gif.codes.nodes import Nodes
 from gif.resume import UnfinishedWork
 from gif.vectors import CodeVectors
@@ -18,13 +18,17 @@ PROCESSES = 2
 CASES = {
     "aligned": (2500, TokenizeConfig(vocab_size=9, iterations=2)),
     "a root of one block": (100, TokenizeConfig(vocab_size=7, capacity_factor=1.0)),
-    "names at random, tight": (1200, TokenizeConfig(vocab_size=11, iterations=2, alignment="none", capacity_factor=1.0)),
+    "names at random, tight": (
+        1200,
+        TokenizeConfig(vocab_size=11, iterations=2, alignment="none", capacity_factor=1.0),
+    ),
     "codes of nine bytes": (300, TokenizeConfig(vocab_size=256, length=5, iterations=1, centroid_levels=2)),
     "a root of fewer rows than tokens": (5, TokenizeConfig(vocab_size=6, length=2)),
     "one identity": (1, TokenizeConfig(vocab_size=6, length=2)),
 }
 KILLED = "aligned"
 BLOCK = 1 << 13  # of floats: the root of 2,500 rows of 16 is cut in five
+SAMPLED = 20  # rows a child, which every process looks at where they share a node
 
 
 class Killed(BaseException):
@@ -34,6 +38,7 @@ class Killed(BaseException):
 def small_blocks():
     torch.set_num_threads(1)
     blocks.BLOCK_FLOATS = BLOCK
+    clustering.LLOYD_ROWS = clustering.SEEDING_ROWS = SAMPLED
 
 
 def of_file(folder, name):
@@ -45,7 +50,7 @@ def everything(codes):
     return [codes.codes, codes.table.order, codes.table.starts, *codes.centroids, *directions]
 
 
-def _process(rank, folder, port):
+def _process(rank, folder, ports):
     small_blocks()
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
     read, gather = [], Nodes._gather
@@ -74,25 +79,37 @@ def _process(rank, folder, port):
     )
     dist.destroy_process_group()
     torch.save(found, folder / f"{rank}.pt")
-    by_command(rank, folder, port)
+    by_command(rank, folder, ports)
 
 
-def by_command(rank, folder, port):
+def by_command(rank, folder, ports):
     """`gif tokenize` as torchrun starts it."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "MASTER_ADDR": "localhost"}
     os.environ |= {name: str(value) for name, value in told.items()} | {"TORCHELASTIC_RUN_ID": "none"}
-    run = commands.tokenize_command
-    vectors, output = folder / "2500.safetensors", folder / "codes.safetensors"
     torch.cuda.device_count = lambda: 0
+    ports = iter(ports)
+
+    def run(vectors, **options):
+        os.environ["MASTER_PORT"] = str(next(ports))
+        commands.tokenize_command(folder / vectors, folder / "codes.safetensors", vocab_size=9, **options)
+
     with pytest.raises(ValueError, match='device "cuda" was asked for, and PyTorch sees 0 GPUs'):
-        run(vectors, output, vocab_size=9, device="cuda")
+        run("2500.safetensors", device="cuda")
     with pytest.raises(ValueError, match="do not fit in codes of 2 tokens of 9"):
-        run(vectors, output, vocab_size=9, length=2)
+        run("2500.safetensors", length=2)
     with pytest.raises(ValueError, match=r"damaged\.safetensors is damaged"):
-        run(folder / "damaged.safetensors", output, vocab_size=9)
+        run("damaged.safetensors")
     with pytest.raises(ValueError, match="NaN, infinity or a row of zeros"):
-        run(folder / "zeros.safetensors", output, vocab_size=9)
-    run(vectors, output, vocab_size=9, device="auto")
+        run("zeros.safetensors")
+    run("2500.safetensors", device="auto")
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +123,7 @@ def folder(tmp_path_factory):
     rows = clustered(2500, 16)
     rows[2400] = 0  # of the second process
     CodeVectors(rows, normalized=True).save(folder / "zeros.safetensors")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    spawn(_process, (folder, port), nprocs=PROCESSES)
+    spawn(_process, (folder, free_ports(5)), nprocs=PROCESSES)
     return folder
 
 
@@ -122,6 +136,8 @@ def found(folder):
 def as_the_processes(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(blocks, "BLOCK_FLOATS", BLOCK)
+    for name in ("LLOYD_ROWS", "SEEDING_ROWS"):
+        monkeypatch.setattr(clustering, name, SAMPLED)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -141,7 +157,7 @@ def test_each_gathers_a_share_of_the_rows(folder, found, monkeypatch):
         Nodes, "_gather", lambda self, columns: read.append(self.index[:, columns].numel()) or gather(self, columns)
     )
     tokenize(of_file(folder, KILLED), CASES[KILLED][1])
-    # the samples of a node that both cut, here the root's, are gathered by both
+    # half of them, and the samples of the root, and of a level as many chunks of nodes more as one can have
     assert max(each["read", KILLED] for each in found) < 0.75 * sum(read)
 
 
