@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.clusters import clustered
 from gif.codes import CodeQuality, IdentityCodes, TokenizeConfig, code_length, judge_codes, tokenize
 from gif.codes.clustering import kmeans
-from gif.codes.nodes import Nodes, Scores, count
-from gif.codes.prices import PRICE_RATES, Market, balancing_prices, dearest
+from gif.codes.nodes import Nodes, Scores
+from gif.codes.prices import PRICE_RATES, Market, balancing_prices
 from gif.codes.repair import capacities, repair
 from gif.codes.splitmix import node_seeds
 from gif.documents import markdown_table
@@ -112,7 +112,9 @@ def _first_codebook(residuals: Tensor, v: int, seed: int, depth: int) -> Tensor:
 class _Distances(Scores):
     """The nearness of residuals to a codebook: half the squared distance, negated, up to a constant of the row."""
 
-    def __init__(self, similarity: Tensor) -> None:
+    def __init__(self, nodes: Nodes, codebook: Tensor, similarity: Tensor) -> None:
+        self._nodes = self._own = nodes
+        self._centroids = codebook.expand(len(nodes.index), -1, -1)
         self._held = similarity
 
 
@@ -124,9 +126,9 @@ def _assign(residuals: Tensor, nodes: Nodes, codebook: Tensor, capacity_factor: 
     capacity = (capacity_factor * nodes.sizes / v).ceil().clamp_max(limit)[:, None].expand(-1, v)
     market = Market(similarity, nodes.mask, capacity)
     prices = balancing_prices(market, torch.zeros(len(capacity), v), PRICE_RATES)
-    child = dearest(similarity, prices)
-    room = capacities(count(child, nodes.mask, v), capacity_factor, limit)
-    child = repair(_Distances(similarity), child, nodes.mask, room)
+    scores = _Distances(nodes, codebook, similarity)
+    child = scores.dearest(prices)
+    child = repair(scores, child, capacities(scores.count(child), capacity_factor, limit))
     token = torch.empty(len(residuals), dtype=torch.int64)
     token[nodes.index[nodes.mask]] = child[nodes.mask].long()
     return token

@@ -72,6 +72,19 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return total
 
 
+def in_turn(change: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """What ``change`` makes of ``value`` on one process after another, each from what the one before has left.
+
+    All of them get what the last leaves: a sum over their shares in one order, to the bit that of one process.
+    """
+    for turn in range(world_size()):
+        if turn == rank():
+            value = change(value)
+        if world_size() > 1:
+            dist.broadcast(value, turn)
+    return value
+
+
 def gather_objects(value: T) -> list[T]:
     """Each process's value, in the order of their ranks."""
     values: list[T] = [value] * world_size()

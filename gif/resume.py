@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gif.distributed import rank, world_size
 from gif.errors import DamagedFileError, InputError
-from gif.files import is_temporary, load_tensors, read_json, remove_temporaries, save_tensors, write_text
+from gif.files import Blocks, is_temporary, load_tensors, read_json, remove_temporaries, save_tensors, write_text
 
 SECONDS = 60.0  # between two saves
 LARGEST_SHARE = 0.1  # of the time that may go into saving
@@ -68,7 +68,7 @@ class UnfinishedWork:
         """Whether it is time to save again: once a minute, and more rarely where saving takes long."""
         return self._path is not None and time.monotonic() >= self._due
 
-    def save(self, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, tensors: Mapping[str, Tensor | Blocks]) -> None:
         """Write the state, atomically."""
         if self._path is None:
             return

@@ -49,8 +49,9 @@ def run(run: Run) -> None:
             lambda: gif.spread_code_vectors(rows, gif.SpreadConfig(epochs=1, batch=batch_rows)),
         )  # fmt: skip
     with run.attempt("a level of tokenising"):
-        level = root(torch.randn(m, width, device=run.device.name), VOCAB, 0)
-        cutting = Cutting(VOCAB ** run.pick(3, 1), SHARE, ITERATIONS)
+        below = run.pick(3, 1)
+        level = root(torch.randn(m, width, device=run.device.name), VOCAB, below + 1, 0)
+        cutting = Cutting(VOCAB**below, SHARE, ITERATIONS)
         _waits(run, "a level of tokenising", lambda: level.tokens(cutting, "residual", lambda n: None))
     for recipe in reversed(RECIPE_NAMES):
         _capture(run, recipe, m, width, batch)

@@ -25,3 +25,8 @@ def column_blocks(mask: Tensor) -> Iterator[slice]:
     """Slices of the columns of ``mask`` (g, M) that hold about a block of entries."""
     step = max(1, block_floats(mask.device) // max(1, len(mask)))
     return (slice(begin, begin + step) for begin in range(0, mask.shape[1], step))
+
+
+def take(table: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (...) of ``table`` (m, d), wherever that is, as (..., d) float32 where the index is."""
+    return table[index.to(table.device)].to(index.device).float()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.nodes import Nodes, Scores, count
+from gif.codes.nodes import Nodes, Scores
 from gif.codes.prices import PRICE_RATES, Market, balancing_prices, dearest, final_prices
 from gif.codes.repair import capacities, repair
 from gif.codes.splitmix import mix, uniforms
@@ -38,7 +38,8 @@ def split(
     cosine: a child has a price >= 0, rows take the largest similarity - price, and prices rise where too many come.
     ``seeds`` (g,) make a node's result independent of the nodes beside it. Needs k * limit >= n.
 
-    Returns child (g, M) uint8 in [0, k), meaningless on padding, and the sum (g, k, d) of each child's unit rows.
+    Returns child (g, M) uint8 in [0, k), meaningless on padding, and the sum (g, k, d) of each child's unit rows. Of
+    shared nodes child is that of this process's own columns.
     """
     sample = nodes.sample(LLOYD_ROWS * k, seeds)
     capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
@@ -51,12 +52,12 @@ def split(
         prices = torch.where(better, others[1], prices)
         cosine = torch.where(better[:, 0], others[2], cosine)
     assigned = partial(assign, nodes, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
-    child = assigned(centroids, prices)
+    own, child = nodes.own(k), assigned(centroids, prices)
     sampled = attempts > 1
     if bool(sampled.any()):  # a sample's centroids fit its own rows best: once more from those of all rows
-        centroids = torch.where(sampled[:, None, None], nodes.centroids(child, centroids), centroids)
+        centroids = torch.where(sampled[:, None, None], own.centroids(child, centroids), centroids)
         child = assigned(centroids, prices)
-    return child, nodes.sums(child, k)
+    return child, own.sums(child, k)
 
 
 def balanced_kmeans(
@@ -78,14 +79,20 @@ def assign(
     nodes: Nodes, centroids: Tensor, prices: Tensor, *, capacity_factor: float, limit: int, seeds: np.ndarray
 ) -> Tensor:
     """The child (g, M) uint8 of each row, within the capacities, from ``prices`` (g, k) that are nearly right."""
-    k = centroids.shape[1]
     scores = Scores(nodes, centroids)
+    child = scores.dearest(_prices_of_all(nodes, scores, prices, capacity_factor, limit, seeds))
+    return repair(scores, child, capacities(scores.count(child), capacity_factor, limit))
+
+
+def _prices_of_all(
+    nodes: Nodes, scores: Scores, prices: Tensor, capacity_factor: float, limit: int, seeds: np.ndarray
+) -> Tensor:
+    """Prices (g, k) for all rows, or as many as fit a block; what they come from is let go of."""
+    k = prices.shape[1]
     sample, similarity = scores.sample(seeds)
     capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
     market = Market(similarity, sample.mask, capacity)
-    child = scores.dearest(final_prices(market, prices, sample.sizes[:, None] > LLOYD_ROWS * k))
-    room = capacities(count(child, nodes.mask, k), capacity_factor, limit)
-    return repair(scores, child, nodes.mask, room)
+    return final_prices(market, prices, sample.sizes[:, None] > LLOYD_ROWS * k)
 
 
 def largest_share(nodes: Nodes, k: int, capacity_factor: float, limit: int) -> Tensor:

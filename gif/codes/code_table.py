@@ -13,7 +13,7 @@ from gif.files import check_mapped
 BUCKETS = 1 << 20  # of the numbers' range at most: what a search need not look at
 _A_BUCKET = 16  # codes, on average
 _LOOKED_AT = 16  # at once, where a search ends
-_ROWS_A_BLOCK = 1 << 22
+_ROWS_A_BLOCK = 1 << 20
 _UNSIGNED = (1 << 32) - 1
 
 
@@ -45,19 +45,24 @@ class CodeTable:
     @classmethod
     def of(cls, codes: Tensor, vocab_size: int) -> Self:
         """The table of ``codes`` (m, l), whose tokens lie in [0, v); codes that are alike stand side by side."""
-        (m, length), codes_there_are = codes.shape, vocab_size ** codes.shape[1]
-        narrow = codes_there_are <= _UNSIGNED + 1
+        m, length = codes.shape
         numbers = torch.empty(m, dtype=torch.int64, device=codes.device)
         for begin in range(0, m, _ROWS_A_BLOCK):
             block = slice(begin, begin + _ROWS_A_BLOCK)
             numbers[block] = number_of(codes[block], vocab_size)
-        ordered, order = numbers.sort(stable=True)
+        order = numbers.sort(stable=True)[1].to(index_dtype(m))
+        return cls.ordered(numbers.to(number_dtype(vocab_size, length)), order, vocab_size, length)
+
+    @classmethod
+    def ordered(cls, numbers: Tensor, order: Tensor, vocab_size: int, length: int) -> Self:
+        """The table of ``numbers`` (m,), of `number_dtype`, whose ``order`` (m,) is known; nothing is copied."""
+        m, codes_there_are = len(numbers), vocab_size**length
         buckets = _buckets(m)
-        bounds = torch.arange(buckets, device=codes.device) * _bucket_width(codes_there_are, buckets)
-        starts = torch.cat([torch.searchsorted(ordered, bounds), ordered.new_tensor([m])])
-        if narrow:
-            numbers = numbers.to(torch.int32)  # the low 32 bits of each
-        order, starts = (each.to(_index_dtype(m)) for each in (order, starts))
+        width = _bucket_width(codes_there_are, buckets)
+        counts = torch.zeros(buckets, dtype=torch.int64, device=numbers.device)
+        for block in numbers.split(_ROWS_A_BLOCK):
+            counts += (_without_sign(block) // width).bincount(minlength=buckets)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(index_dtype(m))
         return cls(numbers, order, starts, vocab_size, length, largest_bucket(starts))
 
     def to(self, device: torch.device | str) -> Self:
@@ -73,8 +78,7 @@ class CodeTable:
         if self.numbers.ndim == 2:
             tokens = self.numbers[identities.flatten()]
             return number_of(tokens, self.vocab_size).view(identities.shape)
-        numbers = self.numbers[identities].long()
-        return numbers & _UNSIGNED if self.numbers.dtype == torch.int32 else numbers
+        return _without_sign(self.numbers[identities])
 
     def tokens(self, identities: Tensor) -> Tensor:
         """The tokens of each of ``identities`` (n,), (n, l) int64."""
@@ -120,8 +124,8 @@ class CodeTable:
 
 def table_bytes(m: int, vocab_size: int, length: int) -> int:
     """Memory of a `CodeTable` in memory; one in a memory map has none."""
-    index = _index_dtype(m).itemsize
-    return m * ((4 if vocab_size**length <= _UNSIGNED + 1 else 8) + index) + (_buckets(m) + 1) * index
+    index = index_dtype(m).itemsize
+    return m * (number_dtype(vocab_size, length).itemsize + index) + (_buckets(m) + 1) * index
 
 
 def largest_bucket(starts: Tensor) -> int:
@@ -141,9 +145,20 @@ def _buckets(m: int) -> int:
     return max(1, min(BUCKETS, m // _A_BUCKET))
 
 
+def number_dtype(vocab_size: int, length: int) -> torch.dtype:
+    """What numbers of codes of ``length`` tokens are kept in: int32, as bits without sign, where they fit."""
+    return torch.int32 if vocab_size**length <= _UNSIGNED + 1 else torch.int64
+
+
+def _without_sign(numbers: Tensor) -> Tensor:
+    """``numbers`` as they are kept, as int64."""
+    return numbers.long() & _UNSIGNED if numbers.dtype == torch.int32 else numbers
+
+
 def _bucket_width(numbers: int, buckets: int) -> int:
     return -(-numbers // buckets)
 
 
-def _index_dtype(m: int) -> torch.dtype:
+def index_dtype(m: int) -> torch.dtype:
+    """What m identities are numbered in."""
     return torch.int32 if m <= torch.iinfo(torch.int32).max else torch.int64

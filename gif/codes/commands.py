@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
+from torch.distributed import is_torchelastic_launched
 
 from gif.codes.config import TokenizeConfig
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
-from gif.codes.tokenize import tokenize
+from gif.codes.tokenize import tokenize, working_device
 from gif.data.identities import require_same
+from gif.distributed import first_decides, process_group, rank, wait_for_all
 from gif.errors import InputError
 from gif.files import atomic_path, check_file
 from gif.options import options_of
@@ -37,25 +40,39 @@ def tokenize_command(
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
 
     The vectors stay on disk. A run that was interrupted continues after its last whole level when the same command is
-    given again.
+    given again, on as many processes as you like. Several processes share the work:
+    torchrun --nproc-per-node 8 -m gif.cli tokenize ...
 
     Args:
         vectors: the (spread) code vectors.
         output: where to write the codes (.safetensors).
         device: where to cut; "auto" takes a GPU if there is one with room for the vectors. "cpu" reads them from disk,
-            a block at a time; "cuda" holds them all. Codes are those of the CPU but for ties.
+            a block at a time; "cuda" holds them all, but of several processes none does. Codes are those of the CPU but
+            for ties.
     """
     partial = output.with_suffix(".partial")
     check_output(output, [partial], [vectors])
-    with hold(output, existing(partial)):
-        check_file(vectors)  # every row will be read many times
-        table = CodeVectors.load(vectors, mmap=True)
-        codes = tokenize(table, config, checkpoint=partial, keep_checkpoint=True, device=device)
-        codes.save(output)
-        partial.unlink()
-        if len(codes) > 1:
-            say(str(judge_codes(codes, table)))
-        say(f"wrote {codes} to {output}")
+    table = CodeVectors.load(vectors, mmap=True)
+    with process_group(_kind(device, table)) as own, hold(output, existing(partial)):
+        first_decides(lambda: check_file(vectors))  # every row will be read many times
+        codes = tokenize(table, config, checkpoint=partial, keep_checkpoint=True, device=own)
+        if rank() == 0:
+            codes.save(output)
+            partial.unlink()
+        wait_for_all()
+        if rank() == 0:
+            if len(codes) > 1:
+                say(str(judge_codes(codes, table)))
+            say(f"wrote {codes} to {output}")
+
+
+def _kind(device: str, table: CodeVectors) -> str:
+    """The device by which processes join: "auto" is one that has room for the vectors, which several do not copy."""
+    if device != "auto":
+        return device
+    if is_torchelastic_launched():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return working_device(table.table, device).type
 
 
 def inspect_codes(codes: Path, *, vectors: Path | None = None, picture: Path | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gif.codes.blocks import block_floats
-from gif.codes.repair import rank_in_group
+from gif.codes.moves import rank_in_group
 from gif.codes.splitmix import node_seeds, uniforms
 from gif.errors import InputError
 from gif_kernels import checks

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.blocks import block_floats, column_blocks
+from gif.codes.blocks import block_floats, column_blocks, take
+from gif.codes.moves import Moves
 from gif.codes.prices import dearest
 from gif.codes.splitmix import uniforms
+from gif.distributed import gather_rows, in_turn, rank, sum_over_processes, world_size
 from gif_kernels.sphere import unit
 
 
@@ -21,13 +23,16 @@ class Nodes:
     """The rows of g nodes, padded to M rows each.
 
     table: (m, d) vectors of any length and float dtype; index: (g, M) rows of it; mask: (g, M), False on padding.
-    full: there is known to be no padding.
+    full: there is known to be no padding. shared: every process has these nodes, and works on columns of its `own`;
+    begin: the first of them.
     """
 
     table: Tensor
     index: Tensor
     mask: Tensor
     full: bool = False
+    shared: bool = False
+    begin: int = 0
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -42,11 +47,20 @@ class Nodes:
     def sample(self, rows: int, seeds: np.ndarray) -> Nodes:
         """``rows`` rows of each node, one at random from each of as many equal strata; all rows where it has fewer."""
         if self.index.shape[1] <= rows:
-            return self
+            return replace(self, shared=False) if self.shared else self
         random = uniforms(seeds, rows, stream=1).to(self.index.device)
         strata, sizes = torch.arange(rows, device=self.index.device), self.sizes[:, None]
         position = torch.where(sizes > rows, ((strata + random) * (sizes / rows)).long(), strata)
         return Nodes(self.table, self.index.gather(1, position.minimum(sizes - 1)), strata < sizes, full=self.full)
+
+    def own(self, k: int) -> Nodes:
+        """All columns; where the nodes are shared those of this process, whole blocks that go with (., k)."""
+        if not self.shared:
+            return self
+        step, width = self._step(k), self.index.shape[1]
+        blocks = -(-width // step)
+        begin, end = (min(width, step * (blocks * share // world_size())) for share in (rank(), rank() + 1))
+        return replace(self, index=self.index[:, begin:end], mask=self.mask[:, begin:end], begin=begin)
 
     def similarity(self, centroids: Tensor) -> Tensor:
         """Cosine of each row to its node's ``centroids`` (g, k, d): (g, M, k)."""
@@ -63,21 +77,29 @@ class Nodes:
     def sums(self, child: Tensor, k: int) -> Tensor:
         """Sum (g, k, d) of the unit rows of each ``child`` (g, M)."""
         children = torch.arange(k, device=child.device)
+
+        def add(sums: Tensor) -> Tensor:
+            for columns, rows in self._blocks(k):
+                member = (child[:, columns, None] == children) & self.mask[:, columns, None]
+                sums.baddbmm_(member.to(rows.dtype).mT, rows)
+            return sums
+
         sums = torch.zeros(len(child), k, self.table.shape[1], device=child.device)
-        for columns, rows in self._blocks(k):
-            member = (child[:, columns, None] == children) & self.mask[:, columns, None]
-            sums.baddbmm_(member.to(rows.dtype).mT, rows)
-        return sums
+        return in_turn(add, sums) if self.shared else add(sums)
+
+    def count(self, child: Tensor, k: int) -> Tensor:
+        """Rows (g, k) int64 of each ``child`` (g, M)."""
+        counts = count(child, self.mask, k)
+        return sum_over_processes(counts) if self.shared else counts
 
     def centroids(self, child: Tensor, empty: Tensor) -> Tensor:
         """Unit mean (g, k, d) of the rows of each ``child`` (g, M), or of ``empty`` (g, k, d) where it has none."""
         k = empty.shape[1]
-        return torch.where((count(child, self.mask, k) > 0)[:, :, None], unit(self.sums(child, k)), empty)
+        return torch.where((self.count(child, k) > 0)[:, :, None], unit(self.sums(child, k)), empty)
 
     def _blocks(self, k: int) -> Iterator[tuple[slice, Tensor]]:
         """Columns of the index, and their unit rows (g, columns, d) in float32, zero on padding, to go with (., k)."""
-        g, width = self.index.shape
-        step = max(1, block_floats(self.table.device) // (g * max(k, self.table.shape[1])))
+        width, step = self.index.shape[1], self._step(k)
         if step >= width:
             yield slice(0, width), self.rows
             return
@@ -85,50 +107,73 @@ class Nodes:
             columns = slice(begin, begin + step)
             yield columns, self._gather(columns)
 
+    def _step(self, k: int) -> int:
+        return max(1, block_floats(self.index.device) // (len(self.index) * max(k, self.table.shape[1])))
+
     def _gather(self, columns: slice) -> Tensor:
-        rows = self.table[self.index[:, columns]].float()
+        rows = take(self.table, self.index[:, columns])
         rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
         return rows if self.full else rows.mul_(self.mask[:, columns, None])
 
 
 class Scores:
-    """Cosines of the rows of ``nodes`` to ``centroids`` (g, k, d): held where they fit a block, else made on demand."""
+    """Cosines of the rows of ``nodes`` to ``centroids`` (g, k, d): held where they fit a block, else made on demand.
+
+    Where the nodes are shared, each process has the scores of its own rows.
+    """
 
     def __init__(self, nodes: Nodes, centroids: Tensor) -> None:
         self._nodes, self._centroids = nodes, centroids
+        self._own = nodes.own(centroids.shape[1])
         fit = nodes.index.numel() * centroids.shape[1] <= block_floats(centroids.device)
-        self._held = nodes.similarity(centroids) if fit else None
+        self._held = self._own.similarity(centroids) if fit else None
 
     def sample(self, seeds: np.ndarray) -> tuple[Nodes, Tensor]:
         """Nodes of as many rows as fit a CPU's block, whatever the device, and their similarity."""
         sample = self._nodes.sample(max(1, block_floats() // self._centroids.shape[1]), seeds)
-        if sample is self._nodes and self._held is not None:
+        if sample is self._own and self._held is not None:
             return sample, self._held
         return sample, sample.similarity(self._centroids)
 
     def dearest(self, prices: Tensor) -> Tensor:
         """The child (g, M) uint8 with the largest similarity - price for each row; the lowest number on ties."""
-        child = torch.empty(self._nodes.index.shape, dtype=torch.uint8, device=prices.device)
+        child = torch.empty(self._own.index.shape, dtype=torch.uint8, device=prices.device)
         for columns, similarity in self._blocks():
             child[:, columns] = dearest(similarity, prices)
         return child
 
-    def moves(self, child: Tensor, wanted: Tensor, open: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Node, row, best other child that is ``open`` (g, k), and what it loses, of the rows in ``wanted`` (g, M)."""
-        found = []
+    def count(self, child: Tensor) -> Tensor:
+        """Rows (g, k) int64 of each ``child`` (g, M), of all processes."""
+        return self._own.count(child, self._centroids.shape[1])
+
+    def leaving(self, child: Tensor, excess: Tensor) -> Moves:
+        """The rows that lose least by leaving a child of positive ``excess`` (g, k), as many as that.
+
+        Each for the best other child whose excess is negative. The same on every process.
+        """
+        own, open = self._own, excess < 0
+        found = Moves.none(excess.device, own.index.dtype)
         for columns, similarity in self._blocks():
-            node, row = wanted[:, columns].nonzero(as_tuple=True)
+            crowded = (excess > 0).gather(1, child[:, columns].long()) & own.mask[:, columns]
+            node, row = crowded.nonzero(as_tuple=True)
             scores = similarity[node, row]  # (c, k)
             best, target = scores.masked_fill(~open[node], -torch.inf).max(1)
-            source = child[:, columns][node, row].long()
-            found.append((node, row + columns.start, target, scores.gather(1, source[:, None])[:, 0] - best))
-        node, row, target, loss = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return node, row, target, loss
+            source = child[:, columns][node, row]
+            loss = scores.gather(1, source[:, None].long())[:, 0] - best
+            moves = Moves.of(node, row + (own.begin + columns.start), source, target, loss, own.index.dtype)
+            found = found.followed_by(moves).leaving(excess)  # of all rows, what is held is what leaves
+        return found.map(gather_rows).leaving(excess) if own.shared else found
+
+    def move(self, child: Tensor, moves: Moves) -> None:
+        """Give the rows in ``moves`` their targets, in ``child`` (g, M)."""
+        column = moves.row - self._own.begin
+        own = (column >= 0) & (column < child.shape[1])
+        child[moves.node[own], column[own]] = moves.target[own]
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         if self._held is not None:
             return iter([(slice(0, self._held.shape[1]), self._held)])
-        return self._nodes.similarities(self._centroids)
+        return self._own.similarities(self._centroids)
 
 
 def count(child: Tensor, mask: Tensor, k: int) -> Tensor:

@@ -123,7 +123,7 @@ def _refined(market: Market, initial: Tensor, from_sample: Tensor) -> Tensor:
 def dearest(similarity: Tensor, prices: Tensor) -> Tensor:
     """The child (g, M) with the largest similarity - price for each row; the lowest number on ties."""
     child = torch.empty(similarity.shape[:2], dtype=torch.int64, device=similarity.device)
-    step = max(1, block_floats(similarity.device) // similarity[:, 0].numel())
+    step = max(1, block_floats(similarity.device) // (similarity.shape[0] * similarity.shape[2]))
     for rows, which in zip(similarity.split(step, 1), child.split(step, 1), strict=True):
         torch.argmax(rows - prices[:, None], dim=-1, out=which)
     return child

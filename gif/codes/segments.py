@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.blocks import block_floats
+from gif.codes.blocks import block_floats, take
 from gif_kernels.sphere import unit
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
     """Where segments of ``sizes`` (n,) begin, and the last one ends: (n + 1,) int64."""
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    offsets = sizes.new_zeros(len(sizes) + 1)
+    torch.cumsum(sizes, 0, dtype=sizes.dtype, out=offsets[1:])
+    return offsets
 
 
 def whole_segments(offsets: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
@@ -22,10 +24,32 @@ def whole_segments(offsets: Tensor, rows: int) -> Iterator[tuple[slice, slice]]:
     bounds = offsets.cpu().numpy()
     begin = 0
     while begin < len(bounds) - 1:
-        end = int(np.searchsorted(bounds, bounds[begin] + rows, side="right")) - 1
+        most = bounds.dtype.type(min(int(bounds[begin]) + rows, int(bounds[-1])))
+        end = int(np.searchsorted(bounds, most, side="right")) - 1
         end = max(begin + 1, end)
         yield slice(begin, end), slice(int(bounds[begin]), int(bounds[end]))
         begin = end
+
+
+def counting_sort(blocks: Callable[[], Iterator[tuple[Tensor, Tensor]]], keys: int) -> tuple[Tensor, Tensor]:
+    """Values in the order of their keys, those of one key in the order given, and how many there are of each.
+
+    ``blocks()`` gives all values and their keys, integers in [0, keys), a block at a time; it is asked twice. What is
+    held is the values, (n,), and a block.
+    """
+    counts, n = torch.zeros(keys, dtype=torch.int64), 0
+    values = torch.empty(0)
+    for values, key in blocks():
+        counts += key.bincount(minlength=keys).cpu()
+        n += len(values)
+    ordered = values.new_empty(n)
+    place = offsets_of(counts).tolist()
+    for values, key in blocks():
+        key, rank = key.sort(stable=True)
+        for i, part in enumerate(values[rank].split(key.bincount(minlength=keys).tolist())):
+            ordered[place[i] : place[i] + len(part)] = part
+            place[i] += len(part)
+    return ordered, counts
 
 
 def ancestors(paths: Tensor, vocab_size: int, depth: int) -> list[Tensor]:
@@ -39,14 +63,14 @@ def ancestors(paths: Tensor, vocab_size: int, depth: int) -> list[Tensor]:
 def tree_sums(
     table: Tensor, order: Tensor, offsets: Tensor, levels: Sequence[Tensor], vocab_size: int
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """Sums of unit rows of ``table`` (m, d) over the nodes of each depth, the deepest first.
+    """Sums of unit rows of ``table`` (m, d) over the nodes of each depth, the deepest first, where ``order`` is.
 
     Yields a depth, a slice of its nodes, and their sums (g, d) float32. ``levels`` are `ancestors`; node i of the
     deepest holds rows order[offsets[i]:offsets[i + 1]], read once, a block at a time. Each sum has a fixed order,
     without atomic additions.
     """
     *upper, deepest = levels
-    above = torch.zeros(len(upper[-1]) if upper else 0, table.shape[1], device=table.device)
+    above = torch.zeros(len(upper[-1]) if upper else 0, table.shape[1], device=order.device)
     for nodes, sums in _segment_sums(table, order, offsets):
         yield len(levels), nodes, sums
         if upper:
@@ -62,14 +86,14 @@ def tree_sums(
 
 
 def _segment_sums(table: Tensor, order: Tensor, offsets: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    block = max(1, block_floats(table.device) // table.shape[1])
+    block = max(1, block_floats(order.device) // table.shape[1])
     for nodes, members in whole_segments(offsets, block):
-        sizes = offsets[nodes.start : nodes.stop + 1].diff()
-        sums = torch.zeros(len(sizes), table.shape[1], device=table.device)
+        sizes = offsets[nodes.start : nodes.stop + 1].diff().long()
+        sums = torch.zeros(len(sizes), table.shape[1], device=order.device)
         if len(sizes) > 1:
-            rows = unit(table[order[members]].float())
+            rows = unit(take(table, order[members]))
             sums += torch.segment_reduce(rows, "sum", lengths=sizes, axis=0)
         else:
             for part in order[members].split(block):
-                sums[0] += unit(table[part].float()).sum(0)
+                sums[0] += unit(take(table, part)).sum(0)
         yield nodes, sums

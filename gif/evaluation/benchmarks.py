@@ -202,7 +202,7 @@ class HeldOutIdentities(Benchmark):
     def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
         embedder = replace(embedder, flip=False)
         numbers, embeddings = embedder.all_shares(backbone, ReadableImages(self.images), "embedding")
-        found = judge(embeddings, self.images.labels[numbers])
+        found = judge(embeddings.to(embedder.device), self.images.labels[numbers])
         scores = {f"held-out TAR@{HELD_OUT_FAR:g}": found.tar[HELD_OUT_FAR]}
         return Outcome("held_out", found.to_dict(), scores, [found.table()], {"held-out identities": found})
 

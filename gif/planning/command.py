@@ -82,7 +82,9 @@ def plan(
     stages = [
         encode_cost(m, width, rates, images=images, encoder_flops=1e9 * encoder_gflops),
         spread_cost(m, width, itemsize, rates, batch=batch, epochs=epochs, in_file=in_file),
-        tokenize_cost(m, width, itemsize, rates, vocab_size=shape.vocab_size, length=shape.length),
+        tokenize_cost(
+            m, width, itemsize, rates, vocab_size=shape.vocab_size, length=shape.length, mapped=device == "cpu"
+        ),
         *head_costs(m, width, rates, batch=training_batch, vocab_size=shape.vocab_size),
     ]
     title = f"{m:,} identities x {width}, {dtype}, {device}"

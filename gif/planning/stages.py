@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gif.codes.blocks import BLOCK_FLOATS
+from gif.codes.blocks import BLOCK_FLOATS, DEVICE_BLOCKS
 from gif.codes.clustering import BALANCING_ROUNDS
 from gif.codes.prices import FINAL_RATES, PRICE_RATES
+from gif.codes.tokenize import BLOCKS_HELD, BYTES_A_ROW
 from gif.planning.heads import FLOAT, gif_cost, partial_fc_cost, softmax_cost
 from gif.planning.rates import Rates, pages_of_a_row
 from gif_kernels.gaussian_potential.blocked import TILE
@@ -65,19 +66,23 @@ def spread_cost(
     return StageCost("spread", memory, 8 * m, steps * step, f"{steps:,} steps of {1e3 * step:.3g} ms")
 
 
-def tokenize_cost(m: int, width: int, itemsize: int, rates: Rates, *, vocab_size: int, length: int) -> StageCost:
+def tokenize_cost(
+    m: int, width: int, itemsize: int, rates: Rates, *, vocab_size: int, length: int, mapped: bool = False
+) -> StageCost:
     """Each round of a level compares every row with v centroids and sums rows into them; prices sweep m x v cosines.
 
-    The first levels take some of their rounds on a sample of the rows. These are counted as if they took all: for those
-    levels this is an upper estimate.
+    Of the rounds on a sample of the rows, which the first levels have, as much is counted: an upper estimate there.
+    ``mapped``: the vectors stay in their file, as they do on a CPU; one process on a card copies them there.
     """
     rounds = LLOYD_ROUNDS + BALANCING_ROUNDS + 1
     flops = length * rounds * 2 * 2 * m * vocab_size * width
     sweeps = (BALANCING_ROUNDS * len(PRICE_RATES) + len(FINAL_RATES)) * 3 * FLOAT * m * vocab_size
     moved = length * (rounds * m * width * itemsize + sweeps)
-    memory = m * (width * itemsize + length + 40) + FLOAT * (m * vocab_size + 2 * BLOCK_FLOATS)
+    blocks = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
+    memory = m * (BYTES_A_ROW + (0 if mapped else width * itemsize)) + blocks
     seconds = flops / rates.products + moved / rates.memory
-    return StageCost("tokenize", memory, 0.0, seconds, f"{length} tokens of {vocab_size}")
+    vectors = "the vectors stay in their file" if mapped else "of several processes none copies the vectors"
+    return StageCost("tokenize", memory, 0.0, seconds, f"{length} tokens of {vocab_size}; {vectors}")
 
 
 def head_costs(m: int, width: int, rates: Rates, *, batch: int, vocab_size: int) -> list[StageCost]:

@@ -347,6 +347,7 @@ def test_every_option_goes_through_torchrun(gif, tmp_path):
     torchrun = get_args_parser()
     for command, options in {
         "spread": ["--closed_form", "whiten"],
+        "tokenize": ["--vectors", "x", "--vocab_size=9", "--length=4", "--slack=0", "--seed=1", "--alignment", "none"],
         "train": ["--training.epochs=1", "--data", "x"],
     }.items():
         given = torchrun.parse_args(["-m", "gif.cli", command, *options])

@@ -17,6 +17,7 @@ from gif.evaluation import (
     IjbFolders,
     PairFiles,
     Roc,
+    benchmarks,
     curves,
     embed,
     embed_images,
@@ -219,6 +220,21 @@ class TestHeldOut:
         found = HeldOutIdentities(data).judge(backbone, Embedder(flip=True, batch_size=5))
         expected = judge(embed_images(backbone, images.split(4), flip=False), data.labels)
         assert found.numbers == expected.to_dict() and backbone.training
+
+    def test_pairs_are_judged_where_images_are_embedded(self, monkeypatch):
+        class Judged(Exception):
+            pass
+
+        def look(embeddings, labels):
+            assert embeddings.device.type == "meta"
+            raise Judged
+
+        images = IdentityImages(torch.zeros(6, 3, 16, 16, dtype=torch.uint8), torch.arange(6) // 2, list("abc"))
+        shares = torch.arange(6), torch.zeros(6, 16)
+        monkeypatch.setattr(Embedder, "all_shares", lambda *_: shares)
+        monkeypatch.setattr(benchmarks, "judge", look)
+        with pytest.raises(Judged):
+            HeldOutIdentities(images).judge(TINY.build(), Embedder(device="meta"))
 
     def test_no_image_that_can_be_read(self, tmp_path):
         """Fewer than a batch of eight, of which all being broken is an error by itself."""

@@ -41,6 +41,15 @@ class TestFormulas:
         outside = spread_cost(10**6, 64, 4, RATES, batch=100, epochs=1, in_file=True)
         assert inside.memory - outside.memory == 10**6 * 64 * 4
 
+    def test_tokenising_on_a_cpu_leaves_the_vectors_in_their_file(self):
+        mapped, held = (
+            tokenize_cost(10**6, 512, 2, RATES, vocab_size=16, length=7, mapped=mapped).memory
+            for mapped in (True, False)
+        )
+        blocks = 10 * 4 * 2**24  # of float32 on a CPU; eight times as many on a card
+        assert mapped == 24e6 + blocks
+        assert held == 24e6 + 8 * blocks + 1024e6
+
     def test_pages_of_a_row(self):
         begins = torch.arange(4096)
         for size in (64, 2048, 4096, 6000):

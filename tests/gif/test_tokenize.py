@@ -1,6 +1,8 @@
 """Codes are distinct whatever the vectors, nodes keep their capacities, and similar identities share a prefix."""
 
 import math
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,17 @@ from hypothesis import strategies as st
 from ortools.graph.python.min_cost_flow import SimpleMinCostFlow
 
 from benchmarks.memory import peak_bytes
-from gif.codes import IdentityCodes, TokenizeConfig, advise, clustering, judge_codes, linear_probe, tokenize, tree
+from gif.codes import (
+    IdentityCodes,
+    TokenizeConfig,
+    advise,
+    clustering,
+    code_table,
+    judge_codes,
+    linear_probe,
+    tokenize,
+    tree,
+)
 from gif.codes import blocks as blocks_module
 from gif.codes import prices as prices_module
 from gif.codes.align import match
@@ -25,6 +37,7 @@ from gif.vectors.store import CodeVectors
 from gif_kernels.sphere import unit
 
 M, V = 20_000, 20
+tokenize_module = import_module("gif.codes.tokenize")  # the package has the function by that name
 
 
 def clustered(m: int, d: int = 64, seed: int = 0) -> torch.Tensor:
@@ -438,18 +451,20 @@ def test_a_memory_mapped_table_gives_the_same_codes(vectors, tmp_path):
     )
 
 
-def test_what_is_held_beyond_blocks_is_some_bytes_an_identity(vectors, monkeypatch):
-    rows, block = vectors[:4000, :8].contiguous(), 1 << 12
+@pytest.mark.parametrize("levels", [1, None])
+def test_what_is_held_beyond_blocks_is_24_bytes_an_identity(levels, monkeypatch):
+    """By the allocator's record, which knows every byte: what 20,000 identities more take."""
+    block = 1 << 14
     monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", block)
-    monkeypatch.setattr(tree, "SORTED_ROWS", 1000)
-    monkeypatch.setattr(clustering, "LLOYD_ROWS", 8)
-    monkeypatch.setattr(clustering, "SEEDING_ROWS", 8)
-    held = peak_bytes(
-        lambda: tokenize(rows, TokenizeConfig(vocab_size=16, length=3, iterations=1, centroid_levels=1)), "cpu"
-    )
-    blocks = 10 * 4 * block  # gathered rows, similarities, membership, and temporaries of them
-    # codes, order and child; then whichever is more: candidates for a move, or keys and places that are sorted
-    assert held < 60 * len(rows) + blocks
+    for module, name in ((tree, "SORTED_ROWS"), (code_table, "_ROWS_A_BLOCK"), (tokenize_module, "ROWS_A_BLOCK")):
+        monkeypatch.setattr(module, name, 1000)
+    for name, value in (("LLOYD_ROWS", 8), ("SEEDING_ROWS", 8), ("RESTARTS", 1), ("PRICE_RATES", PRICE_RATES[::5])):
+        monkeypatch.setattr(clustering, name, value)
+    monkeypatch.setattr(prices_module, "REFINING_ROUNDS", 5)
+    config = TokenizeConfig(vocab_size=16, iterations=1, alignment="none", centroid_levels=levels)
+    few, many = (peak_bytes(partial(tokenize, clustered(m, 8), config), "cpu") for m in (20_000, 40_000))
+    assert many - few < 24 * 20_000
+    assert many < 24 * 40_000 + 10 * 4 * block  # similarities, gathered rows, and temporaries of them
 
 
 def newcomers(codes, vectors, n: int) -> torch.Tensor:

@@ -158,7 +158,7 @@ class TestDevice:
         for free, place in ((80 << 30, "cuda"), (60 << 30, "cpu")):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
             assert working_device(table, "auto").type == place
-        with pytest.raises(ValueError, match=r"\(64000000, 512\) vectors of torch.bfloat16 need 69.6 GiB, 60.0 GiB"):
+        with pytest.raises(ValueError, match=r"\(64000000, 512\) vectors of torch.bfloat16 need 67.5 GiB, 60.0 GiB"):
             working_device(table, "cuda:0")
 
     def test_the_command_passes_it_on(self, tmp_path, monkeypatch, gif):
