@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
 from gif.training.config import AUTOCAST, TrainingConfig
 from gif.training.increments import TableIncrements
 from gif.training.monitor import monitor
-from gif.training.order import EpochOrder, begin_epoch
+from gif.training.order import EpochOrder, Groups, begin_epoch
 from gif.training.statistics import RunningStatistics
 from gif.training.stop import StopRequest
 
@@ -129,7 +130,7 @@ def train(
                 position = state.step % steps_an_epoch
                 if position:
                     restore_random(random, device)
-                for images, labels in _loader(dataset, config, position, loader_seed, order_seed):
+                for images, labels in _loader(head, dataset, config, position, loader_seed, order_seed):
                     lr = config.rate(state.step / steps)
                     images, labels = _full(images, labels, config.batch_size // world_size())
                     loss, embeddings, own_labels = take_step(images.to(device), labels.to(device), lr)
@@ -214,13 +215,15 @@ class _Step:
         optimizer.zero_grad()
         before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
+        with torch.no_grad(), self._autocast(images.device):
+            as_head(self._head).before_step(self._backbone, partial(self._pixels, images), labels)
         parts = 1 if config.micro_batch_size is None else math.ceil(len(images) / config.micro_batch_size)
         for part in range(parts):
             some, own_labels = images.tensor_split(parts)[part], labels.tensor_split(parts)[part]
             share = len(some) / len(images)
             exchange = nullcontext if part == parts - 1 else self._without_exchange
             with exchange(), as_head(self._head).share_of_a_step(share):
-                embeddings = self._embed(self._augment(normalize_pixels(some)))
+                embeddings = self._embed(self._pixels(some))
                 part_loss = self._loss(embeddings, own_labels) * share
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -232,10 +235,12 @@ class _Step:
         scaler.update()
         return loss, embeddings.detach(), own_labels
 
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Normalised and augmented images (B, c, h, w), as the network gets them."""
+        pixels = self._augment(normalize_pixels(images))
+        return pixels.contiguous(memory_format=torch.channels_last) if self._config.channels_last else pixels
+
     def _embed(self, pixels: Tensor) -> Tensor:
-        config = self._config
-        if config.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with self._autocast(pixels.device):
             embeddings: Tensor = self._network(pixels)
         return embeddings
@@ -341,11 +346,18 @@ def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _loader(
-    dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
+    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """This process's share of each batch of an epoch, from a position in steps."""
+    wanted = as_head(head)
     order = EpochOrder(
-        len(dataset), config.batch_size, seed=order_seed, begin=position, rank=rank(), processes=world_size()
+        len(dataset),
+        config.batch_size,
+        seed=order_seed,
+        begin=position,
+        rank=rank(),
+        processes=world_size(),
+        groups=Groups(dataset.labels, wanted.group_size, wanted.grouped_share) if wanted.group_size > 1 else None,
     )
     return DataLoader(
         dataset,
