@@ -50,12 +50,14 @@ REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for th
 class TrainingLog:
     """The loss of every step, (steps,) float32; images a second, NaN where a run had nothing left to do; validations.
 
-    ``validations`` are named scores by the number of steps they came after.
+    ``validations`` are named scores by the number of steps they came after. ``processor_seconds`` is what the whole run
+    takes of this process's processors: measured, and of steps before an interruption as much as of those after it.
     """
 
     losses: Tensor
     images_per_second: float
     validations: dict[int, dict[str, float]] = field(default_factory=dict)
+    processor_seconds: float = math.nan
 
 
 def train(
@@ -124,7 +126,7 @@ def train(
 
         with monitor(description, steps, before, config.batch_size, device, tensorboard) as monitored:
             advance, report, report_scores = monitored
-            began = time.monotonic()
+            began, processor_began = time.monotonic(), time.process_time()
             for epoch in range(before // steps_an_epoch, config.epochs):
                 loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
                 position = state.step % steps_an_epoch
@@ -156,9 +158,12 @@ def train(
                             f"interrupted; the same command continues after step {state.step:,} of {steps:,}", stopped
                         )
                     advance()
-            seconds = time.monotonic() - began
+            seconds, processor = time.monotonic() - began, time.process_time() - processor_began
     trained = (steps - before) * config.batch_size
-    return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan, state.validations)
+    if not trained:
+        return TrainingLog(state.losses.cpu(), math.nan, state.validations)
+    whole = processor * steps / (steps - before)
+    return TrainingLog(state.losses.cpu(), trained / seconds, state.validations, whole)
 
 
 @contextmanager
