@@ -28,7 +28,8 @@ DRAWN = "0.0001"  # TAR at this FAR, which tells heads apart the longest
 TABLES = {DRAWN: "TAR@0.0001", "0.001": "TAR@0.001", "rank1": "Rank-1"}
 PICTURES = {"epochs": "epochs", "time": "processor time (minutes)"}
 MINUTE = 60.0
-LEGEND_COLUMNS = 4
+MARGIN = 1.15  # of the picture, to each side
+LEGEND_COLUMNS = 3
 
 
 def accuracy_curves(
@@ -90,23 +91,27 @@ def _in_words(epochs: int) -> str:
 
 def _plot(found: Mapping[int, Comparison], heads: Sequence[str], against: str, path: Path) -> None:
     """A line a head through its means, in a band of one deviation to each side."""
-    drawing, axes = figure(8.0, 5.2)
-    for number, name in enumerate(heads):
-        scores = [runs.values(name, DRAWN) for runs in found.values()]
-        means, spreads = (
-            np.array([np.mean(values) for values in scores]),
-            np.array([np.std(values) for values in scores]),
-        )
-        places = list(found) if against == "epochs" else [_minutes_of(runs, name) for runs in found.values()]
-        style = line_style(number)
-        axes.plot(places, means, marker="o", markersize=3.5, label=name, **style)
-        axes.fill_between(places, means - spreads, means + spreads, color=style["color"], alpha=0.15, linewidth=0)
+    drawing, axes = figure(8.0, 6.0)
     axes.set_xscale("log")
     axes.set_xlabel(PICTURES[against])
     axes.set_ylabel(f"TAR@FAR={DRAWN}, held-out identities")
+    widest = np.array([])
+    for number, name in enumerate(heads):
+        scores = np.array([runs.values(name, DRAWN) for runs in found.values()])
+        places = np.array(list(found) if against == "epochs" else [_minutes_of(runs, name) for runs in found.values()])
+        means, spreads, style = scores.mean(1), scores.std(1), line_style(number)
+        axes.plot(places, means, marker="o", markersize=3.5, label=name, **style)
+        axes.fill_between(places, means - spreads, means + spreads, color=style["color"], alpha=0.15, linewidth=0)
+        widest = np.append(widest, places[np.isfinite(places)])
+    if len(widest):  # what was not measured takes part in no limits, and a logarithm needs some
+        axes.set_xlim(widest.min() / MARGIN, widest.max() * MARGIN)
     if against == "epochs":
-        axes.set_xticks(list(found), [str(count) for count in found], minor=False)
+        axes.set_xticks(list(found), [str(count) for count in found])
         axes.set_xticks([], minor=True)
+    else:
+        axes.xaxis.set_major_formatter("{x:g}")
     columns = min(LEGEND_COLUMNS, len(heads))
-    drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small")
+    drawing.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small", handlelength=3
+    )
     save_figure(drawing, path)
