@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +38,15 @@ class Head:
     Attributes:
         under_autocast: whether the loss may be called under autocast where the training's precision is bf16 or fp16. It
             may where it keeps in float32 whatever would lose by it. Otherwise it gets float32.
+        group_size: how many images of an identity stand side by side in an epoch's order, where it has that many: for
+            heads that make a class weight from some images of a batch and classify others by it. Each image still
+            comes once in an epoch.
+        grouped_share: share of these groups that stay together; the images of the others come one by one.
     """
 
     under_autocast: bool = False
+    group_size: int = 1
+    grouped_share: float = 1.0
 
     def prepare(self, labels: Tensor, device: torch.device, ahead: int = 0) -> Any:
         """What the loss takes in place of ``labels`` (B,), which are on the CPU; it will be called on ``device``.
@@ -70,6 +76,14 @@ class Head:
         that moves and is not marked is lost when the run continues.
         """
         raise NotImplementedError(f"{type(self).__name__} has tables, so it must override mark_moves")
+
+    def before_step(self, backbone: nn.Module, views: Callable[[], Tensor], labels: Tensor) -> None:
+        """Called before each step, without gradients: for a head whose own encoder follows ``backbone``.
+
+        ``views()`` are the normalised images (B, c, h, w) of this process's share of the batch, augmented once more,
+        and ``labels`` (B,) their identities. The forward passes of the step then get the same rows in the same order,
+        in one or more parts. It does nothing here, and images that nobody asks for are not made.
+        """
 
     def share_of_a_step(self, share: float) -> AbstractContextManager[None]:
         """Around a forward and a backward pass that are this share, in (0, 1], of one step of the optimizer.

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 """Okabe and Ito's palette: told apart by people who see colours differently."""
 
+DASHES = ("-", "--", ":", "-.")
 DPI = 130
+
+
+def line_style(number: int) -> dict[str, str]:
+    """How the number-th of several lines is drawn: colours first, then dashes."""
+    rounds, color = divmod(number, len(COLORS))
+    return {"color": COLORS[color], "linestyle": DASHES[rounds % len(DASHES)]}
 
 
 def canvas(width: float, height: float) -> Figure:

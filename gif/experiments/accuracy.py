@@ -20,9 +20,10 @@ from gif.experiments.comparison import (
     settings_of,
     show,
 )
+from gif.experiments.curves import accuracy_curves
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS
 from gif.files import write_text
-from gif.plotting import COLORS, figure, save_figure
+from gif.plotting import figure, line_style, save_figure
 from gif.progress import say
 
 RARITY = {"held-out": "tar", "training": "tar", "centres": "nearest_cosine"}
@@ -41,6 +42,7 @@ def accuracy(
     heads: Sequence[str] = tuple(CONTENDERS),
     seeds: int = 3,
     epochs: int = 4,
+    budgets: Sequence[int] | str | None = None,
     batch_size: int = BATCH_SIZE,
     split: int = 1,
     docs: Path | None = None,
@@ -51,17 +53,22 @@ def accuracy(
     augmentation. An interrupted run continues when the same command is given again. Also by the number of images an
     identity has: two images each of equally many identities, so that only their rarity differs.
 
+    With budgets, such as 1,4,16,64, it is a curve a head: accuracy against epochs and against processor time, each
+    budget a run of its own with its own schedule. Heads, budgets and seeds may be added to the output later.
+
     Args:
-        output: folder for accuracy.md, roc.png, rarity.png and the runs.
+        output: folder for accuracy.md, roc.png, rarity.png and the runs; with budgets for curves.md, curves-epochs.png,
+            curves-time.png and the runs.
         data: the data set; its held-out identities judge.
         identities: how many of the data set's identities there are, at random; all where not given.
         heads: which heads; all of them by default.
         seeds: runs of each head.
-        epochs: passes over the training images in each run.
+        epochs: passes over the training images in each run, without budgets.
+        budgets: passes over the training images, several: runs of their own, for curves.
         batch_size: images a step.
         split: seed of the split into training and held-out identities.
-        docs: a document whose block "accuracy DATA", or "accuracy DATA IDENTITIES", gets the tables; the pictures go
-            into its folder pictures.
+        docs: a document whose block "accuracy DATA", or "accuracy DATA IDENTITIES", gets the tables, with budgets
+            "accuracy curves DATA"; the pictures go into its folder pictures.
     """
     unknown = [head for head in heads if head not in CONTENDERS]
     if unknown or not heads:
@@ -74,6 +81,9 @@ def accuracy(
         epochs=epochs,
         batch_size=batch_size,
     )
+    if budgets is not None:
+        accuracy_curves(output, heads, budget, _epochs_of(budgets), docs)
+        return
     block = f"accuracy {budget.subject}"
     if docs is not None:
         require_block(docs, block)
@@ -101,16 +111,28 @@ def accuracy(
         say(f"wrote the tables into {docs}")
 
 
+def _epochs_of(budgets: Sequence[int] | str) -> list[int]:
+    """Whole numbers, as such or as "1,4,16"."""
+    given = budgets.split(",") if isinstance(budgets, str) else budgets
+    try:
+        return [int(count) for count in given]
+    except ValueError as error:
+        raise InputError(f"wanted budgets such as 1,4,16, got {budgets!r}") from error
+
+
 def _scores(found: Comparison, name: str, what: str) -> dict[str, list[float]]:
-    """One measure of rarity of a head by group, a value a seed."""
+    """One measure of rarity of a head by group, a value a seed; no group where the head has none of it."""
     results = [result["rarity"][what] for result in found.results(name)]
     return {group: [result[group][RARITY[what]] for result in results] for group in results[0]}
 
 
 def _by_images(found: Comparison, what: str) -> tuple[tuple[str, ...], Rows]:
     scores = {name: _scores(found, name, what) for name in found.folders}
-    columns = ("head", *next(iter(scores.values())))
-    return columns, [(name, *map(mean_and_spread, groups.values())) for name, groups in scores.items()]
+    groups = next((groups for groups in scores.values() if groups), {})
+    rows = [
+        (name, *(mean_and_spread(own[group]) if own else "none" for group in groups)) for name, own in scores.items()
+    ]
+    return ("head", *groups), rows
 
 
 def _plot_rarity(found: Comparison, path: Path) -> None:
@@ -120,9 +142,8 @@ def _plot_rarity(found: Comparison, path: Path) -> None:
             groups = _scores(found, name, what)
             means = np.array([np.mean(values) for values in groups.values()])
             spread = np.array([np.std(values) for values in groups.values()])
-            color = COLORS[number % len(COLORS)]
-            axes.errorbar(list(groups), means, spread, marker="o", capsize=2, color=color, label=name)
+            axes.errorbar(list(groups), means, spread, marker="o", capsize=2, label=name, **line_style(number))
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("images an identity has")
-    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found.folders))
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(found.folders)))
     save_figure(drawing, path)

@@ -14,7 +14,7 @@ import torch
 
 from gif.errors import InputError
 from gif.evaluation import Roc
-from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, folder_name
+from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, contender_settings, folder_name
 from gif.files import load_tensors, read_json, save_tensors, write_text
 from gif.ownership import existing, hold
 from gif.progress import new_table, print_table, say
@@ -23,6 +23,7 @@ from gif.training import TrainingConfig
 
 ROC_FORMAT = "gif.roc/1"
 MEASURES = {"rank1": "rank-1", "0.001": "TAR@0.001", "0.0001": "TAR@0.0001", "pair_accuracy": "pairs"}
+PROCESSOR_SECONDS = "processor_seconds"
 
 Rows = list[tuple[str, ...]]
 
@@ -72,8 +73,8 @@ class Comparison:
         return [read_json(folder / "result.json") for folder in self.folders[name]]
 
     def values(self, name: str, measure: str) -> list[float]:
-        """One of ``MEASURES`` of a contender, a value a seed; NaN where it could not be measured."""
-        found = [{**result["tar"], **result}[measure] for result in self.results(name)]
+        """One of ``MEASURES``, or ``PROCESSOR_SECONDS``, of a contender, a value a seed; NaN where it is not known."""
+        found = [{**result["tar"], **result}.get(measure) for result in self.results(name)]
         return [math.nan if value is None else value for value in found]
 
     def rows(self) -> Rows:
@@ -86,43 +87,88 @@ class Comparison:
         return Roc(**{key: values.numpy() for key, values in tensors.items()})
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One contender trained for some epochs with one seed, in a folder of its own."""
+
+    name: str
+    epochs: int
+    seed: int
+    folder: Path
+
+
 def compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, settings: dict[str, Any]) -> Comparison:
     """Train every contender with every seed and judge it; runs that ``output`` holds already are not repeated.
 
     ``settings`` is what else the folder belongs to. An interrupted run continues.
     """
-    with hold(output, existing(output / RECORD)):
-        return _compare(output, contenders, budget, settings)
-
-
-def _compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, settings: dict[str, Any]) -> Comparison:
-    claim_folder(output, settings)
     seeds = range(budget.seeds)
     folders = {name: [output / folder_name(name) / f"seed-{seed}" for seed in seeds] for name in contenders}
-    missing = [
-        (name, seed, folders[name][seed])
+    runs = [_Run(name, budget.epochs, seed, folders[name][seed]) for seed in seeds for name in contenders]
+    with hold(output, existing(output / RECORD)):
+        claim_folder(output, settings)
+        _train_missing(output, contenders, budget, runs)
+    return Comparison(folders)
+
+
+def compare_epochs(
+    output: Path, contenders: Mapping[str, Contender], budget: Budget, epochs: Sequence[int]
+) -> dict[int, Comparison]:
+    """`compare` for each number of ``epochs``: runs of their own, each with its whole schedule of learning rates.
+
+    A head's runs are in a folder of its own, output/head/epochs-N/seed-S, with that head's settings: other heads, more
+    epochs and more seeds may join them later. The shortest are trained first.
+    """
+    seeds = range(budget.seeds)
+    found = {
+        count: Comparison(
+            {
+                name: [output / folder_name(name) / f"epochs-{count}" / f"seed-{seed}" for seed in seeds]
+                for name in contenders
+            }
+        )
+        for count in sorted(set(epochs))
+    }
+    runs = [
+        _Run(name, count, seed, comparison.folders[name][seed])
+        for count, comparison in found.items()
         for seed in seeds
         for name in contenders
-        if not (folders[name][seed] / "result.json").exists()
     ]
-    if missing:
-        bench = GlyphBench.prepare(
-            budget.split, data=budget.data, identities=budget.identities, validation=budget.validation
-        )
-        claim_folder(output / "data", bench.data.train.summary())
-        for number, (name, seed, folder) in enumerate(missing, 1):
-            say(f"run {number} of {len(missing)}: {name}, seed {seed}")
-            training = TrainingConfig(epochs=budget.epochs, batch_size=budget.batch_size, seed=seed)
-            result = bench.run(name, contenders[name], training, folder)
-            roc = result.judgement.roc
-            curve = {"fpr": roc.fpr, "tpr": roc.tpr, "thresholds": roc.thresholds}
-            save_tensors(folder / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
-            found = {**result.judgement.to_dict(), "rarity": result.rarity}
-            write_text(folder / "result.json", json.dumps(found, indent=2))
-            judged = result.judgement
-            tar = ", ".join(f"TAR@{far:g} {judged.tar_in_words(far, 3)}" for far in judged.tar)
-            say(f"{name}, seed {seed}: rank-1 {judged.rank1:.3f}, {tar}")
-    return Comparison(folders)
+    with hold(output, existing(output / RECORD)):
+        shared = settings_of("accuracy by epochs", budget, {})
+        claim_folder(output, {name: value for name, value in shared.items() if name not in ("epochs", "recipes")})
+        for name, contender in contenders.items():
+            claim_folder(output / folder_name(name), contender_settings(contender))
+        _train_missing(output, contenders, budget, runs)
+    return found
+
+
+def _train_missing(output: Path, contenders: Mapping[str, Contender], budget: Budget, runs: Sequence[_Run]) -> None:
+    """Train and judge each of ``runs`` that has no result yet."""
+    missing = [run for run in runs if not (run.folder / "result.json").exists()]
+    if not missing:
+        return
+    bench = GlyphBench.prepare(
+        budget.split, data=budget.data, identities=budget.identities, validation=budget.validation
+    )
+    claim_folder(output / "data", bench.data.train.summary())
+    for number, run in enumerate(missing, 1):
+        say(f"run {number} of {len(missing)}: {run.name}, seed {run.seed}, {run.epochs} epochs")
+        training = TrainingConfig(epochs=run.epochs, batch_size=budget.batch_size, seed=run.seed)
+        result = bench.run(run.name, contenders[run.name], training, run.folder)
+        judged = result.judgement
+        curve = {"fpr": judged.roc.fpr, "tpr": judged.roc.tpr, "thresholds": judged.roc.thresholds}
+        save_tensors(run.folder / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
+        seconds = result.log.processor_seconds
+        found = {
+            **judged.to_dict(),
+            "rarity": result.rarity,
+            PROCESSOR_SECONDS: None if math.isnan(seconds) else seconds,
+        }
+        write_text(run.folder / "result.json", json.dumps(found, indent=2))
+        tar = ", ".join(f"TAR@{far:g} {judged.tar_in_words(far, 3)}" for far in judged.tar)
+        say(f"{run.name}, seed {run.seed}: rank-1 {judged.rank1:.3f}, {tar}")
 
 
 def settings_of(command: str, budget: Budget, contenders: Mapping[str, Contender]) -> dict[str, Any]:

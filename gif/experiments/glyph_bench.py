@@ -26,6 +26,8 @@ VOCAB_SIZE = 12
 BATCH_SIZE = 128
 SPREAD_EPOCHS = 10
 BACKBONE = BackboneConfig(embedding_size=128, width=16)
+POOL_SIZE = 2048  # class weights of the heads that hold some identities' at a time
+ENCODER_MOMENTUM = 0.99  # of runs of thousands of steps; the class queue's own, 0.999, is for a hundred times as many
 VALIDATION = 0.2  # of the training identities
 
 
@@ -46,6 +48,11 @@ def _softmax(**options: Any) -> Contender:
     return Contender(HeadConfig(scale=12.0, margin=AngularMargin(m2=0.0, m3=0.2), **options))
 
 
+def _peer(**options: Any) -> Contender:
+    """Scale and margin as of the softmax heads, as many class weights for each; `gif sweep` is to find their own."""
+    return _softmax(pool_size=POOL_SIZE, **options)
+
+
 TOKEN_MARGIN = AngularMargin(m2=0.0, m3=0.1)
 CONTENDERS = {
     "GIF": _gif(),
@@ -58,6 +65,13 @@ CONTENDERS = {
     "full softmax": _softmax(kind="softmax"),
     "full softmax from code vectors": _softmax(kind="softmax", centers="vectors"),
     "Partial FC 0.1": _softmax(kind="partial_fc", sample_rate=0.1),
+    "Partial FC 0.1 from code vectors": _softmax(kind="partial_fc", sample_rate=0.1, centers="vectors"),
+    "Partial FC 0.3": _softmax(kind="partial_fc", sample_rate=0.3),
+    "Partial FC 0.3 from code vectors": _softmax(kind="partial_fc", sample_rate=0.3, centers="vectors"),
+    "Dynamic Class Queue": _peer(kind="class_queue", momentum=ENCODER_MOMENTUM),
+    "Faster Face Classification": _peer(kind="class_pool", momentum=ENCODER_MOMENTUM),
+    "Prototype Memory": _peer(kind="prototype_memory", group_size=4),
+    "Virtual FC": _peer(kind="virtual_fc", group_size=4),
 }
 
 
@@ -117,7 +131,7 @@ class GlyphBench:
         backbone = BACKBONE.build()
         who = self.data.train.identities
         own_vectors = CodeVectors(self.vectors.table.clone(), normalized=True)  # the head may move them
-        loss_fn = contender.head.build(len(who), BACKBONE.embedding_size, self.codes, own_vectors)
+        loss_fn = contender.head.build(len(who), BACKBONE.embedding_size, self.codes, own_vectors, backbone=backbone)
         log = train(
             backbone,
             loss_fn,
@@ -129,15 +143,16 @@ class GlyphBench:
         save_backbone(folder / "backbone.safetensors", backbone, BACKBONE, trained_on=who)
         embeddings = embed(backbone, self.data.held_out)
         judgement = judge(embeddings, self.data.held_out.labels)
-        parameters = sum(parameter.numel() for parameter in loss_fn.parameters())
+        parameters = sum(parameter.numel() for parameter in loss_fn.parameters() if parameter.requires_grad)
         return HeadResult(log, judgement, parameters, self.rarity(backbone, embeddings, _centers(loss_fn)))
 
     def rarity(
-        self, backbone: nn.Module, embeddings: Tensor, centers: Tensor
+        self, backbone: nn.Module, embeddings: Tensor, centers: Tensor | None
     ) -> dict[str, dict[str, dict[str, float]]]:
         """Scores by the number of images an identity has: of held-out and training images, and of the centres (m, d).
 
-        ``embeddings`` (n, d) are the held-out images'. Keys: what, group, measure.
+        A head that holds no identity's centre, None, has no scores of them. ``embeddings`` (n, d) are the held-out
+        images'. Keys: what, group, measure.
         """
         held_out, train = self.data.held_out, self.data.train
         found: dict[str, dict[str, dict[str, float]]] = {"held-out": {}, "training": {}, "centres": {}}
@@ -146,16 +161,19 @@ class GlyphBench:
         for group in groups_by_images(train.labels):
             part = train.of_identities(group.identities)
             found["training"][group.name] = judge_group(embed(backbone, part), group.identities[part.labels], group)
-            found["centres"][group.name] = spread_of_centers(centers, group)
+            if centers is not None:
+                found["centres"][group.name] = spread_of_centers(centers, group)
         return found
 
 
-def _centers(loss_fn: nn.Module) -> Tensor:
-    """What stands for each training identity, (m, d): a softmax's centres, GIF's code vectors."""
+def _centers(loss_fn: nn.Module) -> Tensor | None:
+    """What stands for each training identity, (m, d): a softmax's centres, GIF's code vectors; None where nothing does.
+
+    The heads of `gif.losses.peers` hold the weights of some identities at a time.
+    """
     if isinstance(loss_fn, MarginSoftmax):
         return loss_fn.weight.detach()
-    assert isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None
-    return loss_fn.vectors.table
+    return loss_fn.vectors.table if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None else None
 
 
 def folder_name(head: str) -> str:
@@ -173,3 +191,9 @@ def bench_settings(contenders: Mapping[str, Contender]) -> dict[str, Any]:
         "contenders": {name: asdict(contender) for name, contender in contenders.items()},
         "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
     }
+
+
+def contender_settings(contender: Contender) -> dict[str, Any]:
+    """What decides the results of one contender, beside what all have in common."""
+    head = contender.head
+    return {"contender": asdict(contender), "recipe": asdict(RECIPES[head.recipe]) if head.kind == "gif" else None}

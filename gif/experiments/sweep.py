@@ -24,6 +24,7 @@ from gif_kernels import AngularMargin
 
 CHOSEN_BY = ("0.001", "0.0001")  # the mean of both, which is less noisy than either
 SOFTMAX_KNOBS = {"lr": (0.05, 0.1, 0.2, 0.4), "scale": (8, 12, 16, 24, 32), "margin": (0.1, 0.2, 0.3)}
+PEER_KNOBS = {"lr": (0.05, 0.1, 0.2), "scale": (8, 12, 16, 24), "margin": (0.1, 0.2, 0.3)}
 KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
     "GIF": {
         "lr": (0.05, 0.1, 0.2),
@@ -34,6 +35,10 @@ KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "full softmax": SOFTMAX_KNOBS,
     "Partial FC 0.1": SOFTMAX_KNOBS,
+    "Dynamic Class Queue": {**PEER_KNOBS, "momentum": (0.9, 0.99, 0.999)},
+    "Faster Face Classification": {**PEER_KNOBS, "momentum": (0.9, 0.99, 0.999)},
+    "Prototype Memory": {**PEER_KNOBS, "group_size": (2, 4, 8)},
+    "Virtual FC": {**PEER_KNOBS, "group_size": (2, 4, 8)},
 }
 """Values of each setting; margins are CosFace's m3. The head's own value is among them."""
 SETTINGS = tuple(dict.fromkeys(setting for knobs in KNOBS.values() for setting in knobs))

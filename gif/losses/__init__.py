@@ -2,8 +2,21 @@
 
 from gif.losses.config import HeadConfig
 from gif.losses.gif_loss import GIFLoss
+from gif.losses.peers import DynamicClassPool, DynamicClassQueue, PrototypeMemory, VirtualFC
 from gif.losses.recipes import RECIPES, Recipe
 from gif.losses.softmax import MarginSoftmax
 from gif.losses.token_weights import TokenWeights, token_weights
 
-__all__ = ["RECIPES", "GIFLoss", "HeadConfig", "MarginSoftmax", "Recipe", "TokenWeights", "token_weights"]
+__all__ = [
+    "RECIPES",
+    "DynamicClassPool",
+    "DynamicClassQueue",
+    "GIFLoss",
+    "HeadConfig",
+    "MarginSoftmax",
+    "PrototypeMemory",
+    "Recipe",
+    "TokenWeights",
+    "VirtualFC",
+    "token_weights",
+]

@@ -93,7 +93,9 @@ def train_command(
         torch.manual_seed(training.seed)
         network = backbone.build()
         table = None if vectors is None else CodeVectors.load(vectors, mmap=True)
-        loss_fn = head.build(images.num_identities, backbone.embedding_size, code_table, table, identities=who)
+        loss_fn = head.build(
+            images.num_identities, backbone.embedding_size, code_table, table, identities=who, backbone=network
+        )
         log_folder = output / "tensorboard" if tensorboard else None
         check_training(loss_fn, images, training, tensorboard=log_folder)
         if rank() == 0:

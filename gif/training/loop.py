@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
 from gif.training.config import AUTOCAST, TrainingConfig
 from gif.training.increments import TableIncrements
 from gif.training.monitor import monitor
-from gif.training.order import EpochOrder, begin_epoch
+from gif.training.order import EpochOrder, Groups, begin_epoch
 from gif.training.statistics import RunningStatistics
 from gif.training.stop import StopRequest
 
@@ -53,12 +54,14 @@ REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for th
 class TrainingLog:
     """The loss of every step, (steps,) float32; images a second, NaN where a run had nothing left to do; validations.
 
-    ``validations`` are named scores by the number of steps they came after.
+    ``validations`` are named scores by the number of steps they came after. ``processor_seconds`` is what the whole run
+    takes of this process's processors: measured, and of steps before an interruption as much as of those after it.
     """
 
     losses: Tensor
     images_per_second: float
     validations: dict[int, dict[str, float]] = field(default_factory=dict)
+    processor_seconds: float = math.nan
 
 
 def train(
@@ -127,13 +130,13 @@ def train(
 
         with monitor(description, steps, before, config.batch_size, device, tensorboard) as monitored:
             advance, report, report_scores = monitored
-            began = time.monotonic()
+            began, processor_began = time.monotonic(), time.process_time()
             for epoch in range(before // steps_an_epoch, config.epochs):
                 loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
                 position = state.step % steps_an_epoch
                 if position:
                     restore_random(random, device)
-                loader = _loader(dataset, config, position, loader_seed, order_seed)
+                loader = _loader(head, dataset, config, position, loader_seed, order_seed)
                 for images, labels in one_ahead(loader, take_step.prepare):
                     lr = config.rate(state.step / steps)
                     loss, embeddings, own_labels = take_step(images, labels, lr)
@@ -160,9 +163,12 @@ def train(
                             f"interrupted; the same command continues after step {state.step:,} of {steps:,}", stopped
                         )
                     advance()
-            seconds = time.monotonic() - began
+            seconds, processor = time.monotonic() - began, time.process_time() - processor_began
     trained = (steps - before) * config.batch_size
-    return TrainingLog(state.losses.cpu(), trained / seconds if trained else math.nan, state.validations)
+    if not trained:
+        return TrainingLog(state.losses.cpu(), math.nan, state.validations)
+    whole = processor * steps / (steps - before)
+    return TrainingLog(state.losses.cpu(), trained / seconds, state.validations, whole)
 
 
 @contextmanager
@@ -238,11 +244,14 @@ class _Step:
         optimizer.zero_grad()
         before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
+        own_labels = torch.cat([part.labels for part in labels])
+        with torch.no_grad(), self._autocast(images.device):
+            as_head(self._head).before_step(self._backbone, partial(self._pixels, images), own_labels)
         for some, part in zip(images.tensor_split(len(labels)), labels, strict=True):
             share = len(some) / len(images)
             exchange = nullcontext if part is labels[-1] else self._without_exchange
             with exchange(), as_head(self._head).share_of_a_step(share):
-                embeddings = self._embed(self._augment(normalize_pixels(some)))
+                embeddings = self._embed(self._pixels(some))
                 part_loss = self._loss(embeddings, part.prepared) * share
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -254,10 +263,12 @@ class _Step:
         scaler.update()
         return loss, embeddings.detach(), labels[-1].labels
 
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Normalised and augmented images (B, c, h, w), as the network gets them."""
+        pixels = self._augment(normalize_pixels(images))
+        return pixels.contiguous(memory_format=torch.channels_last) if self._config.channels_last else pixels
+
     def _embed(self, pixels: Tensor) -> Tensor:
-        config = self._config
-        if config.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with self._autocast(pixels.device):
             embeddings: Tensor = self._network(pixels)
         return embeddings
@@ -377,11 +388,18 @@ def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _loader(
-    dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
+    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """Load this process's share of each batch of an epoch, from the step ``position`` on."""
+    wanted = as_head(head)
     order = EpochOrder(
-        len(dataset), config.batch_size, seed=order_seed, begin=position, rank=rank(), processes=world_size()
+        len(dataset),
+        config.batch_size,
+        seed=order_seed,
+        begin=position,
+        rank=rank(),
+        processes=world_size(),
+        groups=Groups(dataset.labels, wanted.group_size, wanted.grouped_share) if wanted.group_size > 1 else None,
     )
     return DataLoader(
         dataset,

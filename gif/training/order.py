@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from gif.occurrences import occurrences
 from gif.seeds import seed_of
 
 _BETWEEN_RANKS = 500_000_003
@@ -24,6 +27,31 @@ def begin_epoch(seed: int, epoch: int, rank: int) -> tuple[int, int]:
     return loader_seed, order_seed
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Images of one identity that stand side by side in an order: for heads that ask for it (`gif.head.Head`).
+
+    Args:
+        labels: (n,) the identity of each image.
+        size: images in a group; an identity's last group has what is left.
+        share: of the groups that stay together, at random; the images of the others come one by one.
+    """
+
+    labels: Tensor
+    size: int
+    share: float = 1.0
+
+    def arrange(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        """The permutation ``order`` (n,) in which each group stands where its first image stood."""
+        labels = self.labels[order]
+        before = occurrences(labels)
+        groups = (labels * len(labels) + before // self.size).unique(return_inverse=True)[1]
+        numbers = torch.arange(len(order))
+        first = torch.full_like(numbers, len(order)).scatter_reduce_(0, groups, numbers, "amin")[groups]
+        together = torch.rand(len(order), generator=generator)[first] < self.share
+        return order[torch.where(together, first, numbers).argsort(stable=True)]
+
+
 class EpochOrder:
     """The rows that one process reads in an epoch, batch by batch: a ``batch_sampler`` for a DataLoader.
 
@@ -37,10 +65,24 @@ class EpochOrder:
         seed: of the permutation.
         begin: steps of the epoch that are done.
         rank, processes: which process this is, and of how many.
+        groups: images that stand side by side in the permutation, if any do.
     """
 
-    def __init__(self, images: int, batch_size: int, *, seed: int, begin: int, rank: int, processes: int) -> None:
-        self._order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        begin: int,
+        rank: int,
+        processes: int,
+        groups: Groups | None = None,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._order = torch.randperm(images, generator=generator)
+        if groups is not None:
+            self._order = groups.arrange(self._order, generator)
         self._batch_size = batch_size
         self._steps = range(begin, images // batch_size)
         self._share = batch_size // processes

@@ -156,6 +156,39 @@ def test_accuracy(tiny_bench, gif, tmp_path):
     assert code == 1 and "arcface" in printed and "full softmax" in printed
 
 
+def test_accuracy_by_epochs(tiny_bench, gif, tmp_path):
+    output = tmp_path / "a"
+    command = ["accuracy", "--output", output, "--batch_size=16", "--data=glyphs"]
+    heads = ["GIF", "Faster Face Classification", "Virtual FC"]
+    code, _ = gif(*command, "--seeds=1", "--budgets=1,2", f"--heads={json.dumps(heads[:2])}")
+    assert code == 0
+    report = (output / "curves.md").read_text()
+    assert "| head | 1 epoch | 2 epochs |" in report and all(report.count(f"| {head} |") == 4 for head in heads[:2])
+    for picture in ("curves-epochs.png", "curves-time.png"):
+        assert (output / picture).read_bytes()[:4] == b"\x89PNG"
+    results = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
+    assert {str(path.relative_to(output)) for path in results} == {
+        f"{head}/epochs-{count}/seed-0/result.json"
+        for head in ("gif", "faster-face-classification")
+        for count in (1, 2)
+    }
+    assert all(json.loads(path.read_text())["processor_seconds"] > 0 for path in results)
+    docs = tmp_path / "docs" / "accuracy.md"
+    (docs.parent / "pictures").mkdir(parents=True)
+    docs.write_text("<!-- begin accuracy curves glyphs -->\n<!-- end accuracy curves glyphs -->\n")
+    code, _ = gif(*command, "--seeds=2", "--budgets=[2,1]", f"--heads={json.dumps(heads)}", "--docs", docs)
+    assert code == 0  # another head and another seed join what is there
+    assert len(list(output.rglob("result.json"))) == 12
+    assert results == {path: path.stat().st_mtime_ns for path in results}
+    assert (output / "curves.md").read_text() in docs.read_text() and "±" in docs.read_text()
+    assert (docs.parent / "pictures" / "accuracy-curves-glyphs-time.png").exists()
+    code, printed = gif(*command, "--budgets=1", "--batch_size=8")
+    assert code == 1 and "other settings (batch_size is 16 there and 8 here" in printed
+    for wrong in ("0,4", "four"):
+        code, printed = gif("accuracy", "--output", tmp_path / "b", f"--budgets={wrong}")
+        assert code == 1 and "wanted budgets" in printed and not (tmp_path / "b").exists()
+
+
 def test_sweep_tries_settings_on_identities_it_keeps_from_training(tiny_bench, gif, tmp_path, monkeypatch):
     trained, judged = set(), set()
     spy = glyph_bench.train
