@@ -101,7 +101,9 @@ class TestPlaces:
     def test_who_was_not_seen_for_longest_leaves(self):
         """Against a dictionary in the order of use; who is in the batch is touched before anybody leaves."""
         generator = torch.Generator().manual_seed(0)
-        places, expected, where = Places.empty(5), OrderedDict(), {}
+        places = Places.empty(5)
+        expected: OrderedDict[int, None] = OrderedDict()
+        where: dict[int, int] = {}
         for _ in range(200):
             batch = torch.randint(12, (int(torch.randint(1, 6, (1,), generator=generator)),), generator=generator)
             places, found, new = places.take(batch)
@@ -142,7 +144,7 @@ class TestClassQueue:
         head = self.head(backbone)
         first = backbone.rows.detach().clone()
         with torch.no_grad():
-            backbone.rows += torch.randn(8, WIDTH)
+            backbone.rows.add_(torch.randn(8, WIDTH))
         weights = unit(0.75 * first + 0.25 * backbone.rows.detach())  # what the encoder has followed to
         _, loss = step(head, backbone, [0, 1, 2, 3], [3, 3, 7, 2])
         assert head.identities.tolist() == [3, 3, 7, 2, -1] and int(head.next_slot) == 4
@@ -408,9 +410,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, micro, dataset, tmp_path):
     for stop in (8 * asked, 3 * asked):
         pieces = build(kind)
         with suppress(KeyboardInterrupt):
-            train(*pieces, part, config, augment=interrupted_in(stop), checkpoints=tmp_path)
+            train(pieces[0], pieces[1], part, config, augment=interrupted_in(stop), checkpoints=tmp_path)
     pieces = build(kind)
-    log = train(*pieces, part, config, augment=interrupted_in(-1), checkpoints=tmp_path)
+    log = train(pieces[0], pieces[1], part, config, augment=interrupted_in(-1), checkpoints=tmp_path)
     assert torch.equal(log.losses, whole.losses)
     for one, other in zip(pieces, (backbone, head), strict=True):
         states = one.state_dict(), other.state_dict()

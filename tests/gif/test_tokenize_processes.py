@@ -55,7 +55,7 @@ def _process(rank, folder, ports):
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
     read, gather = [], Nodes._gather
     Nodes._gather = lambda self, columns: read.append(self.index[:, columns].numel()) or gather(self, columns)
-    found = {}
+    found: dict[object, object] = {}
     for name, (_, config) in CASES.items():
         found[name] = everything(tokenize(of_file(folder, name), config))
         found["read", name], read[:] = sum(read), []
