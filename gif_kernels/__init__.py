@@ -16,7 +16,7 @@ The ops are imported from here. Packages that build on them may also use what `_
 Everything else is this package's own and may change.
 """
 
-from gif_kernels.code_contrast.op import code_contrast_loss
+from gif_kernels.code_contrast.op import code_contrast_gradients, code_contrast_loss
 from gif_kernels.code_regression.op import CodeRegression, code_regression_loss
 from gif_kernels.gaussian_potential.op import gaussian_potential
 from gif_kernels.gradcheck import gradcheck
@@ -30,6 +30,7 @@ from gif_kernels.vector_step.op import vector_step_
 __all__ = [
     "AngularMargin",
     "CodeRegression",
+    "code_contrast_gradients",
     "code_contrast_loss",
     "code_regression_loss",
     "gaussian_potential",

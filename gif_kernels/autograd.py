@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["with_row_gradients"]
 
@@ -44,6 +45,11 @@ def backward_of(forward: Callable[..., Any]) -> Callable[[Callable[..., Gradient
         return ordered
 
     return decorate
+
+
+def kept_graph() -> saved_tensors_hooks:
+    """Around a graph that is differentiated at once: activation checkpointing need not repeat a forward pass for it."""
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def with_row_gradients(

@@ -17,6 +17,7 @@ __all__ = [
     "in_range",
     "operand_dtype",
     "product",
+    "range_factor",
     "rounded",
     "shared_dtype",
     "tf32_allowed",
@@ -112,11 +113,17 @@ def in_range(rows: Tensor, operand: torch.dtype) -> Tensor:
     those below 6e-5. Differentiable: the gradient is that of ``rows``. Rows that are float16 already, or for other
     operands, are returned as they are.
     """
+    factor = range_factor(rows, operand)
+    return rows if factor is None else rows * factor
+
+
+def range_factor(rows: Tensor, operand: torch.dtype) -> Tensor | None:
+    """The powers of two (..., 1) by which `in_range` multiplies; None where it leaves ``rows`` as they are."""
     if operand != torch.float16 or rows.dtype == torch.float16:
-        return rows
+        return None
     largest = rows.detach().abs().amax(-1, keepdim=True)
     exponent = torch.frexp(largest.float()).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    return rows * torch.exp2(-exponent.to(rows.dtype))
+    return torch.exp2(-exponent.to(rows.dtype))
 
 
 def rounded(rows: Tensor, operand: torch.dtype) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from gif.codes import IdentityCodes
 from gif.data.identities import require_same
@@ -19,15 +18,23 @@ from gif.devices import to_device
 from gif.distributed import gather_part, mean_over_processes, rank
 from gif.errors import InputError
 from gif.head import Head, TablePart
+from gif.losses.graph import TableStep, then_count, then_step
 from gif.losses.health import against_others
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.resume import WORKING
 from gif.vectors.divided import DividedCodeVectors
 from gif.vectors.placement import PLACEMENTS, place_code_vectors
-from gif.vectors.rows import Rows
+from gif.vectors.rows import Rows, RowsInPlace
 from gif.vectors.store import CodeVectors
-from gif_kernels import CodeRegression, checks, code_contrast_loss, code_regression_loss, token_margin_loss
+from gif_kernels import (
+    CodeRegression,
+    checks,
+    code_contrast_gradients,
+    code_contrast_loss,
+    code_regression_loss,
+    token_margin_loss,
+)
 from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
 from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
@@ -44,10 +51,12 @@ class PreparedLabels:
     """
 
     def __init__(self, loss_fn: GIFLoss, labels: Tensor, device: torch.device, ahead: int) -> None:
-        self._codes, self._vectors, self._device = loss_fn.codes, loss_fn.vectors, device
+        self._codes, self._device = loss_fn.codes, device
         self._given = labels
         self.labels = to_device(labels, device)
         self._rows: Rows | None = None
+        self._tokens: Tensor | None = None  # not functools.cached_property, whose lock torch.compile cannot trace
+        self._vectors: Tensor | None = None
         if loss_fn.vectors is not None and loss_fn.recipe.needs_vectors:
             identities, self._begin = loss_fn.candidates(labels, ahead)
             self.candidates = to_device(identities, device)
@@ -56,10 +65,12 @@ class PreparedLabels:
         if labels.device != device:
             self.tokens  # noqa: B018 (what is on the host is asked for at once)
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
         """The tokens (B, l) of the labels' codes."""
-        return to_device(self._codes.lookup(self._given), self._device)
+        if self._tokens is None:
+            self._tokens = to_device(self._codes.lookup(self._given), self._device)
+        return self._tokens
 
     @property
     def rows(self) -> Rows:
@@ -67,11 +78,13 @@ class PreparedLabels:
         assert self._rows is not None  # a term asks for them
         return self._rows
 
-    @cached_property
+    @property
     def vectors(self) -> Tensor:
         """The code vectors (C, d) of the candidates; float32 at least, for steps are smaller than bfloat16 tells."""
-        values = self.rows.values
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        if self._vectors is None:
+            values = self.rows.values
+            self._vectors = values.to(torch.promote_types(values.dtype, torch.float32))
+        return self._vectors
 
     def release(self) -> None:
         """Let go of ``vectors``, which a repeated forward pass reads again."""
@@ -177,7 +190,7 @@ class GIFLoss(nn.Module, Head):
         self.token_weights: Tensor
         self.register_buffer("draws", torch.randint(1 << 62, ()) if self._draws_at_random() else None)
         self.draws: Tensor | None
-        self._draw_seen = (0, -1)  # what draws was on the host, and the version of the tensor then
+        self._draw_seen: tuple[int, int] | None = (0, -1)  # draws as the host saw it, and the tensor's version then
 
     def forward(self, embeddings: Tensor, labels: Tensor | PreparedLabels, *, reduction: Reduction = "mean") -> Tensor:
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; a label of -1 is ignored.
@@ -278,9 +291,8 @@ class GIFLoss(nn.Module, Head):
             moves = self.recipe.moves_vectors and self.training and torch.is_grad_enabled()
             contrast = self._contrast_that_steps if moves else self._contrast
             losses = contrast(embeddings, found)
-            if self.training and not moves and losses.grad_fn is not None:
-                # after the backward pass: a checkpointed forward pass is repeated before
-                losses.grad_fn.register_hook(lambda *_: self._draw_others())
+            if self.training and not moves:
+                losses = self._then_draw_others(losses)
         return reduce_rows(losses, labels >= 0, reduction)
 
     def candidates(self, labels: Tensor, ahead: int = 0) -> tuple[Tensor, int]:
@@ -312,7 +324,7 @@ class GIFLoss(nn.Module, Head):
         if count == m:
             return numbers
         assert self.draws is not None  # there are negatives
-        draw = self._draw_on_host() if device.type == "cpu" else self.draws
+        draw = self.draws if self.draws.device == device else self._draw_on_host()
         places = numbers + uniform((draw + ahead).view(1), numbers, 0).double()
         return places.mul_(m / count).long().clamp_(max=m - 1)
 
@@ -321,31 +333,48 @@ class GIFLoss(nn.Module, Head):
         rounds = self.vectors is not None and self.vectors.table.dtype in SIGNIFICAND_BITS
         return self.recipe.negatives > 0 or (rounds and self.recipe.moves_vectors)
 
+    def _then_draw_others(self, losses: Tensor) -> Tensor:
+        """``losses`` (B,), after whose backward pass `_draw_others` is: a checkpointed forward pass is repeated before."""
+        if self.draws is None or losses.grad_fn is None:
+            return losses
+        if torch.compiler.is_compiling():
+            self._draw_seen = None
+            return then_count(losses, self.draws)
+        losses.grad_fn.register_hook(lambda *_: self._draw_others())
+        return losses
+
     def _draw_others(self) -> None:
         """From now on: other negatives, and other rounding."""
-        if self.draws is not None:
-            self.draws += 1
+        if self.draws is None:
+            return
+        self.draws.add_(1)
+        if torch.compiler.is_compiling() or (self.draws.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._draw_seen = None
+        elif self._draw_seen is not None:
             number, version = self._draw_seen
             self._draw_seen = (number + 1, self.draws._version) if version == self.draws._version - 1 else (0, -1)
 
     def _draw_on_host(self) -> Tensor:
-        """``draws`` on the CPU: read once, and counted from then on, so that the host waits once."""
+        """``draws`` on the CPU: read once, and counted from then on, so that the host waits once.
+
+        Where a graph counts, whose replays no host sees, it is read each time.
+        """
         assert self.draws is not None  # there are negatives
+        if self._draw_seen is None:
+            return self.draws.cpu()
         if self._draw_seen[1] != self.draws._version:
             self._draw_seen = (int(self.draws), self.draws._version)
         return torch.tensor(self._draw_seen[0])
 
-    def _contrast(self, embeddings: Tensor, found: PreparedLabels, vectors: Tensor | None = None) -> Tensor:
+    def _contrast(self, embeddings: Tensor, found: PreparedLabels) -> Tensor:
         """L_CC of each row, (B,), against the code vectors (C, d) of the candidates (C,)."""
         return code_contrast_loss(
-            embeddings,
-            found.vectors if vectors is None else vectors,
-            found.labels,
-            candidates=found.candidates,
-            margin=self.recipe.contrast_margin,
-            scale=self.recipe.contrast_scale,
-            reduction="none",
+            embeddings, found.vectors, found.labels, candidates=found.candidates, reduction="none", **self._of_contrast
         )
+
+    @property
+    def _of_contrast(self) -> dict[str, Any]:
+        return {"margin": self.recipe.contrast_margin, "scale": self.recipe.contrast_scale}
 
     def _contrast_that_steps(self, embeddings: Tensor, found: PreparedLabels) -> Tensor:
         """`_contrast`, after which the code vectors of the candidates take their step.
@@ -353,22 +382,28 @@ class GIFLoss(nn.Module, Head):
         Both gradients are computed here, with the losses: the vectors' gives the step, which the backward pass takes
         when it comes by and hands the embeddings theirs; where they need none the step is taken here.
         """
-        point, vectors = embeddings.detach().requires_grad_(), found.vectors.detach().requires_grad_()
-        with _kept_graph():
-            losses = self._contrast(point, found, vectors)
-        of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), (point, vectors))
+        losses, of_embeddings, of_vectors = code_contrast_gradients(
+            embeddings, found.vectors, found.labels, candidates=found.candidates, **self._of_contrast
+        )
         gradient = mean_over_processes(of_vectors / (found.labels >= 0).sum().clamp(min=1))
-        step = partial(self._move, found.rows, gradient, self.recipe.vector_lr * self.step_share)
-        losses = losses.detach()
-        if embeddings.requires_grad:
-            return with_row_gradients(losses, embeddings, of_embeddings, step)
-        if not _repeated():
-            step()
+        rows, lr = found.rows, self.recipe.vector_lr * self.step_share
+        if checks.is_traced(embeddings) and isinstance(rows, RowsInPlace):
+            step = TableStep(rows.table, rows.identities, gradient, lr, self.stayed, self.draws, self.moved)
+            self._draw_seen = None
+            if embeddings.requires_grad:
+                return then_step(losses, embeddings, of_embeddings, step)
+            step.take()
+        elif embeddings.requires_grad:
+            return with_row_gradients(losses, embeddings, of_embeddings, partial(self._move, rows, gradient, lr))
+        elif not _repeated():
+            self._move(rows, gradient, lr)
         return losses
 
     def _move(self, rows: Rows, gradient: Tensor, lr: float) -> None:
         stayed = rows.move_(gradient, lr, 0 if self.draws is None else self.draws)
-        self.stayed = self.stayed.to(stayed.device) + stayed
+        if self.stayed.device != stayed.device:  # where rows are moved that lie elsewhere
+            self.stayed = self.stayed.to(stayed.device)
+        self.stayed.add_(stayed)
         self._draw_others()
         if self.moved is not None:
             rows.mark(self.moved)
@@ -512,11 +547,6 @@ class GIFLoss(nn.Module, Head):
 
     def extra_repr(self) -> str:
         return f"{self.codes}, {self.recipe}"
-
-
-def _kept_graph() -> saved_tensors_hooks:
-    """Around a graph that is differentiated at once: activation checkpointing need not repeat a forward pass for it."""
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _repeated() -> bool:

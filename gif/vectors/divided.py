@@ -13,7 +13,7 @@ from gif.data.identities import Identities, check_count
 from gif.devices import to_device
 from gif.distributed import first_decides, gather_objects, rank, sum_over_processes, wait_for_all, world_size
 from gif.errors import InputError
-from gif.files import allocate_tensors, fsync, is_mapped, map_tensor, seal, writing
+from gif.files import allocate_tensors, fsync, map_tensor, seal, writing
 from gif.vectors.rows import Rows, first_places
 from gif.vectors.staging import Stage
 from gif.vectors.store import FORMAT, CodeVectors, digest_rows
@@ -81,7 +81,7 @@ class DividedCodeVectors(CodeVectors):
     def rows(self, identities: Tensor, device: torch.device) -> Rows:
         """`CodeVectors.rows`, of the same identities on every process."""
         rows, own = self._own(identities)
-        if self.table.device.type == device.type and not is_mapped(self.table):
+        if self.table.device.type == device.type and not self._mapped:
             return _RowsOfAll(identities.to(device), _OwnInPlace(self, rows, own))
         return _RowsOfAll(to_device(identities, device), _OwnStaged(self.stage_on(device), rows, own))
 

@@ -31,23 +31,29 @@ class Rows(Protocol):
 
 
 class RowsInPlace:
-    """Rows of a table that is where the step is: they are read and moved in it."""
+    """Rows of a table that is where the step is: they are read and moved in it.
+
+    Attributes:
+        table: (m, d), all of them.
+        identities: (C,) int64, which.
+    """
 
     def __init__(self, vectors: CodeVectors, identities: Tensor) -> None:
-        self._vectors, self._identities = vectors, identities
+        self._vectors = vectors
+        self.table, self.identities = vectors.table, identities
 
     @property
     def values(self) -> Tensor:
         """The rows as they are now: the table itself moves, after the step has read them."""
-        return self._vectors.lookup(self._identities)
+        return self._vectors.lookup(self.identities)
 
     def move_(self, gradient: Tensor, lr: float, seed: int | Tensor) -> Tensor:
         """Move them in the table."""
-        return self._vectors.move_(self._identities, gradient, lr, seed=seed)
+        return self._vectors.move_(self.identities, gradient, lr, seed=seed)
 
     def mark(self, moved: Tensor) -> None:
         """Set ``moved`` (m,) bool for these rows."""
-        moved[self._identities.to(moved.device)] = True
+        moved[self.identities.to(moved.device)] = True
 
 
 class StagedRows:

@@ -41,6 +41,7 @@ class CodeVectors:
             raise InputError(f"vectors must be (m, d) floating point, got {tuple(table.shape)} {table.dtype}")
         check_count("vectors", identities, len(table))
         self.table = table.detach()
+        self._mapped = is_mapped(self.table)
         self.identities = identities
         self.file: Path | None = None
         self._stage: Stage | None = None
@@ -110,7 +111,7 @@ class CodeVectors:
         while a step runs is there when the next one begins: the same bits as if that one had waited for it. Raises
         ValueError for an identity outside [0, m).
         """
-        if self.table.device.type == device.type and not is_mapped(self.table):
+        if self.table.device.type == device.type and not self._mapped:
             return RowsInPlace(self, identities.to(device))
         return StagedRows.ask(self.stage_on(device), self._rows(identities))
 
@@ -118,7 +119,7 @@ class CodeVectors:
         """What brings rows of a table on the host to ``device``."""
         if self._stage is None or self._stage.device != device:
             self.settle()
-            self._stage = Stage(self.table, device, mapped=is_mapped(self.table))
+            self._stage = Stage(self.table, device, mapped=self._mapped)
         return self._stage
 
     def settle(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,16 @@ def code_contrast(
     return loss
 
 
+def code_contrast_gradients(
+    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor | None, options: CodeContrastOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (B,), and the gradients of their sum: of the embeddings and of the vectors."""
+    losses, found = _losses(embeddings, vectors, targets, competes, options)
+    of_embeddings, of_vectors = _gradients(_saved(embeddings, vectors, found, options.scale), options.operand)
+    assert of_embeddings is not None and of_vectors is not None  # both are asked for
+    return losses, of_embeddings, of_vectors
+
+
 class _Saved(NamedTuple):
     """The tensors that the backward pass reads."""
 
@@ -36,6 +47,70 @@ class _Saved(NamedTuple):
     """dloss/dcosine / ||z||, (B, C)"""
 
 
+class _Found(NamedTuple):
+    """What the losses and the slopes are made of."""
+
+    logarithms: Tensor
+    """log of the softmax, (B, C)"""
+    index: Tensor
+    """The own candidate, (B, 1)"""
+    own_slope: Tensor
+    """dpsi/dcosine there, (B, 1)"""
+    weight: Tensor
+    """Of each row in the loss, (B, 1)"""
+    row_inverse: Tensor
+    vector_inverse: Tensor
+
+
+def _losses(
+    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor | None, options: CodeContrastOptions
+) -> tuple[Tensor, _Found]:
+    """The weighted losses (B,), and what they were made of."""
+    scale = options.scale
+    dtype = compute_dtype(embeddings, vectors)
+    z, h = embeddings.to(dtype), vectors.to(dtype)
+    z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
+    logits = product(z, (h * h_inverse).T, options.operand, wide=True).mul_(z_inverse * scale)
+    index = targets.clamp(min=0).unsqueeze(1)
+    value, slope = options.margin.value_and_slope(logits.gather(1, index) / scale)
+    logits.scatter_(1, index, value * scale)
+    if competes is not None:
+        logits.masked_fill_(~competes, -torch.inf)
+    logarithms = torch.log_softmax(logits, 1)
+    weight = row_weights(targets >= 0, options.reduction, dtype).unsqueeze(1)
+    losses = (logarithms.gather(1, index) * -weight).squeeze(1)
+    return losses, _Found(logarithms, index, slope, weight, z_inverse, h_inverse)
+
+
+def _saved(embeddings: Tensor, vectors: Tensor, found: _Found, scale: float) -> _Saved:
+    """What the gradients are made of. The slopes take the logarithms' memory."""
+    own = torch.expm1(found.logarithms.gather(1, found.index)) * found.own_slope
+    slopes = found.logarithms.exp_()  # softmax; then dloss/dcosine / ||z||, in the same buffer
+    slopes.scatter_(1, found.index, own).mul_(found.weight * scale * found.row_inverse)
+    return _Saved(embeddings, vectors, found.row_inverse, found.vector_inverse, slopes)
+
+
+def _gradients(
+    saved: _Saved, operand: torch.dtype, factor: Tensor | None = None, *, needed: Sequence[bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the embeddings and of the vectors, as far as they are ``needed``, times ``factor`` ()."""
+    embeddings, vectors, z_inverse, h_inverse, slopes = saved
+    operand = gradient_dtype(operand)
+    z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype) * h_inverse
+    of_embeddings = of_vectors = None
+    with full_precision(slopes.device):
+        if needed[0]:
+            direction = product(slopes, h, operand)
+            radial = torch.linalg.vecdot(direction, z).unsqueeze(1) * z_inverse.square()
+            direction.addcmul_(z, radial, value=-1)
+            of_embeddings = (direction if factor is None else direction.mul_(factor)).to(embeddings.dtype)
+        if needed[1]:
+            direction = product(slopes.T, z, operand)
+            inverse = h_inverse if factor is None else h_inverse * factor
+            of_vectors = tangent(direction, h, inverse).to(vectors.dtype)
+    return of_embeddings, of_vectors
+
+
 class _CodeContrast(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -46,47 +121,17 @@ class _CodeContrast(torch.autograd.Function):
         competes: Tensor | None,
         options: CodeContrastOptions,
     ) -> Tensor:
-        scale, operand = options.scale, options.operand
-        dtype = compute_dtype(embeddings, vectors)
-        z, h = embeddings.to(dtype), vectors.to(dtype)
-        z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
-        logits = product(z, (h * h_inverse).T, operand, wide=True).mul_(z_inverse * scale)
-        index = targets.clamp(min=0).unsqueeze(1)
-        value, slope = options.margin.value_and_slope(logits.gather(1, index) / scale)
-        logits.scatter_(1, index, value * scale)
-        if competes is not None:
-            logits.masked_fill_(~competes, -torch.inf)
-        logarithms = torch.log_softmax(logits, 1)
-        del logits
-        own_logarithm = logarithms.gather(1, index)
-        weight = row_weights(targets >= 0, options.reduction, dtype).unsqueeze(1)
-        losses = (own_logarithm * -weight).squeeze(1)
+        losses, found = _losses(embeddings, vectors, targets, competes, options)
         if any(ctx.needs_input_grad):
-            slopes = logarithms.exp_()  # softmax; then dloss/dcosine / ||z||, in the same buffer
-            slopes.scatter_(1, index, torch.expm1(own_logarithm) * slope).mul_(weight * scale * z_inverse)
-            ctx.operand = operand
-            saved = _Saved(
-                embeddings=embeddings, vectors=vectors, row_inverse=z_inverse, vector_inverse=h_inverse, slopes=slopes
-            )
-            ctx.save_for_backward(*saved)
+            ctx.operand = options.operand
+            ctx.save_for_backward(*_saved(embeddings, vectors, found, options.scale))
         return losses if options.reduction == "none" else losses.sum()
 
     @staticmethod
     @backward_of(forward)
     def backward(ctx: Any, incoming: Tensor) -> Gradients:
-        embeddings, vectors, z_inverse, h_inverse, slopes = _Saved(*ctx.saved_tensors)
-        operand = gradient_dtype(ctx.operand)
-        z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype) * h_inverse
-        factor = incoming
+        saved, factor = _Saved(*ctx.saved_tensors), incoming
         if incoming.ndim:  # one a row; a common factor is left to the gradients, which are smaller than the slopes
-            slopes, factor = slopes * incoming.unsqueeze(1), incoming.new_ones(())
-        embeddings_gradient = vectors_gradient = None
-        with full_precision(incoming.device):
-            if ctx.needs_input_grad[0]:
-                direction = product(slopes, h, operand)
-                radial = torch.linalg.vecdot(direction, z).unsqueeze(1) * z_inverse.square()
-                embeddings_gradient = direction.addcmul_(z, radial, value=-1).mul_(factor).to(embeddings.dtype)
-            if ctx.needs_input_grad[1]:
-                direction = product(slopes.T, z, operand)
-                vectors_gradient = tangent(direction, h, h_inverse * factor).to(vectors.dtype)
-        return {"embeddings": embeddings_gradient, "vectors": vectors_gradient}
+            saved, factor = saved._replace(slopes=saved.slopes * incoming.unsqueeze(1)), None
+        of_embeddings, of_vectors = _gradients(saved, ctx.operand, factor, needed=ctx.needs_input_grad[:2])
+        return {"embeddings": of_embeddings, "vectors": of_vectors}

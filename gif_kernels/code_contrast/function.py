@@ -24,6 +24,22 @@ def code_contrast(
     return loss
 
 
+def code_contrast_gradients(
+    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor | None, options: CodeContrastOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (B,), and the gradients of their sum: of the embeddings and of the vectors."""
+    forward, backward = kernels.forward, kernels.backward
+    if checks.is_traced(embeddings):
+        forward, backward = forward_in_graph, backward_in_graph
+    losses, *found = forward(embeddings, vectors, targets, competes, options, True)
+    saved = Saved(embeddings, vectors, *found)
+    one = losses.new_ones(())
+    of_embeddings, of_vectors = backward(
+        saved, one, options.scale, options.operand, need_embeddings=True, need_vectors=True
+    )
+    return losses, of_embeddings, of_vectors
+
+
 class _CodeContrast(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,21 @@ from gif_kernels.code_contrast import blocked, reference
 from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.dispatch import Impl
 from gif_kernels.margins import AngularMargin
-from gif_kernels.precision import compute_dtype, in_range, operand_dtype
+from gif_kernels.precision import compute_dtype, in_range, operand_dtype, range_factor
 from gif_kernels.reduction import REDUCTIONS, Reduction
 
-OP = "code_contrast_loss"
+OP, GRADIENTS = "code_contrast_loss", "code_contrast_gradients"
 dispatch.register(
     OP,
     reference=reference.code_contrast,
     blocked=blocked.code_contrast,
     triton="gif_kernels.code_contrast.function:code_contrast",
+)
+dispatch.register(
+    GRADIENTS,
+    reference=reference.code_contrast_gradients,
+    blocked=blocked.code_contrast_gradients,
+    triton="gif_kernels.code_contrast.function:code_contrast_gradients",
 )
 
 
@@ -61,11 +69,56 @@ def code_contrast_loss(
         TypeError, ValueError: a wrong type, dtype, shape or device; on CPU also NaN, or a label that is no candidate
             (on an accelerator its loss is NaN).
     """
+    loss: Tensor = _run(OP, embeddings, vectors, labels, candidates, margin, scale, reduction, impl)
+    return loss
+
+
+@torch.no_grad()
+def code_contrast_gradients(
+    embeddings: Tensor,
+    vectors: Tensor,
+    labels: Tensor,
+    *,
+    candidates: Tensor | None = None,
+    margin: AngularMargin = AngularMargin(),  # noqa: B008 (frozen)
+    scale: float = 64.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`code_contrast_loss` of each row, and both gradients of their sum, at once and outside of any graph.
+
+    For a step that is taken where the loss is made, as code vectors take it: no backward pass is waited for, and
+    nothing is kept for one. Arguments and errors as of `code_contrast_loss`.
+
+    Returns:
+        The losses (B,), constants; their sum's gradient in embeddings (B, d) and in vectors (C, d), to the bit what
+        autograd would give, each in its input's dtype.
+    """
+    losses, *gradients = _run(GRADIENTS, embeddings, vectors, labels, candidates, margin, scale, "none", impl)
+    operand = operand_dtype(embeddings, vectors)
+    for gradient, rows in zip(gradients, (embeddings, vectors), strict=True):
+        if (factor := range_factor(rows, operand)) is not None:
+            gradient *= factor
+    of_embeddings, of_vectors = gradients
+    return losses, of_embeddings, of_vectors
+
+
+def _run(
+    op: str,
+    embeddings: Tensor,
+    vectors: Tensor,
+    labels: Tensor,
+    candidates: Tensor | None,
+    margin: AngularMargin,
+    scale: float,
+    reduction: Reduction,
+    impl: Impl,
+) -> Any:
+    """What an implementation of ``op`` returns for arguments that this checks."""
     checks.floating("embeddings", embeddings, ("B", "d"))
     batch, width = embeddings.shape
     checks.floating("vectors", vectors, ("C", width))
     count = len(vectors)
-    name = dispatch.resolve(OP, impl, embeddings.device, compute_dtype(embeddings, vectors))
+    name = dispatch.resolve(op, impl, embeddings.device, compute_dtype(embeddings, vectors))
     asserted = name != "triton"
     high, hint = count, "give candidates where rows of vectors are not numbered from 0"
     if candidates is not None:
@@ -95,14 +148,14 @@ def code_contrast_loss(
     operand = operand_dtype(embeddings, vectors)
     embeddings, vectors = in_range(embeddings, operand), in_range(vectors, operand)
     with dispatch.full_precision(embeddings.device):
-        loss: Tensor = dispatch.implementation(OP, name)(
+        found = dispatch.implementation(op, name)(
             embeddings=embeddings,
             vectors=vectors,
             targets=targets,
             competes=competes,
             options=CodeContrastOptions(margin=margin, scale=float(scale), reduction=reduction, operand=operand),
         )
-    return loss
+    return found
 
 
 def _first_rows(labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gif_kernels.autograd import kept_graph
 from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.precision import compute_dtype, rounded
 from gif_kernels.reduction import reduce_rows
@@ -29,3 +30,17 @@ def code_contrast(
     if competes is not None:
         logits = logits.masked_fill(~competes, -torch.inf)
     return reduce_rows(F.cross_entropy(logits, index, reduction="none"), targets >= 0, options.reduction)
+
+
+def code_contrast_gradients(
+    embeddings: Tensor, vectors: Tensor, targets: Tensor, competes: Tensor | None, options: CodeContrastOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (B,), and the gradients of their sum: of the embeddings and of the vectors."""
+    if torch.compiler.is_compiling():  # which knows this way of differentiating inside of a graph
+        losses, pull = torch.func.vjp(lambda z, h: code_contrast(z, h, targets, competes, options), embeddings, vectors)
+        return losses, *pull(torch.ones_like(losses))
+    with torch.enable_grad(), kept_graph():
+        point = embeddings.detach().requires_grad_(), vectors.detach().requires_grad_()
+        losses = code_contrast(*point, targets, competes, options)
+        of_embeddings, of_vectors = torch.autograd.grad(losses.sum(), point)
+    return losses.detach(), of_embeddings, of_vectors

@@ -376,8 +376,8 @@ class TestStepsThatAreSkipped:
 
     @pytest.mark.parametrize("impl", ["reference", "blocked"])
     def test_no_implementation_poisons_a_row(self, codes, unchecked, impl, monkeypatch):
-        whole = gif_loss_module.code_contrast_loss
-        monkeypatch.setattr(gif_loss_module, "code_contrast_loss", partial(whole, impl=impl))
+        whole = gif_loss_module.code_contrast_gradients
+        monkeypatch.setattr(gif_loss_module, "code_contrast_gradients", partial(whole, impl=impl))
         network, loss_fn = self.parts(codes)
         images = torch.randn(10, self.PIXELS)
         images[0] = math.inf

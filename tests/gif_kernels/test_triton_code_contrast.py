@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gif_kernels import AngularMargin, code_contrast_loss, dispatch
+from gif_kernels import AngularMargin, code_contrast_gradients, code_contrast_loss, dispatch
 from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.dispatch import Impl
 from gif_kernels.reduction import Reduction
@@ -309,3 +309,25 @@ def test_cuda_graph():
         tensors[0].normal_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_both_gradients_at_once_are_to_the_bit_what_autograd_gives(dtype):
+    case = Case(7, 11, 16)
+    (z, h), candidates = case.tensors(dtype), case.candidates()
+    labels = case.labels(candidates)
+    options = {"candidates": candidates, "scale": 16.0, "impl": "triton"}
+    z, h = z.requires_grad_(), h.requires_grad_()
+    losses = code_contrast_loss(z, h, labels, reduction="none", **options)
+    expected = (losses, *torch.autograd.grad(losses.sum(), (z, h)))
+    for a, b in zip(code_contrast_gradients(z, h, labels, **options), expected, strict=True):
+        assert a.dtype == b.dtype and not a.requires_grad and torch.equal(a, b)
+
+
+def test_both_gradients_in_a_graph_are_those_of_eager_mode():
+    case = Case(4, 6, 5)
+    (z, h), candidates = case.tensors(), case.candidates()
+    labels = case.labels(candidates)
+    compiled = torch.compile(code_contrast_gradients, fullgraph=True, backend="aot_eager")
+    given, eager = (op(z, h, labels, candidates=candidates, impl="triton") for op in (compiled, code_contrast_gradients))
+    assert all(torch.equal(a, b) for a, b in zip(given, eager, strict=True))
