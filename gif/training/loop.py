@@ -345,7 +345,13 @@ def _loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """This process's share of each batch of an epoch, from a position in steps."""
     order = EpochOrder(
-        len(dataset), config.batch_size, seed=order_seed, begin=position, rank=rank(), processes=world_size()
+        len(dataset),
+        config.batch_size,
+        seed=order_seed,
+        begin=position,
+        rank=rank(),
+        processes=world_size(),
+        computed=dataset.computed,
     )
     return DataLoader(
         dataset,

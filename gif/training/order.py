@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from gif.permutation import ComputedOrder
 from gif.seeds import seed_of
 
 _BETWEEN_RANKS = 500_000_003
@@ -37,10 +38,26 @@ class EpochOrder:
         seed: of the permutation.
         begin: steps of the epoch that are done.
         rank, processes: which process this is, and of how many.
+        computed: take a permutation that is computed batch by batch, another one, of which no table is kept: for data
+            sets that keep none either.
     """
 
-    def __init__(self, images: int, batch_size: int, *, seed: int, begin: int, rank: int, processes: int) -> None:
-        self._order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        begin: int,
+        rank: int,
+        processes: int,
+        computed: bool = False,
+    ) -> None:
+        self._order = (
+            ComputedOrder(images, seed)
+            if computed
+            else torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+        )
         self._batch_size = batch_size
         self._steps = range(begin, images // batch_size)
         self._share = batch_size // processes
