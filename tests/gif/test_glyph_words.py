@@ -255,7 +255,7 @@ class TestHalves:
         data = glyphs(CHARACTERS)
         images = data.images.clone()
         twins = ((data.labels == 10).nonzero()[0], (data.labels == 20).nonzero()[2])
-        images[twins[1]] = (images[twins[0]] > 0) * 235  # 20 of 255 less, squeezed or not
+        images[twins[1]] = (images[twins[0]] > 0).byte() * 235  # 20 of 255 less, squeezed or not
         copies = (data.labels == 30).nonzero().flatten()[:2]
         images[copies[1]] = images[copies[0]]
         barely = (data.labels == 40).nonzero().flatten()

@@ -193,7 +193,7 @@ def group_alike(drawings: Tensor, ends: Tensor, *, groups: int = GROUPS) -> Tens
     means /= counts[:, None]
     unit = normalize(means - means.mean(0), dim=1)
     free = torch.ones(len(ends), dtype=torch.bool)
-    found = []
+    found: list[Tensor] = []
     for letter in ComputedOrder(len(ends), seed=0)[:].tolist():
         if len(found) == min(groups, len(ends) // GROUP):
             break

@@ -72,7 +72,7 @@ def words_to_judge(letters: Halves) -> tuple[GlyphWords, GlyphWords]:
 
 
 def _listed(letters: Halves, pairs: Integers) -> GlyphWords:
-    return GlyphWords(letters, ListedPairs(*pairs, np.full(pairs.shape[1], IMAGES_JUDGED)))
+    return GlyphWords(letters, ListedPairs(pairs[0], pairs[1], np.full(pairs.shape[1], IMAGES_JUDGED)))
 
 
 def _groups(letters: Halves) -> tuple[Integers, Integers]:
