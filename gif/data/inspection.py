@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from gif.progress import new_table, print_table, say
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHEET_ROWS, SHEET_COLUMNS = 20, 12
+SHEET_ROWS, SHEET_COLUMNS = 12, 12
 GAP = 2  # pixels between images
 
 
@@ -101,17 +100,17 @@ def plot_long_tail(data: IdentityDataset, path: str | Path) -> None:
 def plot_identities(data: IdentityDataset, path: str | Path) -> None:
     """Draw images of the first identities, a row each."""
     shown = data.of_identities(torch.arange(min(SHEET_ROWS, data.num_identities)))
-    ends = shown.image_counts().cumsum(0).tolist()
+    order, counts = shown.labels.argsort(stable=True), shown.image_counts()
+    columns = min(int(counts.max()), SHEET_COLUMNS)
     height, width = (side + GAP for side in shown.image_shape[1:])
-    sheet = np.zeros((len(ends) * height, SHEET_COLUMNS * width), np.uint8)
-    for row, (begin, end) in enumerate(pairwise([0, *ends])):
-        places = shown.labels.argsort(stable=True)[begin:end][:SHEET_COLUMNS].tolist()
-        for column, image in enumerate(shown.batch(places)[0].numpy()):
-            place = sheet[row * height :, column * width :]
-            place[: image.shape[1], : image.shape[2]] = image.mean(0)
-    drawing = canvas(6, 6 * sheet.shape[0] / sheet.shape[1] + 0.4)
+    sheet = np.zeros((len(counts) * height, columns * width), np.uint8)
+    for row, places in enumerate(order.split(counts.tolist())):
+        for column, image in enumerate(shown.batch(places[:columns].tolist())[0].numpy()):
+            cell = sheet[row * height :, column * width :]
+            cell[: image.shape[1], : image.shape[2]] = image.mean(0)
+    drawing = canvas(4, 4 * sheet.shape[0] / sheet.shape[1] + 0.4)
     axes = drawing.subplots()
     axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255)
-    axes.set(xticks=[], yticks=[], title=f"{data.origin}: identities (rows) and their images")
+    axes.set(xticks=[], yticks=[], xlabel="images", ylabel="identities", title=data.origin)
     axes.spines[:].set_visible(False)
     save_figure(drawing, path)
