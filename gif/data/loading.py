@@ -170,4 +170,4 @@ def find_data(path: str) -> Labelled:
         return read_records(place)
     if place.suffix == ".tar" or place.name.endswith(COMPRESSED):
         return read_shards(path)
-    raise InputError(f"unknown data set {path!r}; there are: {', '.join([*WORDS, *NAMES])}, and paths of {_PATHS}")
+    raise InputError(f"unknown data set {path!r}; there are: {', '.join([*NAMES, *WORDS])}, and paths of {_PATHS}")
