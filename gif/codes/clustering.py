@@ -19,7 +19,8 @@ from torch import Tensor
 from gif.codes.nodes import Nodes, Scores
 from gif.codes.prices import PRICE_RATES, Market, balancing_prices, dearest, final_prices
 from gif.codes.repair import capacities, repair
-from gif.codes.splitmix import mix, uniforms
+from gif.codes.splitmix import uniforms
+from gif.seeds import mix
 
 SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
 CANDIDATES = 2  # rows it draws for each centroid

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gif.seeds import mix
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -20,10 +22,3 @@ def uniforms(seeds: np.ndarray, n: int, *, stream: int = 0) -> Tensor:
     counters = np.arange(1, n + 1, dtype=np.uint64) + np.uint64(stream << 40)
     bits = mix(seeds[:, None] + _GOLDEN * counters)
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser, which turns counters into random bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

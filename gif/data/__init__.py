@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
 from gif.data.encoded import EncodedImages, broken_report, left_out
-from gif.data.glyphs import glyphs, glyphs_80k
+from gif.data.glyphs import GlyphWords, glyph_word_sets, glyph_word_validation, glyph_words, glyphs, glyphs_80k
 from gif.data.identities import Identities, Names
 from gif.data.images import IdentityDataset, IdentityImages, IdentitySplit, normalize_pixels, split_identities
 from gif.data.loading import HELD_OUT, load_data, open_data
@@ -14,6 +14,7 @@ __all__ = [
     "HELD_OUT",
     "BrokenImageError",
     "EncodedImages",
+    "GlyphWords",
     "Identities",
     "IdentityDataset",
     "IdentityImages",
@@ -22,6 +23,9 @@ __all__ = [
     "ImagePairs",
     "Names",
     "broken_report",
+    "glyph_word_sets",
+    "glyph_word_validation",
+    "glyph_words",
     "glyphs",
     "glyphs_80k",
     "left_out",

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gif.data.decoding import BrokenImageError, suffix
 from gif.data.encoded import BrokenPolicy, Labelled, stored
-from gif.data.images import IdentityImages, digest_images
+from gif.data.images import IdentityDataset, digest_images
 from gif.data.listing import IDENTITIES, PROPERTY, Property, Tally, is_foreign, printable
-from gif.data.loading import NAMES, find_data
+from gif.data.loading import NAMES, WORDS, find_data, open_data
 from gif.data.pairs import read_pairs, write_bin
 from gif.data.records import LARGEST_LABEL, pack_record
 from gif.errors import InputError
@@ -41,6 +41,7 @@ def convert(
     output: Path,
     *,
     to: Format = "folder",
+    identities: float | None = None,
     pairs: Path | None = None,
     shard_size: int = 10_000,
     on_broken: BrokenPolicy = "skip",
@@ -56,6 +57,8 @@ def convert(
         to: "folder" has a folder an identity; "rec" train.rec, train.idx and property, as insightface lays them out;
             "tar" shards 000000.tar, ... for webdataset. Beside the last two, identities.txt names the labels, a line
             each.
+        identities: how many of the data set's, at random, such as 1e4; all where it is not given, a million of
+            glyph-words. Of data sets that are made here.
         pairs: text file of pairs, a line "file file 0|1", or LFW's pairs.txt.
         shard_size: images a tar shard.
         on_broken: "skip" leaves out, and counts, what is no JPEG, PNG or WebP; "raise" stops there.
@@ -72,7 +75,7 @@ def convert(
         raise InputError(f"shard_size must be at least 1, got {shard_size}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not empty; give another --output")
-    found = PngImages.of(NAMES[input]()) if input in NAMES else find_data(input)
+    found = _find(input, identities)
     staging = output.with_name(f".{output.name}.partial")
     with hold(output, existing(staging / "journal")):
         written, broken, nobody = _write(found, staging, to, shard_size, on_broken)
@@ -88,14 +91,25 @@ def convert(
         say(line)
 
 
+def _find(input: str, identities: float | None) -> Labelled:
+    """The encoded images of a data set, or of some of its identities."""
+    if input in NAMES or input in WORDS:
+        return PngImages.of(open_data(input, identities=identities))
+    if identities is not None:
+        raise InputError(
+            f"identities is for data sets that are made here; {input} is converted as a whole: leave it out"
+        )
+    return find_data(input)
+
+
 class PngImages:
     """Images in memory, encoded as PNG when they are asked for: glyphs, for instance."""
 
-    def __init__(self, images: IdentityImages) -> None:
+    def __init__(self, images: IdentityDataset) -> None:
         self._images = images
 
     @classmethod
-    def of(cls, images: IdentityImages) -> Labelled:
+    def of(cls, images: IdentityDataset) -> Labelled:
         return Labelled(cls(images), images.labels, images.names)
 
     def __len__(self) -> int:

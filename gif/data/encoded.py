@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from gif.data.decoding import BrokenImageError, ImageDecoder
 from gif.data.identities import Names
-from gif.data.images import IdentityDataset
+from gif.data.images import IdentityDataset, ImageTable
 from gif.data.listing import Tally
 from gif.data.shared_memory import check_workers, shared_flags
 from gif.data.workers import leave_signals_to_the_command
@@ -56,12 +56,12 @@ class Labelled:
     passed_over: tuple[str, ...] = ()
 
 
-class EncodedImages(IdentityDataset):
+class EncodedImages(ImageTable):
     """Images of identities that are decoded when they are looked at.
 
     Args:
         source: where they lie.
-        labels, names, rows: as in `IdentityDataset`.
+        labels, names, rows: as in `ImageTable`.
         decoder: what size and colours they get.
         on_broken: "skip" leaves an image that cannot be decoded out of its batch, and notes it (see `broken`); "raise"
             raises BrokenImageError, as "skip" does where all of a batch (of at least 8) are broken.
@@ -69,7 +69,7 @@ class EncodedImages(IdentityDataset):
         passed_over: what the reader left out, a line for each kind.
 
     A single index raises BrokenImageError for a broken image under either policy. Raises ValueError as
-    `IdentityDataset` does, and for an unknown policy.
+    `ImageTable` does, and for an unknown policy.
     """
 
     def __init__(

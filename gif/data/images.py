@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -28,38 +28,27 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     width), label int64 ())``. A whole batch is read at once by `batch`, or by a DataLoader; images that cannot be read
     may be missing there, see `broken`. Give a DataLoader ``collate_fn=dataset.collate``: then a batch may be empty.
 
-    Args:
-        labels: (n,) integer, the identity of each image, in [0, len(names)).
-        names: what each identity is called: what it is known by wherever a table has a row an identity.
-        rows: (n,) integer, which of ``stored`` images the data set consists of, in its order. Parts of one data set
-            share its images through their rows.
-        stored: N, how many images there are.
-
     Attributes:
+        labels: (n,) int64, the identity of each image, in [0, len(names)).
+        names: what each identity is called: what it is known by wherever a table has a row an identity.
         origin: the data set's name or path, where it was opened by one.
         splits: how many splits this part is the outcome of.
-
-    Raises TypeError for labels or rows that are not integers, ValueError where shapes disagree, a label is outside
-    [0, len(names)) or a row outside [0, N).
+        computed: images and labels follow from a rule, and nothing is kept that grows with the number of images:
+            ``labels`` are made when they are asked for.
     """
 
+    labels: Tensor
+    names: Names
     origin = ""
     splits = 0
-
-    def __init__(self, labels: Tensor, names: Sequence[str], rows: Tensor | None, stored: int) -> None:
-        rows = torch.arange(stored) if rows is None else rows
-        if labels.shape != rows.shape:
-            raise InputError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
-        self.labels = _whole_numbers("labels", labels, len(names), "number the identities from 0")
-        self._rows = _whole_numbers("rows", rows, stored, "name images that there are")
-        self.names = Names.of(names)
+    computed = False
 
     @property
     def num_identities(self) -> int:
         return len(self.names)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
     @abstractmethod
@@ -82,8 +71,16 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         """Which of the images at ``indices`` (k,) were found to be unreadable so far, (k,) bool; looks at no image."""
 
     @abstractmethod
-    def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
-        """Make a data set of some of the images of this one."""
+    def of_identities(self, identities: Tensor) -> Self:
+        """The images of some identities (k,), numbered from 0 in the order they had; no image is copied."""
+
+    def image_counts(self) -> Tensor:
+        """How many images each identity has, (m,) int64."""
+        return self.labels.bincount(minlength=self.num_identities)
+
+    def images_between(self, begin: int, end: int) -> Tensor | range:
+        """Which images, (k,) int64 or a range, show the identities in [begin, end)."""
+        return ((self.labels >= begin) & (self.labels < end)).nonzero().flatten()
 
     @property
     def image_settings(self) -> dict[str, Any]:
@@ -116,19 +113,9 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def image_batches(self, size: int) -> Iterator[Tensor]:
         """All readable images in their order, of ``size`` at a time, no batch empty."""
-        batches = (self.batch(indices.tolist())[0] for indices in torch.arange(len(self)).split(size))
+        every = range(len(self))
+        batches = (self.batch(list(every[begin : begin + size]))[0] for begin in every[::size])
         return (images for images in batches if len(images))
-
-    def of_identities(self, identities: Tensor) -> Self:
-        """The images of some identities (k,), numbered from 0 in the order they had; no image is copied."""
-        identities = identities.sort().values
-        numbers = torch.full((self.num_identities,), -1)
-        numbers[identities] = torch.arange(len(identities))
-        labels = numbers[self.labels]
-        keep = labels >= 0
-        part = self._part(labels[keep], self.names.where(numbers >= 0), self._rows[keep])
-        part.origin, part.splits = self.origin, self.splits
-        return part
 
     @staticmethod
     def collate(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -155,14 +142,54 @@ class _Pairs(list[tuple[Tensor, Tensor]]):
         return super().__getitem__(place)
 
 
-class IdentityImages(IdentityDataset):
+class ImageTable(IdentityDataset):
+    """A data set that keeps a row an image: which of the images that are stored it is, and whom it shows.
+
+    Args:
+        labels: (n,) integer, the identity of each image, in [0, len(names)).
+        names: what each identity is called.
+        rows: (n,) integer, which of ``stored`` images the data set consists of, in its order. Parts of one data set
+            share its images through their rows.
+        stored: N, how many images there are.
+
+    Raises TypeError for labels or rows that are not integers, ValueError where shapes disagree, a label is outside
+    [0, len(names)) or a row outside [0, N).
+    """
+
+    def __init__(self, labels: Tensor, names: Sequence[str], rows: Tensor | None, stored: int) -> None:
+        rows = torch.arange(stored) if rows is None else rows
+        if labels.shape != rows.shape:
+            raise InputError(f"labels must be ({len(rows)},), one an image, got {tuple(labels.shape)}")
+        self.labels = _whole_numbers("labels", labels, len(names), "number the identities from 0")
+        self._rows = _whole_numbers("rows", rows, stored, "name images that there are")
+        self.names = Names.of(names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of_identities(self, identities: Tensor) -> Self:
+        identities = identities.sort().values
+        numbers = torch.full((self.num_identities,), -1)
+        numbers[identities] = torch.arange(len(identities))
+        labels = numbers[self.labels]
+        keep = labels >= 0
+        part = self._part(labels[keep], self.names.where(numbers >= 0), self._rows[keep])
+        part.origin, part.splits = self.origin, self.splits
+        return part
+
+    @abstractmethod
+    def _part(self, labels: Tensor, names: Names, rows: Tensor) -> Self:
+        """A data set of these images of this one."""
+
+
+class IdentityImages(ImageTable):
     """Images of identities that are pixels in memory, or memory-mapped.
 
     Args:
         images: (N, channels, height, width) uint8; may be memory-mapped.
-        labels, names, rows: as in `IdentityDataset`; all N images where ``rows`` are not given.
+        labels, names, rows: as in `ImageTable`; all N images where ``rows`` are not given.
 
-    Raises ValueError as `IdentityDataset` does, and for images of another shape or dtype.
+    Raises ValueError as `ImageTable` does, and for images of another shape or dtype.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, names: Sequence[str], rows: Tensor | None = None) -> None:
@@ -199,10 +226,14 @@ class IdentityImages(IdentityDataset):
 
 @dataclass(frozen=True)
 class IdentitySplit:
-    """Images to train on, and images of other identities to evaluate on; labels count from 0 in each."""
+    """Images to train on, and images of other identities to evaluate on; labels count from 0 in each.
+
+    ``sets`` are what to evaluate on, by name, where that is more than the held-out identities, which are one of them.
+    """
 
     train: IdentityDataset
     held_out: IdentityDataset
+    sets: Mapping[str, IdentityDataset] = field(default_factory=dict)
 
 
 Data = TypeVar("Data", bound=IdentityDataset)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,32 @@ class HeldOutIdentities(Benchmark):
         found = judge(embeddings.to(embedder.device), self.images.labels[numbers])
         scores = {f"held-out TAR@{HELD_OUT_FAR:g}": found.tar[HELD_OUT_FAR]}
         return Outcome("held_out", found.to_dict(), scores, [found.table()], {"held-out identities": found})
+
+
+class HeldOutSets(Benchmark):
+    """Several sets of identities that training never saw, each by itself, as `HeldOutIdentities` judges one.
+
+    Args:
+        sets: by name; scores are those of the first.
+
+    Raises ValueError as `HeldOutIdentities` does.
+    """
+
+    def __init__(self, sets: Mapping[str, IdentityDataset]) -> None:
+        self.sets = {name: HeldOutIdentities(images) for name, images in sets.items()}
+
+    def judge(self, backbone: nn.Module, embedder: Embedder) -> Outcome:
+        outcomes = {name: held_out.judge(backbone, embedder) for name, held_out in self.sets.items()}
+        for name, outcome in outcomes.items():
+            for table in outcome.tables:
+                table.title = f"{name}: {table.title}"
+        return Outcome(
+            "held_out",
+            {name: outcome.numbers for name, outcome in outcomes.items()},
+            next(iter(outcomes.values())).scores,
+            [table for outcome in outcomes.values() for table in outcome.tables],
+            {name: curve for name, outcome in outcomes.items() for curve in outcome.curves.values()},
+        )
 
 
 class _PairImages:

@@ -16,7 +16,7 @@ from gif.data.decoding import MAX_PIXELS
 from gif.data.identities import quote_some
 from gif.distributed import process_group, rank
 from gif.errors import InputError
-from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, IjbFolders, Outcome, PairFiles
+from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, HeldOutSets, IjbFolders, Outcome, PairFiles
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
@@ -30,6 +30,7 @@ def evaluate(
     model: Path,
     *,
     data: str | None = None,
+    identities: float | None = None,
     held_out: int | float = HELD_OUT,
     overlap: Overlap = "refuse",
     pairs: list[Path] | Path | None = None,
@@ -49,6 +50,8 @@ def evaluate(
     Args:
         model: backbone.safetensors, as `gif train` writes it, or insightface's model.pt.
         data: a data set, a name or a path (docs/data.md); all pairs of images of its held-out identities are judged.
+            Of glyph-words four sets, which are the same whatever the number of identities.
+        identities: how many of the data set's there are, as `gif train` was told.
         held_out: share of the data's identities that training never saw, or how many, as `gif train` was told; 1 judges
             all of them.
         overlap: what becomes of identities to be judged that the backbone was trained on, by their names: "refuse"
@@ -74,11 +77,15 @@ def evaluate(
         embedder = Embedder(flip, batch_size, workers, own)
         benchmarks: list[Benchmark] = []
         images: IdentityDataset | None = None
-        known = 0
+        judged = known = 0
         if data is not None:
-            images = load_data(data, held_out=held_out, decoder=decoder).held_out
-            images, known = _unseen(images, model, trained_on, overlap)
-            benchmarks.append(HeldOutIdentities(images))
+            split = load_data(data, identities=identities, held_out=held_out, decoder=decoder)
+            sets = split.sets or {"": split.held_out}
+            unseen = {name: _unseen(part, model, trained_on, overlap) for name, part in sets.items()}
+            sets, known = {name: part for name, (part, _) in unseen.items()}, sum(count for _, count in unseen.values())
+            judged = sum(part.num_identities for part in sets.values())
+            images = next(iter(sets.values()))
+            benchmarks.append(HeldOutSets(sets) if split.sets else HeldOutIdentities(images))
         if pairs:
             benchmarks.append(PairFiles(pairs, decoder))
         if ijb:
@@ -90,7 +97,7 @@ def evaluate(
         if rank() == 0:
             settings = {"model": str(model), "data": data, "held_out": held_out, "flip": flip}
             if images is not None:
-                settings |= {"identities": images.num_identities, "of them trained on": known if trained_on else None}
+                settings |= {"identities": judged, "of them trained on": known if trained_on else None}
             write_outcomes(outcomes, output or model.parent, settings)
 
 

@@ -100,17 +100,13 @@ class GlyphBench:
     ) -> GlyphBench:
         """Load glyphs, make code vectors and spread them, cut codes; all from one seed.
 
-        ``identities`` is how many of the data set's there are, at random, all where None. For ``validation`` the
+        ``identities`` is how many of the data set's there are, as for `load_data`. For ``validation`` the
         identities to judge on are a fifth of those to train on, and the held-out ones are put away: settings are chosen
         there.
 
         Raises ValueError where the data set has no more identities than are asked for.
         """
-        split = load_data(data, seed=seed)
-        if identities is not None:
-            share = identities / (split.train.num_identities + split.held_out.num_identities)
-            parts = ((part, round(share * part.num_identities)) for part in (split.train, split.held_out))
-            split = IdentitySplit(*(split_identities(part, number, seed)[1] for part, number in parts))
+        split = load_data(data, identities=identities, seed=seed)
         if validation:
             split = IdentitySplit(*split_identities(split.train, VALIDATION, seed))
         judged = "to validate on" if validation else "held out"

@@ -39,6 +39,7 @@ def train_command(
     output: Path,
     *,
     data: str = "glyphs",
+    identities: float | None = None,
     held_out: int | float = HELD_OUT,
     codes: Path | None = None,
     vectors: Path | None = None,
@@ -63,6 +64,8 @@ def train_command(
             best backbone and the scores too.
         data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
             in the backbone's size and colours.
+        identities: how many of the data set's there are, at random, such as 1e6; all where it is not given, a million
+            of glyph-words. The same for every command.
         held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
         codes: identity codes, as `gif tokenize` writes them (head kind gif).
         vectors: the code vectors they were cut from (head kind gif with a regression weight).
@@ -84,7 +87,7 @@ def train_command(
     with process_group(training.device) as own, hold(output, kept):
         code_table = None if codes is None else IdentityCodes.load(codes, mmap=True)
         decoder = ImageDecoder(backbone.image_size, backbone.channels, max_pixels=max_pixels)
-        split = load_data(data, held_out=held_out, decoder=decoder)
+        split = load_data(data, identities=identities, held_out=held_out, decoder=decoder)
         images = split.train
         who = images.identities
         if (before := output / WHO).exists():

@@ -400,6 +400,7 @@ def _loader(
         rank=rank(),
         processes=world_size(),
         groups=Groups(dataset.labels, wanted.group_size, wanted.grouped_share) if wanted.group_size > 1 else None,
+        computed=dataset.computed,
     )
     return DataLoader(
         dataset,

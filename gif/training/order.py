@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gif.occurrences import occurrences
+from gif.permutation import ComputedOrder
 from gif.seeds import seed_of
 
 _BETWEEN_RANKS = 500_000_003
@@ -66,6 +67,8 @@ class EpochOrder:
         begin: steps of the epoch that are done.
         rank, processes: which process this is, and of how many.
         groups: images that stand side by side in the permutation, if any do.
+        computed: take a permutation that is computed batch by batch, another one, of which no table is kept: for data
+            sets that keep none either.
     """
 
     def __init__(
@@ -78,11 +81,13 @@ class EpochOrder:
         rank: int,
         processes: int,
         groups: Groups | None = None,
+        computed: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._order = torch.randperm(images, generator=generator)
         if groups is not None:
-            self._order = groups.arrange(self._order, generator)
+            self._order = groups.arrange(torch.randperm(images, generator=generator), generator)
+        else:
+            self._order = ComputedOrder(images, seed) if computed else torch.randperm(images, generator=generator)
         self._batch_size = batch_size
         self._steps = range(begin, images // batch_size)
         self._share = batch_size // processes

@@ -27,6 +27,7 @@ def vectors_command(
     output: Path,
     *,
     data: str = "glyphs",
+    identities: float | None = None,
     held_out: int | float = HELD_OUT,
     encoder: Literal["pixels", "clip", "dino"] = "pixels",
     model: str | None = None,
@@ -47,6 +48,8 @@ def vectors_command(
     Args:
         output: where to write the code vectors (.safetensors).
         data: the data set, a name or a path (docs/data.md); its training identities are encoded.
+        identities: how many of the data set's there are, at random, such as 1e6; all where it is not given, a million
+            of glyph-words. The same for every command.
         held_out: share of the identities that training never sees, or how many; 0 uses all. The same for every command.
         encoder: "pixels" needs no weights; "clip" and "dino" are pretrained and load from a hub or from --weights.
         model: the network's name in open_clip or timm; by default ViT-B-32 (clip), vit_base_patch16_224.dino (dino).
@@ -62,7 +65,8 @@ def vectors_command(
     partial = output.with_suffix(".partial")
     check_output(output, [partial])
     with process_group(device) as own, hold(output, existing(own_file(partial))):
-        images = load_data(data, held_out=held_out, decoder=ImageDecoder(image_size, max_pixels=max_pixels)).train
+        decoder = ImageDecoder(image_size, max_pixels=max_pixels)
+        images = load_data(data, identities=identities, held_out=held_out, decoder=decoder).train
         network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
         table = initial_code_vectors(
             images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,17 @@ def initial_code_vectors(
         )
     images = len(dataset)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"encoder": encoder.name, "m": m, "images": images, "batch_size": batch_size}
-    bounds, rows = [0, m], torch.arange(images)
-    labels = getattr(dataset, "labels", None)
-    if isinstance(labels, Tensor):  # known before the work starts
-        _check_labels(labels, m)
-        _check_counts(torch.bincount(labels, minlength=m))
-        if isinstance(dataset, IdentityDataset) and checkpoint is not None:
+    bounds: list[int] = [0, m]
+    rows: Tensor | range = range(images)
+    counts = _image_counts(dataset, m)
+    if counts is not None:  # known before the work starts
+        _check_counts(counts)
+        if not isinstance(dataset, IdentityDataset):
+            settings["labels"] = hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:16]  # type: ignore[attr-defined]
+        elif checkpoint is not None:
             settings["data"] = dataset.summary()
-        else:
-            settings["labels"] = hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]
-        bounds = _shares(labels, m)
-        rows = ((labels >= bounds[rank()]) & (labels < bounds[rank() + 1])).nonzero().flatten()
+        bounds = _shares(counts)
+        rows = _images_between(dataset, bounds[rank()], bounds[rank() + 1])
     elif world_size() > 1:
         raise InputError(f"{world_size()} processes share the identities; give a dataset with `labels`")
     begin, end = bounds[rank()], bounds[rank() + 1]
@@ -93,11 +94,11 @@ def initial_code_vectors(
     if isinstance(dataset, IdentityDataset):
         check_workers(num_workers, batch_size, dataset.image_shape)
     if isinstance(dataset, EncodedImages) and sums.images == 0:
-        check_identities(dataset, rows, num_workers)
-    batches = rows[sums.images :].split(batch_size) if sums.images < len(rows) else ()
+        check_identities(dataset, torch.as_tensor(rows), num_workers)
+    begun = sums.images
     loader = DataLoader(
         dataset,
-        batch_sampler=(batch.tolist() for batch in batches),
+        batch_sampler=(batch.tolist() for batch in _batches(rows, begun, batch_size)),
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collate", None),
         pin_memory=torch.device(device).type == "cuda",
@@ -105,7 +106,7 @@ def initial_code_vectors(
     )
     with progress("encoding images", len(rows) - sums.images, "images") as advance:
         try:
-            for places, (batch, batch_labels) in zip(batches, loader, strict=True):
+            for places, (batch, batch_labels) in zip(_batches(rows, begun, batch_size), loader, strict=True):
                 read, done = len(places), sums.images + len(places)
                 if isinstance(dataset, IdentityDataset):
                     places = places[~dataset.broken(places)]
@@ -121,7 +122,7 @@ def initial_code_vectors(
             raise
     if isinstance(dataset, IdentityDataset) and (report := left_out(dataset)):
         say(report)
-    if keep_checkpoint and len(batches):
+    if keep_checkpoint and begun < len(rows):
         work.save(sums.state())
     who = dataset.identities if isinstance(dataset, IdentityDataset) and dataset.num_identities == m else None
     vectors = CodeVectors(encoder.finish(_gather(sums.means(), bounds, device)), identities=who)
@@ -130,12 +131,36 @@ def initial_code_vectors(
     return vectors
 
 
-def _shares(labels: Tensor, m: int) -> list[int]:
+def _image_counts(dataset: Dataset[tuple[Tensor, Any]], m: int) -> Tensor | None:
+    """How many images each of ``m`` identities has, (m,) int64; None where the data set has no labels."""
+    if isinstance(dataset, IdentityDataset) and dataset.num_identities == m:
+        return dataset.image_counts()
+    labels = getattr(dataset, "labels", None)
+    if not isinstance(labels, Tensor):
+        return None
+    _check_labels(labels, m)
+    return labels.bincount(minlength=m)
+
+
+def _images_between(dataset: Dataset[tuple[Tensor, Any]], begin: int, end: int) -> Tensor | range:
+    """Which images show the identities in [begin, end)."""
+    if isinstance(dataset, IdentityDataset):
+        return dataset.images_between(begin, end)
+    labels: Tensor = dataset.labels  # type: ignore[attr-defined]  # it has some
+    return ((labels >= begin) & (labels < end)).nonzero().flatten()
+
+
+def _batches(rows: Tensor | range, done: int, size: int) -> Iterator[Tensor]:
+    """The rows from ``done`` on, ``size`` at a time."""
+    return (torch.as_tensor(rows[begin : begin + size]) for begin in range(done, len(rows), size))
+
+
+def _shares(counts: Tensor) -> list[int]:
     """Where each process's range of identities begins, and the end: ranges with about as many images, none empty."""
-    processes = world_size()
+    m, processes = len(counts), world_size()
     if m < processes:
         raise InputError(f"{processes} processes share {m} identities; start at most one process an identity")
-    images = labels.bincount(minlength=m).cumsum(0)
+    images = counts.cumsum(0)
     wanted = torch.arange(1, processes) * int(images[-1]) / processes
     bounds = [0, *(torch.searchsorted(images, wanted.long()) + 1).tolist(), m]
     for process in range(1, processes):

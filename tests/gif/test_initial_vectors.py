@@ -262,8 +262,7 @@ def test_two_processes_make_the_vectors_of_one(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_shares(monkeypatch, counts, processes):
     monkeypatch.setattr(initial_module, "world_size", lambda: processes)
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    bounds = initial_module._shares(labels, len(counts))
+    bounds = initial_module._shares(torch.tensor(counts))
     assert len(bounds) == processes + 1 and bounds[0] == 0 and bounds[-1] == len(counts)
     sizes = [sum(counts[begin:end]) for begin, end in zip(bounds, bounds[1:])]  # noqa: B905, RUF007
     assert all(begin < end for begin, end in zip(bounds, bounds[1:]))  # noqa: B905, RUF007
