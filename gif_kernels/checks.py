@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from gif_kernels.errors import InputError
 from gif_kernels.margins import AngularMargin
@@ -51,7 +52,7 @@ def looks_at_values(tensor: Tensor) -> bool:
 
 def is_traced(tensor: Tensor) -> bool:
     """Whether a call with ``tensor`` is recorded and not run: by torch.compile, or because the tensor has no values."""
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def floating(name: str, tensor: object, shape: Sequence[int | str], *, finite: bool = True) -> Tensor:

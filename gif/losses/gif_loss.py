@@ -335,7 +335,7 @@ class GIFLoss(nn.Module, Head):
 
     def _then_draw_others(self, losses: Tensor) -> Tensor:
         """``losses`` (B,), after whose backward pass `_draw_others` is: a checkpointed forward pass is repeated before."""
-        if self.draws is None or losses.grad_fn is None:
+        if self.draws is None or not losses.requires_grad:
             return losses
         if torch.compiler.is_compiling():
             self._draw_seen = None
