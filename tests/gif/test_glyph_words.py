@@ -2,13 +2,14 @@
 
 import json
 from itertools import chain, combinations
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from gif.codes import IdentityCodes
-from gif.data import IdentityImages, load_data, open_data
+from gif.data import IdentityDataset, IdentityImages, load_data, open_data
 from gif.data.glyphs import halves as halves_module
 from gif.data.glyphs import word_sets
 from gif.data.glyphs.halves import GROUP, MIN_DRAWINGS, PARTS, Halves, choose_letters, glyph_halves, group_alike
@@ -45,7 +46,7 @@ def parts(train, monkeypatch):
     return found
 
 
-def everything(data: GlyphWords) -> tuple[torch.Tensor, torch.Tensor]:
+def everything(data: IdentityDataset) -> tuple[torch.Tensor, torch.Tensor]:
     return data.batch(list(range(len(data))))
 
 
@@ -72,7 +73,7 @@ class TestPermutations:
         assert torch.cat([order[begin : begin + 7] for begin in range(0, n, 7)] or [order[:]]).equal(order[:])
 
     def test_an_epoch_in_a_computed_order_is_the_same_for_any_processes(self):
-        options = {"seed": 7, "computed": True}
+        options: dict[str, Any] = {"seed": 7, "computed": True}
         whole = list(EpochOrder(50, 12, begin=0, rank=0, processes=1, **options))
         assert len(set(chain(*whole))) == 48
         shares = [list(EpochOrder(50, 12, begin=1, rank=r, processes=3, **options)) for r in range(3)]
