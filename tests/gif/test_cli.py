@@ -38,7 +38,7 @@ def tiny_data(monkeypatch):
     split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1, "A"))
     for module in (vectors_commands, training_command, evaluate_module):
         monkeypatch.setattr(module, "load_data", lambda name, **options: split)
-    monkeypatch.setattr(glyph_bench, "load_data", lambda name, *, seed: split)
+    monkeypatch.setattr(glyph_bench, "load_data", lambda name, **options: split)
     return split
 
 
