@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from benchmarks.harness import DEVICE
 from gif import CodeVectors, GIFLoss, IdentityCodes
 from gif.codes import code_length
-from gif.losses.recipes import RECIPES, RecipeName
+from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.planning.heads import FLOAT, HeadCost, gif_cost, partial_fc_cost, softmax_cost
 from gif_kernels import AngularMargin, code_contrast_loss
 
@@ -40,11 +40,12 @@ Step = Callable[[Tensor, Tensor], None]
 Builder = Callable[[int, list[Tensor], Path], Step]
 
 
-def gif_step(recipe: RecipeName) -> Builder:
+def gif_step(recipe: RecipeName | Recipe) -> Builder:
     """GIFLoss and its optimizer, its code vectors in a sparse memory-mapped file."""
 
     def build(m: int, labels: list[Tensor], folder: Path) -> Step:
-        raw = np.memmap(folder / f"{recipe}-{m}", np.float32, "w+", shape=(m, WIDTH))
+        name = recipe if isinstance(recipe, str) else f"{recipe.negatives}-negatives"
+        raw = np.memmap(folder / f"{name}-{m}", np.float32, "w+", shape=(m, WIDTH))
         return _gif(m, labels, recipe, torch.from_numpy(raw))
 
     return build
@@ -55,7 +56,7 @@ def gif_on_device(m: int, labels: list[Tensor], folder: Path) -> Step:
     return _gif(m, labels, "live", torch.empty(m, WIDTH, dtype=torch.bfloat16, device=DEVICE))
 
 
-def _gif(m: int, labels: list[Tensor], recipe: RecipeName, table: Tensor) -> Step:
+def _gif(m: int, labels: list[Tensor], recipe: RecipeName | Recipe, table: Tensor) -> Step:
     codes = IdentityCodes(identity_codes(m, table.device), VOCAB)
     head = GIFLoss(codes, CodeVectors(table, normalized=True), WIDTH, recipe=recipe)
     for batch in labels:  # only the rows that the pool of batches reads are written: a file stays sparse

@@ -19,9 +19,8 @@ SOFTMAX_ROWS = 4
 length, the gradient of these, its part along the sphere, and that over the length, the gradient of the centres."""
 GATHERED_ROWS = 1 + SOFTMAX_ROWS
 """The same where the rows are first copied out of a larger table."""
-CONTRAST_LOGITS = 2
-"""Arrays as large as the logits of a contrast whose losses are kept row by row: the slopes, before and after they are
-multiplied by what comes in from above."""
+CONTRAST_LOGITS = 1
+"""Arrays as large as the logits of the contrast: the logits, which become its slopes in their place."""
 
 
 @dataclass(frozen=True)
