@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gif import CodeVectors, GIFLoss, IdentityCodes
 from gif.backbones import BackboneConfig
@@ -126,6 +127,14 @@ def test_what_a_share_of_a_step_is_may_change(compiled):
         for each, call in ((eager, eager), (head, step)):
             each.step_share = share
             losses(call, [(torch.ones(BATCH, WIDTH), torch.arange(BATCH))])
+    assert_alike(state(head), state(eager))
+
+
+def test_checkpointing_inside_of_a_compiled_step_moves_once(compiled):
+    eager, head = build(negatives=6), build(negatives=6)
+    inputs = [(torch.randn(BATCH, WIDTH), torch.arange(BATCH))]
+    whole = compiled(lambda embeddings, labels: checkpoint(head, embeddings, labels, use_reentrant=False))
+    assert_alike(losses(whole, inputs), losses(eager, inputs))
     assert_alike(state(head), state(eager))
 
 

@@ -329,5 +329,7 @@ def test_both_gradients_in_a_graph_are_those_of_eager_mode():
     (z, h), candidates = case.tensors(), case.candidates()
     labels = case.labels(candidates)
     compiled = torch.compile(code_contrast_gradients, fullgraph=True, backend="aot_eager")
-    given, eager = (op(z, h, labels, candidates=candidates, impl="triton") for op in (compiled, code_contrast_gradients))
+    given, eager = (
+        op(z, h, labels, candidates=candidates, impl="triton") for op in (compiled, code_contrast_gradients)
+    )
     assert all(torch.equal(a, b) for a, b in zip(given, eager, strict=True))
