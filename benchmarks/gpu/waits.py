@@ -91,18 +91,31 @@ def _training_step(run: Run, recipe: RecipeName, m: int, width: int, batch: int,
 
 
 def _capture(run: Run, recipe: RecipeName, m: int, width: int, batch: int) -> None:
-    what = f"the head in a graph, {recipe}"
-    head = _head(run, recipe, m, width, run.device.name)
+    """The head in a graph of ours and in PyTorch's own; a replay of the live one moves code vectors."""
     embeddings = torch.randn(batch, width, device=run.device.name, requires_grad=True)
     labels = torch.randint(m, (batch,), device=run.device.name)
-    parameters = [embeddings, *head.parameters()]
 
-    def step() -> None:
-        torch.autograd.grad(head(embeddings, labels), parameters, allow_unused=True)
+    def ours() -> None:
+        head = _head(run, recipe, m, width, run.device.name)
+        parameters = [embeddings, *head.parameters()]
+        run.device.captured(lambda: torch.autograd.grad(head(embeddings, labels), parameters, allow_unused=True))
 
-    try:
-        run.device.captured(step)
-    except Exception as error:
-        run.record(f"{what}: works", 0, "", goal=WORKS, note=str(error).strip().splitlines()[0][:300])
-    else:
-        run.record(f"{what}: works", 1, "", goal=WORKS)
+    def of_pytorch() -> None:
+        head = _head(run, recipe, m, width, run.device.name)
+        assert head.vectors is not None  # given above
+        if run.device.name == "cuda":
+            torch.cuda.make_graphed_callables(head, (embeddings, labels))
+        before = head.vectors.table.clone()
+        head(embeddings, labels).backward()
+        moved = int((head.vectors.table != before).any(1).sum())
+        if (moved > 0) != head.recipe.moves_vectors:
+            raise RuntimeError(f"{moved} code vectors moved in a replay")
+
+    for what, capture in (("in a graph", ours), ("in make_graphed_callables", of_pytorch)):
+        try:
+            capture()
+        except Exception as error:
+            note = str(error).strip().splitlines()[0][:300]
+            run.record(f"the head {what}, {recipe}: works", 0, "", goal=WORKS, note=note)
+        else:
+            run.record(f"the head {what}, {recipe}: works", 1, "", goal=WORKS)

@@ -39,6 +39,9 @@ from gif_kernels.autograd import with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
 from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
 
+UNSEEN = (0, -1)
+"""Of a counter on a device, and its version, when the host has not read it."""
+
 
 class PreparedLabels:
     """Labels of a batch, and what a `GIFLoss` reads of its tables for them; `GIFLoss.prepare` makes it.
@@ -113,6 +116,9 @@ class GIFLoss(nn.Module, Head):
     float16. Nothing else is undone: where a GradScaler skips the optimizer's step for an overflow in the backward pass
     alone, the code vectors have taken theirs, whose gradient is never scaled.
 
+    Where codes and vectors are on the embeddings' device, `torch.compile` makes one graph of a forward pass, and one of
+    a backward pass that takes the step each time that it runs; a CUDA graph captures both.
+
     Args:
         codes: the identities' codes, (m, l) in [0, v), or their file.
         vectors: the identities' code vectors, (m, d), or their file; None where no term reads them.
@@ -130,8 +136,8 @@ class GIFLoss(nn.Module, Head):
             code vectors that move. Each backward pass adds one. It is part of the state, so that a run that continues
             draws what it would have drawn; a state without it leaves it as it is. Like the parameters it must be the
             same on each process, as `gif.distributed.replicate` and DistributedDataParallel make it.
-        stayed: how many code vectors could not take their step, summed over the steps: () int64 on the table's device,
-            so that counting waits for nothing.
+        stayed: how many code vectors could not take their step, summed over the steps: () int64 where they move, added
+            to in place, so that counting waits for nothing and a graph counts too.
 
     Raises TypeError for an unknown override, ValueError where codes, vectors and embedding_size do not fit each other,
     or codes and vectors say that they are of other identities.
@@ -190,7 +196,7 @@ class GIFLoss(nn.Module, Head):
         self.token_weights: Tensor
         self.register_buffer("draws", torch.randint(1 << 62, ()) if self._draws_at_random() else None)
         self.draws: Tensor | None
-        self._draw_seen: tuple[int, int] | None = (0, -1)  # draws as the host saw it, and the tensor's version then
+        self._draw_seen: tuple[int, int] | None = UNSEEN  # draws as the host saw it, and the tensor's version then
 
     def forward(self, embeddings: Tensor, labels: Tensor | PreparedLabels, *, reduction: Reduction = "mean") -> Tensor:
         """Loss () of embeddings (B, d) with identities ``labels`` (B,) of any integer dtype; a label of -1 is ignored.
@@ -334,11 +340,11 @@ class GIFLoss(nn.Module, Head):
         return self.recipe.negatives > 0 or (rounds and self.recipe.moves_vectors)
 
     def _then_draw_others(self, losses: Tensor) -> Tensor:
-        """``losses`` (B,), after whose backward pass `_draw_others` is: a checkpointed forward pass is repeated before."""
-        if self.draws is None or not losses.requires_grad:
+        """``losses`` (B,), after whose backward pass others are drawn; a checkpoint repeats the forward one before."""
+        if self.draws is None or losses.grad_fn is None:
             return losses
         if torch.compiler.is_compiling():
-            self._draw_seen = None
+            self._graph_counts()
             return then_count(losses, self.draws)
         losses.grad_fn.register_hook(lambda *_: self._draw_others())
         return losses
@@ -348,11 +354,16 @@ class GIFLoss(nn.Module, Head):
         if self.draws is None:
             return
         self.draws.add_(1)
-        if torch.compiler.is_compiling() or (self.draws.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self.draws.is_cuda and torch.cuda.is_current_stream_capturing():
             self._draw_seen = None
         elif self._draw_seen is not None:
             number, version = self._draw_seen
-            self._draw_seen = (number + 1, self.draws._version) if version == self.draws._version - 1 else (0, -1)
+            self._draw_seen = (number + 1, self.draws._version) if version == self.draws._version - 1 else UNSEEN
+
+    def _graph_counts(self) -> None:
+        """Forget what the host knows of ``draws``, if anything: a compiled graph counts unseen."""
+        if self._draw_seen not in (None, UNSEEN):
+            self._draw_seen = None
 
     def _draw_on_host(self) -> Tensor:
         """``draws`` on the CPU: read once, and counted from then on, so that the host waits once.
@@ -389,7 +400,7 @@ class GIFLoss(nn.Module, Head):
         rows, lr = found.rows, self.recipe.vector_lr * self.step_share
         if checks.is_traced(embeddings) and isinstance(rows, RowsInPlace):
             step = TableStep(rows.table, rows.identities, gradient, lr, self.stayed, self.draws, self.moved)
-            self._draw_seen = None
+            self._graph_counts()
             if embeddings.requires_grad:
                 return then_step(losses, embeddings, of_embeddings, step)
             step.take()
@@ -480,6 +491,7 @@ class GIFLoss(nn.Module, Head):
             moves=self.recipe.moves_vectors,
             goes_on=goes_on,
         )
+        self.stayed = self.stayed.to(self.vectors.table.device)
         if self.vectors.table.device == device:
             self.codes = self.codes.to(device)
         return f"code vectors: {place}"

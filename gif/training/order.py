@@ -84,6 +84,7 @@ class EpochOrder:
         computed: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
+        self._order: Tensor | ComputedOrder
         if groups is not None:
             self._order = groups.arrange(torch.randperm(images, generator=generator), generator)
         else:

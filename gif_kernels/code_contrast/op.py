@@ -148,14 +148,13 @@ def _run(
     operand = operand_dtype(embeddings, vectors)
     embeddings, vectors = in_range(embeddings, operand), in_range(vectors, operand)
     with dispatch.full_precision(embeddings.device):
-        found = dispatch.implementation(op, name)(
+        return dispatch.implementation(op, name)(
             embeddings=embeddings,
             vectors=vectors,
             targets=targets,
             competes=competes,
             options=CodeContrastOptions(margin=margin, scale=float(scale), reduction=reduction, operand=operand),
         )
-    return found
 
 
 def _first_rows(labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:

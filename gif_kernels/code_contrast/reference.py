@@ -37,7 +37,9 @@ def code_contrast_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses (B,), and the gradients of their sum: of the embeddings and of the vectors."""
     if torch.compiler.is_compiling():  # which knows this way of differentiating inside of a graph
-        losses, pull = torch.func.vjp(lambda z, h: code_contrast(z, h, targets, competes, options), embeddings, vectors)
+        losses, pull, *_ = torch.func.vjp(
+            lambda z, h: code_contrast(z, h, targets, competes, options), embeddings, vectors
+        )
         return losses, *pull(torch.ones_like(losses))
     with torch.enable_grad(), kept_graph():
         point = embeddings.detach().requires_grad_(), vectors.detach().requires_grad_()

@@ -92,7 +92,7 @@ def test_compiled_equals_eager(impl, options, compiled, agree):
 
 
 def test_what_was_given_is_said():
-    with pytest.raises(TypeError, match="embeddings must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"embeddings must be a torch\.Tensor, got list"):
         code_contrast_gradients([], torch.eye(3), torch.arange(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every label must be among the candidates"):
         code_contrast_gradients(torch.eye(3), torch.eye(3), torch.arange(3), candidates=torch.tensor([0, 1, 4]))
