@@ -96,8 +96,8 @@ def _correct(
 
 
 def _speed(run: Run, what: str, seconds: float, flops: int, moved: int) -> None:
-    ceiling = run.ceiling(ceilings.LOW)
-    floor = max(flops / ceiling, moved / run.ceiling(ceilings.COPY))
+    ceiling = ceilings.ceiling(run, ceilings.LOW)
+    floor = max(flops / ceiling, moved / ceilings.ceiling(run, ceilings.COPY))
     run.record(what, seconds * 1e3, "ms", floor=floor * 1e3)
     run.record(f"{what}: of the bf16 ceiling", 100 * flops / seconds / ceiling, "%", status="note")
 

@@ -200,11 +200,11 @@ def _ours(run: Run, setting: Setting, taken: dict[str, float]) -> None:
 
 def _floor(run: Run, setting: Setting, inputs: Sequence[Tensor]) -> float:
     """Seconds of the products at the ceiling of their precision, or of reading inputs and writing gradients."""
-    ceiling = run.ceiling(ceilings.LOW if setting.dtype != torch.float32 else ceilings.TF32)
+    ceiling = ceilings.ceiling(run, ceilings.LOW if setting.dtype != torch.float32 else ceilings.TF32)
     if setting.dtype == torch.float32 and not setting.tf32:  # three products in TF32 give one in float32
-        ceiling = max(run.ceiling(ceilings.FLOAT32), ceiling / 3)
+        ceiling = max(ceilings.ceiling(run, ceilings.FLOAT32), ceiling / 3)
     moved = sum(x.nbytes for x in inputs) + sum(x.nbytes for x in inputs[: setting.leaves])
-    return max(setting.flops / ceiling, moved / run.ceiling(ceilings.COPY))
+    return max(setting.flops / ceiling, moved / ceilings.ceiling(run, ceilings.COPY))
 
 
 def _theirs(run: Run, setting: Setting, ours: float) -> None:

@@ -121,7 +121,7 @@ def _ours(
         return
     taken[m] = run.timed(what, [partial(_step, loss, x) for (x,) in inputs])
     work = 3 * m * m * inputs[0][0].shape[1]
-    ceiling = run.ceiling(ceilings.LOW)
+    ceiling = ceilings.ceiling(run, ceilings.LOW)
     run.record(what, taken[m] * 1e3, "ms", floor=work / ceiling * 1e3)
     goal = GOAL if choice == AS_SHIPPED and m >= GOAL_ROWS else None
     run.record(f"{what}: 3 m^2 d over the bf16 ceiling", 100 * work / taken[m] / ceiling, "%", goal=goal)

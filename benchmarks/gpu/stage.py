@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu.device import REPLAYS, Call, Device, NoDevice, find_device
 from benchmarks.gpu.plan import NO_DEVICE, TO_STOP
-from benchmarks.gpu.records import FILE, Recorder, Status, environment, read_records
+from benchmarks.gpu.records import FILE, Recorder, Status, environment
 
 T = TypeVar("T")
 SEED = 0
@@ -117,15 +117,6 @@ class Run:
             note = f"needs {needed / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free"
             self.record(what, status="left out", note=note)
         return needed <= free / 1.1
-
-    def ceiling(self, name: str) -> float:
-        """A ceiling of this run by its name in `benchmarks.gpu.ceilings`, measured now unless it is known."""
-        known = [r for r in read_records(self.record.path) if r.what == name and r.value]
-        if known:
-            return float(known[-1].value or 0) * 1e12
-        from benchmarks.gpu import ceilings
-
-        return ceilings.measure(self, name)
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

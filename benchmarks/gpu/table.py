@@ -59,7 +59,10 @@ def _point(run: Run, spreader: Spreader, m: int, taken: dict[int, float]) -> Non
     seeds = itertools.count()
     steps = [_stepped(spreading, index, next(seeds)) for index in subsets]
     if ours:
-        floor = max(spreader.flops / run.ceiling(ceilings.LOW), spreader.traffic(m) / run.ceiling(ceilings.COPY))
+        floor = max(
+            spreader.flops / ceilings.ceiling(run, ceilings.LOW),
+            spreader.traffic(m) / ceilings.ceiling(run, ceilings.COPY),
+        )
         taken[m] = run.timed(what, steps)
         run.record(f"{what}: a step", taken[m] * 1e6, "us", floor=floor * 1e6)
     eager = run.device.eager_seconds(lambda: [step() for step in steps], run.pick(STEPS // SUBSETS, 1)) / len(steps)

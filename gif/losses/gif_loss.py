@@ -20,6 +20,7 @@ from gif.errors import InputError
 from gif.head import Head, TablePart
 from gif.losses.graph import TableStep, then_count, then_step
 from gif.losses.health import against_others
+from gif.losses.prepared import PreparedLabels
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.resume import WORKING
@@ -41,62 +42,6 @@ from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
 
 UNSEEN = (0, -1)
 """Of a counter on a device, and its version, when the host has not read it."""
-
-
-class PreparedLabels:
-    """Labels of a batch, and what a `GIFLoss` reads of its tables for them; `GIFLoss.prepare` makes it.
-
-    What is on the host, or in a file, is asked for at once; the rest when it is used.
-
-    Attributes:
-        labels: (B,) int64, where the loss is.
-        candidates: (C,) identities that the batch is contrasted with, where the loss is.
-    """
-
-    def __init__(self, loss_fn: GIFLoss, labels: Tensor, device: torch.device, ahead: int) -> None:
-        self._codes, self._device = loss_fn.codes, device
-        self._given = labels
-        self.labels = to_device(labels, device)
-        self._rows: Rows | None = None
-        self._tokens: Tensor | None = None  # not functools.cached_property, whose lock torch.compile cannot trace
-        self._vectors: Tensor | None = None
-        if loss_fn.vectors is not None and loss_fn.recipe.needs_vectors:
-            identities, self._begin = loss_fn.candidates(labels, ahead)
-            self.candidates = to_device(identities, device)
-            if not loss_fn.reads_whole_table(device):
-                self._rows = loss_fn.vectors.rows(identities, device)
-        if labels.device != device:
-            self.tokens  # noqa: B018 (what is on the host is asked for at once)
-
-    @property
-    def tokens(self) -> Tensor:
-        """The tokens (B, l) of the labels' codes."""
-        if self._tokens is None:
-            self._tokens = to_device(self._codes.lookup(self._given), self._device)
-        return self._tokens
-
-    @property
-    def rows(self) -> Rows:
-        """The code vectors of the candidates, to be moved."""
-        assert self._rows is not None  # a term asks for them
-        return self._rows
-
-    @property
-    def vectors(self) -> Tensor:
-        """The code vectors (C, d) of the candidates; float32 at least, for steps are smaller than bfloat16 tells."""
-        if self._vectors is None:
-            values = self.rows.values
-            self._vectors = values.to(torch.promote_types(values.dtype, torch.float32))
-        return self._vectors
-
-    def release(self) -> None:
-        """Let go of ``vectors``, which a repeated forward pass reads again."""
-        self.__dict__.pop("vectors", None)
-
-    @property
-    def own_vectors(self) -> Tensor:
-        """The code vectors (B, d) of the labels."""
-        return self.vectors[self._begin : self._begin + len(self.labels)]
 
 
 class GIFLoss(nn.Module, Head):
@@ -227,7 +172,14 @@ class GIFLoss(nn.Module, Head):
         meanwhile, and labels on the CPU keep the host from waiting. ``ahead``: how many forward passes come before this
         one, from now on; the negatives are drawn for it. Of several processes each prepares the same passes.
         """
-        return PreparedLabels(self, self._checked(labels, "B"), device, ahead)
+        return self._prepare(self._checked(labels, "B"), device, ahead)
+
+    def _prepare(self, labels: Tensor, device: torch.device, ahead: int) -> PreparedLabels:
+        if self.vectors is None or not self.recipe.needs_vectors:
+            return PreparedLabels(self.codes, labels, device)
+        identities, begin = self.candidates(labels, ahead)
+        rows = None if self._reads_whole_table(device) else self.vectors.rows(identities, device)
+        return PreparedLabels(self.codes, labels, device, to_device(identities, device), rows, begin)
 
     def code_loss(
         self,
@@ -265,13 +217,13 @@ class GIFLoss(nn.Module, Head):
     def _targets(self, found: PreparedLabels) -> tuple[Tensor, Tensor]:
         """Code vectors and the row of each label in them: the table itself if it may be, or the batch's own rows."""
         labels = found.labels
-        if self.reads_whole_table(labels.device):
+        if self._reads_whole_table(labels.device):
             assert self.vectors is not None  # checked at construction
             return self.vectors.table, labels
         rows = torch.arange(len(labels), device=labels.device)
         return found.own_vectors, torch.where(labels >= 0, rows, -1)
 
-    def reads_whole_table(self, device: torch.device) -> bool:
+    def _reads_whole_table(self, device: torch.device) -> bool:
         """Whether only the pull reads code vectors, and the whole table where it is: it stays, on ``device``."""
         vectors = self.vectors
         assert vectors is not None  # checked at construction
@@ -341,11 +293,12 @@ class GIFLoss(nn.Module, Head):
 
     def _then_draw_others(self, losses: Tensor) -> Tensor:
         """``losses`` (B,), after whose backward pass others are drawn; a checkpoint repeats the forward one before."""
-        if self.draws is None or losses.grad_fn is None:
+        if self.draws is None or not losses.requires_grad:
             return losses
         if torch.compiler.is_compiling():
             self._graph_counts()
             return then_count(losses, self.draws)
+        assert losses.grad_fn is not None  # it is a function of the embeddings
         losses.grad_fn.register_hook(lambda *_: self._draw_others())
         return losses
 
@@ -421,7 +374,7 @@ class GIFLoss(nn.Module, Head):
 
     def _prepared(self, labels: Tensor | PreparedLabels, embeddings: Tensor) -> PreparedLabels:
         if not isinstance(labels, PreparedLabels):
-            return PreparedLabels(self, self._checked(labels, len(embeddings)), embeddings.device, 0)
+            return self._prepare(self._checked(labels, len(embeddings)), embeddings.device, 0)
         if len(labels.labels) != len(embeddings):
             raise InputError(f"{len(labels.labels)} labels were prepared, for {len(embeddings)} embeddings")
         return labels

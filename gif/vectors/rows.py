@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from gif.devices import to_device
 from gif.vectors.staging import Stage, Staged
 from gif_kernels import vector_step_
-
-if TYPE_CHECKING:
-    from gif.vectors.store import CodeVectors
 
 
 class Rows(Protocol):
@@ -30,6 +27,18 @@ class Rows(Protocol):
         """Set ``moved`` (m,) bool, which is where the table is, for these rows."""
 
 
+class MovingTable(Protocol):
+    """What rows in place ask of whoever has them, as `gif.vectors.store.CodeVectors` does."""
+
+    table: Tensor
+
+    def lookup(self, labels: Tensor) -> Tensor:
+        """Rows of identities (C,), as (C, d)."""
+
+    def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int | Tensor = 0) -> Tensor:
+        """One step for the rows of ``labels`` (C,), in place; how many stayed, () int64."""
+
+
 class RowsInPlace:
     """Rows of a table that is where the step is: they are read and moved in it.
 
@@ -38,7 +47,7 @@ class RowsInPlace:
         identities: (C,) int64, which.
     """
 
-    def __init__(self, vectors: CodeVectors, identities: Tensor) -> None:
+    def __init__(self, vectors: MovingTable, identities: Tensor) -> None:
         self._vectors = vectors
         self.table, self.identities = vectors.table, identities
 
