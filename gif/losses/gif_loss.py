@@ -343,6 +343,7 @@ class GIFLoss(nn.Module, Head):
         if torch.compiler.is_compiling():
             self._graph_counts()
             return then_count(losses, self.draws)
+        assert losses.grad_fn is not None  # it is a result
         losses.grad_fn.register_hook(lambda *_: self._draw_others())
         return losses
 

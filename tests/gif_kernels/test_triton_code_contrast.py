@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def test_both_gradients_at_once_are_to_the_bit_what_autograd_gives(dtype):
     case = Case(7, 11, 16)
     (z, h), candidates = case.tensors(dtype), case.candidates()
     labels = case.labels(candidates)
-    options = {"candidates": candidates, "scale": 16.0, "impl": "triton"}
+    options: dict[str, Any] = {"candidates": candidates, "scale": 16.0, "impl": "triton"}
     z, h = z.requires_grad_(), h.requires_grad_()
     losses = code_contrast_loss(z, h, labels, reduction="none", **options)
     expected = (losses, *torch.autograd.grad(losses.sum(), (z, h)))
