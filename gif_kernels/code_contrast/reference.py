@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +39,10 @@ def code_contrast_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses (B,), and the gradients of their sum: of the embeddings and of the vectors."""
     if torch.compiler.is_compiling():  # which knows this way of differentiating inside of a graph
-        losses, pull = torch.func.vjp(lambda z, h: code_contrast(z, h, targets, competes, options), embeddings, vectors)
-        return losses, *pull(torch.ones_like(losses))
+        loss_of = partial(code_contrast, targets=targets, competes=competes, options=options)
+        losses, pull = torch.func.vjp(loss_of, embeddings, vectors)  # type: ignore[misc]  # three with has_aux alone
+        of_embeddings, of_vectors = pull(torch.ones_like(losses))
+        return losses, of_embeddings, of_vectors
     with torch.enable_grad(), kept_graph():
         point = embeddings.detach().requires_grad_(), vectors.detach().requires_grad_()
         losses = code_contrast(*point, targets, competes, options)

@@ -79,6 +79,11 @@ OPS = {
         gif_kernels.code_regression_loss, lambda: {"embeddings": torch.randn(4, 6), "targets": torch.randn(4, 6)}
     ),
     "code_contrast_loss": Op(gif_kernels.code_contrast_loss, code_contrast_tensors),
+    "code_contrast_gradients": Op(
+        lambda **given: gif_kernels.code_contrast_gradients(**given)[0],  # its gradients have tests of their own
+        code_contrast_tensors,
+        differentiable=False,
+    ),
     "gaussian_potential": Op(gif_kernels.gaussian_potential, lambda: {"vectors": torch.randn(5, 6)}),
     "uniformity_step_": Op(
         gif_kernels.uniformity_step_,
