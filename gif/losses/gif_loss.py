@@ -337,7 +337,7 @@ class GIFLoss(nn.Module, Head):
         return self.recipe.negatives > 0 or (rounds and self.recipe.moves_vectors)
 
     def _then_draw_others(self, losses: Tensor) -> Tensor:
-        """``losses`` (B,), whose backward pass ends with `_draw_others`: a checkpoint repeats the forward one before."""
+        """``losses`` (B,), whose backward pass ends with `_draw_others`: a checkpoint repeats them before."""
         if self.draws is None or not losses.requires_grad:
             return losses
         if torch.compiler.is_compiling():
