@@ -84,9 +84,9 @@ def _losses(
 
 def _saved(embeddings: Tensor, vectors: Tensor, found: _Found, scale: float) -> _Saved:
     """What the gradients are made of. The slopes take the logarithms' memory."""
-    own = torch.expm1(found.logarithms.gather(1, found.own)) * found.own_slope
+    own_slopes = torch.expm1(found.logarithms.gather(1, found.own)) * found.own_slope
     slopes = found.logarithms.exp_()  # softmax; then dloss/dcosine / ||z||, in the same buffer
-    slopes.scatter_(1, found.own, own).mul_(found.weight * scale * found.row_inverse)
+    slopes.scatter_(1, found.own, own_slopes).mul_(found.weight * scale * found.row_inverse)
     return _Saved(embeddings, vectors, found.row_inverse, found.vector_inverse, slopes)
 
 
@@ -130,8 +130,9 @@ class _CodeContrast(torch.autograd.Function):
     @staticmethod
     @backward_of(forward)
     def backward(ctx: Any, incoming: Tensor) -> Gradients:
-        saved, factor = _Saved(*ctx.saved_tensors), None if incoming.ndim else incoming
-        if factor is None:  # one a row; a common factor is left to the gradients, which are smaller than the slopes
-            saved = saved._replace(slopes=saved.slopes * incoming.unsqueeze(1))
+        saved = _Saved(*ctx.saved_tensors)
+        factor: Tensor | None = incoming
+        if incoming.ndim:  # one a row; a common factor is left to the gradients, which are smaller than the slopes
+            saved, factor = saved._replace(slopes=saved.slopes * incoming.unsqueeze(1)), None
         of_embeddings, of_vectors = _gradients(saved, ctx.operand, factor, needed=ctx.needs_input_grad[:2])
         return {"embeddings": of_embeddings, "vectors": of_vectors}

@@ -180,7 +180,7 @@ class TestCudaGraph:
     def test_what_pytorch_captures_itself(self):
         eager, head = build(device="cuda"), build(device="cuda")
         given, names = self.inputs(1)[0]
-        graphed = torch.cuda.make_graphed_callables(head, (given.clone().requires_grad_(), names))
+        graphed: Any = torch.cuda.make_graphed_callables(head, (given.clone().requires_grad_(), names))
         for each in (eager, head):  # the warm-up has moved them
             each.vectors.table.copy_(build(device="cuda").vectors.table)
         assert_alike(losses(graphed, self.inputs(3)), losses(eager, self.inputs(3)))

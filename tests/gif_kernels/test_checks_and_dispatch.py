@@ -81,6 +81,11 @@ OPS = {
         gif_kernels.code_regression_loss, lambda: {"embeddings": torch.randn(4, 6), "targets": torch.randn(4, 6)}
     ),
     "code_contrast_loss": Op(gif_kernels.code_contrast_loss, code_contrast_tensors),
+    "code_contrast_gradients": Op(
+        lambda **given: gif_kernels.code_contrast_gradients(**given)[0],  # its gradients have tests of their own
+        code_contrast_tensors,
+        differentiable=False,
+    ),
     "gaussian_potential": Op(gif_kernels.gaussian_potential, lambda: {"vectors": torch.randn(5, 6)}),
     "uniformity_step_": Op(
         gif_kernels.uniformity_step_,
@@ -423,7 +428,7 @@ def test_autocast_rounds_operands_of_products_and_nothing_else(op, impl):
     expected = op(tensors, impl=impl)
     given = op(tensors, impl=impl, forward_in=torch.autocast("cpu", torch.float16))
     assert [x.dtype for x in given] == [x.dtype for x in expected]
-    learns = op in (OPS["token_margin_loss"], OPS["code_contrast_loss"])
+    learns = op in [OPS[name] for name in ("token_margin_loss", "code_contrast_loss", "code_contrast_gradients")]
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)) is not learns
     for a, b in zip(given, expected, strict=True):  # 64 times a rounding of 2^-11, times the slope near a pole
         assert (a.double() - b.double()).norm() <= 0.5 * b.double().norm()
