@@ -134,6 +134,17 @@ def labels(name: str, tensor: object, batch: int, *, high: int, hint: str = "", 
     return integer(name, tensor, (batch,), low=-1, high=high, hint=hint, asserted=asserted)
 
 
+def within(name: str, values: Tensor, end: int, hint: str) -> None:
+    """Raise ValueError unless all ``values`` lie in [0, ``end``); on an accelerator assert it without waiting."""
+    wanted = f"{name} must lie in [0, {end})"
+    if not looks_at_values(values):
+        require(((values >= 0) & (values < end)).all(), f"{wanted}; {hint}")
+    elif values.numel():
+        low, high = (int(x) for x in torch.aminmax(values))
+        if low < 0 or high >= end:
+            raise InputError(f"{wanted}, got [{low}, {high}]; {hint}")
+
+
 def require(condition: Tensor, message: str) -> None:
     """Raise ValueError(message) where ``condition`` () bool is false; on an accelerator assert it without waiting."""
     if looks_at_values(condition):

@@ -317,6 +317,5 @@ def _whole_numbers(what: str, values: Tensor, end: int, advice: str) -> Tensor:
     if values.dtype not in checks.INTEGER:
         raise TypeError(f"{what} must be an integer tensor, got {values.dtype}; convert it")
     values = values.long()
-    if len(values) and not (int(values.min()) >= 0 and int(values.max()) < end):
-        raise InputError(f"{what} must lie in [0, {end}), got [{int(values.min())}, {int(values.max())}]; {advice}")
+    checks.within(what, values, end, advice)
     return values

@@ -13,9 +13,9 @@ from gif.distributed import gather_objects, rank
 from gif.errors import DamagedFileError
 from gif.files import Blocks, check_file, locate_tensor, map_tensor, remove_temporaries, save_tensors
 from gif.head import TablePart
+from gif.vectors.store import ROWS_A_BLOCK
 
 FORMAT = "gif.table_journal/1"
-_ROWS_A_BLOCK = 1 << 18
 _NAME = re.compile(r"\d{9}-(?P<what>all|rows)(?:-(?P<begin>\d{12}))?\.safetensors")  # where a part's rows begin
 
 
@@ -96,7 +96,7 @@ class TableIncrements:
             if begin == self._begin and (self._files or (everything and len(values) == len(self._table))):
                 self._rows = 0 if everything else self._rows + len(values)
                 self._files.append(name)
-            for block in torch.arange(len(values)).split(_ROWS_A_BLOCK):
+            for block in torch.arange(len(values)).split(ROWS_A_BLOCK):
                 rows = (block + begin if everything else _rows_in(path)[block]) - self._begin
                 own = (rows >= 0) & (rows < len(self._table))
                 self._table[rows[own].to(self._table.device)] = values[block[own]].to(self._table.device)
@@ -115,7 +115,7 @@ class TableIncrements:
     def _write(self, name: str, rows: Tensor | None) -> None:
         """Write some own rows of the table, or all, block by block: no copy of it is made in memory."""
         count = len(self._table) if rows is None else len(rows)
-        blocks = (slice(begin, begin + _ROWS_A_BLOCK) for begin in range(0, count, _ROWS_A_BLOCK))
+        blocks = (slice(begin, begin + ROWS_A_BLOCK) for begin in range(0, count, ROWS_A_BLOCK))
         parts = (self._table[self._place(rows, block)] for block in blocks)
         tensors: dict[str, Tensor | Blocks] = {} if rows is None else {"rows": rows + self._begin}
         tensors["table"] = Blocks((count, *self._table.shape[1:]), self._table.dtype, parts)

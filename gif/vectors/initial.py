@@ -22,7 +22,9 @@ from gif.errors import InputError
 from gif.progress import progress, say
 from gif.resume import UnfinishedWork, own_file
 from gif.vectors.store import CodeVectors
+from gif_kernels import checks
 
+_LABELS = "number the identities from 0, and give their number"
 CHECKPOINT_FORMAT = "gif.initial_checkpoint/1"
 _NAMED_IDENTITIES = 5  # in an error message
 _GATHERED_ROWS = 1 << 16  # of each process at a time
@@ -138,7 +140,7 @@ def _image_counts(dataset: Dataset[tuple[Tensor, Any]], m: int) -> Tensor | None
     labels = getattr(dataset, "labels", None)
     if not isinstance(labels, Tensor):
         return None
-    _check_labels(labels, m)
+    checks.within("labels", labels, m, _LABELS)
     return labels.bincount(minlength=m)
 
 
@@ -180,14 +182,6 @@ def _gather(means: Tensor, bounds: list[int], device: str | torch.device) -> Ten
     return table
 
 
-def _check_labels(labels: Tensor, m: int) -> None:
-    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < m):
-        raise InputError(
-            f"labels must lie in [0, {m}), got [{int(labels.min())}, {int(labels.max())}]; number the identities from "
-            "0, and give their number"
-        )
-
-
 def _check_counts(counts: Tensor, begin: int = 0) -> None:
     missing = (counts == 0).nonzero().flatten() + begin
     if len(missing):
@@ -220,7 +214,7 @@ class _FeatureSums:
         """
         if features.ndim != 2 or len(features) != len(labels):
             raise InputError(f"the encoder must give ({len(labels)}, e) features, got {tuple(features.shape)}")
-        _check_labels(labels, self._end)
+        checks.within("labels", labels, self._end, _LABELS)
         bad = (~features.isfinite().all(1)).nonzero().flatten()
         if len(bad):
             raise InputError(

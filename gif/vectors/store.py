@@ -166,12 +166,7 @@ class CodeVectors:
         every, hint = torch.iinfo(torch.int64), "this table was made for other identities"
         rows = checks.integer("labels", labels, ("B",), low=every.min, high=every.max, hint=hint, asserted=False)
         rows = rows.to(self.table.device)
-        if not checks.looks_at_values(rows):
-            checks.require(((rows >= 0) & (rows < len(self))).all(), f"labels must lie in [0, {len(self)}); {hint}")
-        elif len(rows):
-            low, high = (int(x) for x in torch.aminmax(rows))
-            if low < 0 or high >= len(self):
-                raise InputError(f"labels must lie in [0, {len(self)}), got [{low}, {high}]; {hint}")
+        checks.within("labels", rows, len(self), hint)
         return rows
 
     def __len__(self) -> int:
