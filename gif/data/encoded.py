@@ -15,7 +15,7 @@ from gif.data.identities import Names
 from gif.data.images import IdentityDataset, ImageTable
 from gif.data.listing import Tally
 from gif.data.shared_memory import check_workers, shared_flags
-from gif.data.workers import leave_signals_to_the_command
+from gif.data.workers import batches_of, leave_signals_to_the_command
 from gif.errors import InputError
 from gif.progress import progress
 from gif_kernels import checks
@@ -200,7 +200,7 @@ def read_all(data: EncodedImages, indices: Tensor, workers: int, description: st
         generator=torch.Generator(),
     )
     with progress(description, len(indices), "images") as advance:
-        for batch, _ in zip(batches, loader, strict=True):
+        for batch, _ in zip(batches, batches_of(loader), strict=True):
             advance(len(batch))
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
-from gif.data.workers import leave_signals_to_the_command
+from gif.data.workers import batches_of, leave_signals_to_the_command
 from gif.distributed import gather_rows, rank, world_size
 from gif.errors import InputError
 from gif.progress import progress
@@ -78,7 +78,7 @@ class Embedder:
             generator=torch.Generator(),
         )
         with evaluating(backbone, self.device) as network, progress(description, len(own), "images") as advance:
-            for batch, numbers in loader:
+            for batch, numbers in batches_of(loader):
                 if len(numbers):
                     yield numbers, embed_batch(network, batch.to(self.device), flip=self.flip)
                     advance(len(numbers))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
-from gif.data.workers import leave_signals_to_the_command
+from gif.data.workers import batches_of, leave_signals_to_the_command
 from gif.devices import to_device
 from gif.distributed import (
     broadcast_buffers,
@@ -137,7 +137,7 @@ def train(
                 if position:
                     restore_random(random, device)
                 loader = _loader(head, dataset, config, position, loader_seed, order_seed)
-                for images, labels in one_ahead(loader, take_step.prepare):
+                for images, labels in one_ahead(batches_of(loader), take_step.prepare):
                     lr = config.rate(state.step / steps)
                     loss, embeddings, own_labels = take_step(images, labels, lr)
                     losses.add(loss)

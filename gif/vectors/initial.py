@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from gif.data.encoded import EncodedImages, check_identities, left_out
 from gif.data.images import IdentityDataset
 from gif.data.shared_memory import check_workers
-from gif.data.workers import leave_signals_to_the_command
+from gif.data.workers import batches_of, leave_signals_to_the_command
 from gif.distributed import gather_rows, rank, world_size
 from gif.encoders.base import Encoder
 from gif.errors import InputError
@@ -108,7 +108,9 @@ def initial_code_vectors(
     )
     with progress("encoding images", len(rows) - sums.images, "images") as advance:
         try:
-            for places, (batch, batch_labels) in zip(_batches(rows, begun, batch_size), loader, strict=True):
+            for places, (batch, batch_labels) in zip(
+                _batches(rows, begun, batch_size), batches_of(loader), strict=True
+            ):
                 read, done = len(places), sums.images + len(places)
                 if isinstance(dataset, IdentityDataset):
                     places = places[~dataset.broken(places)]

@@ -16,6 +16,7 @@ import torch
 from gif import CodeVectors, cli, files
 from gif.codes import commands as codes_commands
 from gif.data.glyphs import all_glyphs
+from gif.data.workers import SIGNALS, batches_of, leave_signals_to_the_command
 from gif.errors import InputError, Interrupted, OutputError
 from gif.files import allocate_tensors, atomic_path, load_tensors, map_tensor, remove_temporaries, save_tensors
 from gif.ownership import check_output, hold
@@ -513,6 +514,41 @@ class TestInterrupts:
         step = int(place.name.removeprefix("step-"))
         assert f"continues after step {step:,} of " in printed
         assert left_over(tmp_path) == []
+
+    def test_a_signal_waits_while_workers_start(self):
+        """One that came before a worker has said that it ignores it would end that worker."""
+
+        class Images(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+
+            def __getitem__(self, index):
+                return torch.tensor(index)
+
+        seen = []
+        before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in SIGNALS}
+        try:
+            loader = torch.utils.data.DataLoader(
+                Images(), batch_size=2, num_workers=1, worker_init_fn=leave_signals_to_the_command
+            )
+            start, started = multiprocessing.process.BaseProcess.start, []
+
+            def start_and_send(process):
+                start(process)
+                for number in SIGNALS:  # at once: the worker has hardly begun
+                    os.kill(process.pid, number)
+                    signal.raise_signal(number)
+                started.append((process, list(seen)))
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(multiprocessing.process.BaseProcess, "start", start_and_send)
+                batches = batches_of(loader)
+            assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3]]
+            ((_, at_once),) = started
+            assert at_once == [] and sorted(seen) == sorted(SIGNALS)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def test_workers_leave_a_signal_to_the_command(self, tiny_folder, tmp_path):
         """One that a signal ended would be an error in the command, in the midst of saving."""
