@@ -12,14 +12,17 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.memory import peak_bytes, process_bytes
 from benchmarks.results import Measurement, Subject
+
+if TYPE_CHECKING:  # a run on a GPU does without it
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE_SIZE = 512 if DEVICE == "cpu" else 4096

@@ -11,11 +11,11 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +25,9 @@ from benchmarks.results import Subject
 from benchmarks.spreading import PAIRS_HELD, T, dense_potential
 from gif.planning.heads import FLOAT
 from gif_kernels import gaussian_potential
+
+if TYPE_CHECKING:  # what a run on a GPU imports does without it
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 CHUNK = 1024
 """Rows of pairs that the chunked form holds at once."""

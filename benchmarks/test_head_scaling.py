@@ -8,15 +8,18 @@ among what is kept.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness import DEVICE, measure
 from benchmarks.heads import BATCH, FULL, HEADS, POOL, QUICK, WIDTH, Step, label_batches
 from benchmarks.memory import kept_bytes, skip_unless_it_fits
 from benchmarks.results import Subject
+
+if TYPE_CHECKING:  # what a run on a GPU imports does without it
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,12 +11,11 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.harness import DEVICE, measure
@@ -24,6 +23,9 @@ from benchmarks.heads import MARGIN, SCALE
 from benchmarks.results import Subject
 from gif_kernels import token_margin_loss
 from gif_kernels.precision import PREFERS_ONEDNN, product
+
+if TYPE_CHECKING:  # what a run on a GPU imports does without it
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE, measure
@@ -20,6 +20,9 @@ from benchmarks.heads import BACKBONE_ALONE, FULL, HEADS, POOL, QUICK, WIDTH, St
 from benchmarks.memory import kept_bytes, skip_unless_it_fits
 from benchmarks.results import Subject
 from gif.backbones import BackboneConfig
+
+if TYPE_CHECKING:  # what a run on a GPU imports does without it
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 ACTIVATION_BYTES = 40 << 20
 """What a MobileFaceNet holds for an image of 112 x 112 in training; the small network holds less."""

@@ -302,3 +302,29 @@ class TestReport:
     def test_the_document_has_a_block_for_each_stage(self):
         text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
         assert all(f"<!-- begin gpu {name} -->" in text for name in ("goals", *NAMES))
+
+
+BARE = """
+import importlib, pkgutil, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import benchmarks.gpu
+for module in pkgutil.iter_modules(benchmarks.gpu.__path__):
+    importlib.import_module(f"benchmarks.gpu.{{module.name}}")
+"""
+NOT_ON_A_GPU = [
+    *("pytest_benchmark", "hypothesis", "jsonargparse", "open_clip", "ortools", "faiss", "k_means_constrained"),
+    *("safetensors", "onnx", "lightning", "tensorboard", "pytorch_metric_learning"),
+]
+
+
+def test_stages_import_what_a_machine_with_a_gpu_has():
+    """Nothing is installed there beside what the command says that it needs."""
+    code = BARE.format(absent=NOT_ON_A_GPU)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
