@@ -239,7 +239,7 @@ def test_another_run_is_refused(tmp_path):
 class TestTableIncrements:
     @pytest.fixture(params=[torch.float32, torch.bfloat16])
     def table(self, request, monkeypatch):
-        monkeypatch.setattr(increments_module, "_ROWS_A_BLOCK", 7)
+        monkeypatch.setattr(increments_module, "ROWS_A_BLOCK", 7)
         return torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).to(request.param)
 
     def change(self, increments, table, rows):
