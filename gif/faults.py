@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from gif.errors import InputError
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport/")
+"""What gloo says, in a plain RuntimeError, when another process is gone."""
 MENDABLE_CODE, BUG_CODE = 1, 70  # 70: EX_SOFTWARE of sysexits
 _OF_THE_MACHINE = {  # disks and limits; not every system has each
     getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ENOMEM", "EMFILE", "ENFILE")
@@ -28,7 +30,7 @@ def mendable(error: Exception) -> str | None:
         )
     if isinstance(error, InputError) or (isinstance(error, OSError) and _is_of_the_machine(error)):
         return _line(error)
-    if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+    if isinstance(error, dist.DistError) or any(sign in str(error) for sign in _LOST):
         return f"the processes of this run have lost each other ({_line(error)}); the first error of another says why"
     return None
 

@@ -308,6 +308,7 @@ MENDABLE = {
     ),
     "cpu memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "error: out of memory ("),
     "peer": (RuntimeError("[pair.cc:534] Connection closed by peer"), "error: the processes of this run have lost"),
+    "reset": (RuntimeError("gloo/transport/tcp/pair.cc:545] Read error"), "error: the processes of this run have lost"),
     "name": (InputError("no file \udcff.png"), "error: no file \\udcff.png"),
 }
 
