@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gif.devices import to_device
+
+Placement = Literal["auto", "device", "host", "file"]
+"""Where tables lie that a head reads and moves rows of."""
 
 
 class TablePart(NamedTuple):
@@ -103,7 +106,7 @@ class Head:
         """
         return {}
 
-    def place_tables(self, device: torch.device, placement: str, folder: Path, *, goes_on: bool) -> str:
+    def place_tables(self, device: torch.device, placement: Placement, folder: Path, *, goes_on: bool) -> str:
         """Bring what the head reads of its tables to where `gif train` wants them, before the first step on ``device``.
 
         ``placement`` is "auto", "device", "host" or "file"; ``folder`` is the run's, for a file to work in, which a run

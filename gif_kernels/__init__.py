@@ -8,6 +8,7 @@ The ops are imported from here. Packages that build on them may also use what `_
     reduction                   a loss a row to a mean or a sum
     precision                   which dtype, and products in it
     rounding                    stochastic rounding
+    runs                        which of several numbers are equal
     autograd                    a loss whose gradient is already known
     dispatch                    which implementation of an op runs, and why
     gaussian_potential.blocked  the size of its tiles, for planning memory and time

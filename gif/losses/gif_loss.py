@@ -17,7 +17,7 @@ from gif.data.identities import require_same
 from gif.devices import to_device
 from gif.distributed import gather_part, mean_over_processes, rank
 from gif.errors import InputError
-from gif.head import Head, TablePart
+from gif.head import Head, Placement, TablePart
 from gif.losses.graph import TableStep, then_count, then_step
 from gif.losses.health import against_others
 from gif.losses.prepared import PreparedLabels
@@ -25,7 +25,7 @@ from gif.losses.recipes import RECIPES, Recipe, RecipeName
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.resume import WORKING
 from gif.vectors.divided import DividedCodeVectors
-from gif.vectors.placement import PLACEMENTS, place_code_vectors
+from gif.vectors.placement import place_code_vectors
 from gif.vectors.rows import Rows, RowsInPlace
 from gif.vectors.store import CodeVectors
 from gif_kernels import (
@@ -150,7 +150,7 @@ class GIFLoss(nn.Module, Head):
         Labels that were prepared (`prepare`) are those of these very embeddings, and are used once.
         """
         checks.floating("embeddings", embeddings, ("B", self.embedding_size), finite=False)
-        found = self._prepared(labels, embeddings)
+        found = self._prepared(labels, embeddings, **self._asks)
         recipe = self.recipe
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if recipe.code_weight > 0:
@@ -172,13 +172,21 @@ class GIFLoss(nn.Module, Head):
         meanwhile, and labels on the CPU keep the host from waiting. ``ahead``: how many forward passes come before this
         one, from now on; the negatives are drawn for it. Of several processes each prepares the same passes.
         """
-        return self._prepare(self._checked(labels, "B"), device, ahead)
+        return self._prepare(self._checked(labels, "B"), device, ahead, **self._asks)
 
-    def _prepare(self, labels: Tensor, device: torch.device, ahead: int) -> PreparedLabels:
-        if self.vectors is None or not self.recipe.needs_vectors:
+    @property
+    def _asks(self) -> dict[str, bool]:
+        """What the recipe asks for of the code vectors."""
+        return {"pulls": self.recipe.regression_weight > 0, "contrasts": self.recipe.contrast_weight > 0}
+
+    def _prepare(
+        self, labels: Tensor, device: torch.device, ahead: int = 0, *, pulls: bool, contrasts: bool
+    ) -> PreparedLabels:
+        """``contrasts``: candidates are asked for; ``pulls``, without: the own identities alone, or the whole table."""
+        if self.vectors is None or not (contrasts or (pulls and not self._reads_whole_table(device))):
             return PreparedLabels(self.codes, labels, device)
-        identities, begin = self.candidates(labels, ahead)
-        rows = None if self._reads_whole_table(device) else self.vectors.rows(identities, device)
+        identities, begin = self.candidates(labels, ahead) if contrasts else self._shared(_brings(labels))
+        rows = self.vectors.rows(identities, device)
         return PreparedLabels(self.codes, labels, device, to_device(identities, device), rows, begin)
 
     def code_loss(
@@ -189,7 +197,8 @@ class GIFLoss(nn.Module, Head):
         regression: CodeRegression | None = None,
     ) -> Tensor:
         """L_C (): cross entropy of the tokens, unweighted; and the pull of ``regression``, in one pass."""
-        return self._code_loss(embeddings, self._prepared(labels, embeddings), reduction, regression)
+        found = self._prepared(labels, embeddings, pulls=False, contrasts=False)
+        return self._code_loss(embeddings, found, reduction, regression)
 
     def _code_loss(
         self, embeddings: Tensor, found: PreparedLabels, reduction: Reduction, regression: CodeRegression | None
@@ -208,27 +217,28 @@ class GIFLoss(nn.Module, Head):
 
     def regression_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_AR (): squared distance of the cosine to the own code vector from 1, halved, unweighted."""
-        return self._regression_loss(embeddings, self._prepared(labels, embeddings), reduction)
+        found = self._prepared(labels, embeddings, pulls=True, contrasts=False)
+        return self._regression_loss(embeddings, found, reduction)
 
     def _regression_loss(self, embeddings: Tensor, found: PreparedLabels, reduction: Reduction) -> Tensor:
         targets, rows = self._targets(found)
         return code_regression_loss(embeddings, targets, rows=rows, reduction=reduction)
 
     def _targets(self, found: PreparedLabels) -> tuple[Tensor, Tensor]:
-        """Code vectors and the row of each label in them: the table itself if it may be, or the batch's own rows."""
+        """Code vectors and the row of each label in them: the batch's own, or the whole table where none are read."""
         labels = found.labels
-        if self._reads_whole_table(labels.device):
+        if not found.has_rows:
             assert self.vectors is not None  # checked at construction
             return self.vectors.table, labels
         rows = torch.arange(len(labels), device=labels.device)
         return found.own_vectors, torch.where(labels >= 0, rows, -1)
 
     def _reads_whole_table(self, device: torch.device) -> bool:
-        """Whether only the pull reads code vectors, and the whole table where it is: it stays, on ``device``."""
+        """Whether the pull alone may read the whole table where it is: all rows, on ``device``, which stay."""
         vectors = self.vectors
         assert vectors is not None  # checked at construction
         whole = vectors.table.device == device and len(vectors.table) == len(vectors)
-        return whole and self.recipe.contrast_weight == 0
+        return whole and not self.recipe.moves_vectors
 
     def contrast_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
@@ -239,7 +249,8 @@ class GIFLoss(nn.Module, Head):
         Processes that train together (`torch.distributed`) share their candidates, and all take the same step with the
         mean of their gradients: that is the one step of the whole batch, and each process's table stays the same.
         """
-        return self._contrast_loss(embeddings, self._prepared(labels, embeddings), reduction)
+        found = self._prepared(labels, embeddings, pulls=False, contrasts=True)
+        return self._contrast_loss(embeddings, found, reduction)
 
     def _contrast_loss(self, embeddings: Tensor, found: PreparedLabels, reduction: Reduction) -> Tensor:
         labels = found.labels
@@ -257,19 +268,19 @@ class GIFLoss(nn.Module, Head):
         """The identities (C,) that a batch is contrasted with, and where among them those of its ``labels`` (B,) begin.
 
         Its own, then their siblings; of all processes' batches in the order of their ranks, but outside of training of
-        this process's alone; then the recipe's negatives, the same for all. There is none for an empty batch. Without
-        a contrast they are the own identities, of all processes where each has a part of the code vectors.
+        this process's alone, unless each has a part of the code vectors; then the recipe's negatives, the same for all.
+        There is none for an empty batch.
         """
-        largest = torch.cat([labels.new_zeros(1), labels]).max()
-        own, begin = torch.where(labels >= 0, labels, largest), 0  # an ignored row brings nobody new
-        if self.recipe.contrast_weight == 0:
-            return gather_part(own) if isinstance(self.vectors, DividedCodeVectors) else (own, begin)
+        own = _brings(labels)
         candidates = torch.cat([own, self.codes.siblings(own, self.recipe.siblings).flatten()])
-        if self.training:
-            candidates, begin = gather_part(candidates)
+        candidates, begin = gather_part(candidates) if self.training else self._shared(candidates)
         if self.recipe.negatives and len(candidates):
             candidates = torch.cat([candidates, self._negatives(candidates.device, ahead)])
         return candidates, begin
+
+    def _shared(self, identities: Tensor) -> tuple[Tensor, int]:
+        """What code vectors are asked for, and where the own begin: all processes' where each has a part of them."""
+        return gather_part(identities) if isinstance(self.vectors, DividedCodeVectors) else (identities, 0)
 
     def _negatives(self, device: torch.device, ahead: int) -> Tensor:
         """Identities (min(negatives, m),) of this step, each as likely as any other and hardly any twice.
@@ -372,9 +383,9 @@ class GIFLoss(nn.Module, Head):
         if self.moved is not None:
             rows.mark(self.moved)
 
-    def _prepared(self, labels: Tensor | PreparedLabels, embeddings: Tensor) -> PreparedLabels:
+    def _prepared(self, labels: Tensor | PreparedLabels, embeddings: Tensor, **asks: bool) -> PreparedLabels:
         if not isinstance(labels, PreparedLabels):
-            return self._prepare(self._checked(labels, len(embeddings)), embeddings.device, 0)
+            return self._prepare(self._checked(labels, len(embeddings)), embeddings.device, **asks)
         if len(labels.labels) != len(embeddings):
             raise InputError(f"{len(labels.labels)} labels were prepared, for {len(embeddings)} embeddings")
         return labels
@@ -431,18 +442,12 @@ class GIFLoss(nn.Module, Head):
                 "without writable=True: checkpoints keep what moved"
             )
 
-    def place_tables(self, device: torch.device, placement: str, folder: Path, *, goes_on: bool) -> str:
+    def place_tables(self, device: torch.device, placement: Placement, folder: Path, *, goes_on: bool) -> str:
         """Place the code vectors (`gif.vectors.placement`), and the codes on a device that has these."""
         if self.vectors is None or not self.recipe.needs_vectors:
             return ""
-        checks.choice("placement", placement, PLACEMENTS)
         self.vectors, place = place_code_vectors(
-            self.vectors,
-            device,
-            placement,  # type: ignore[arg-type]
-            folder / WORKING,
-            moves=self.recipe.moves_vectors,
-            goes_on=goes_on,
+            self.vectors, device, placement, folder / WORKING, moves=self.recipe.moves_vectors, goes_on=goes_on
         )
         self.stayed = self.stayed.to(self.vectors.table.device)
         if self.vectors.table.device == device:
@@ -476,7 +481,9 @@ class GIFLoss(nn.Module, Head):
         candidates = torch.cat([labels, self.codes.siblings(labels, self.recipe.siblings).flatten()])
         if self.recipe.moves_vectors:
             measures["code vectors stayed"] = self.stayed.to(embeddings.device)
-        return measures | against_others(embeddings, labels, self.vectors.lookup(candidates), candidates)
+        shared, begin = self._shared(candidates)
+        vectors = self.vectors.lookup(shared)[begin : begin + len(candidates)]
+        return measures | against_others(embeddings, labels, vectors, candidates)
 
     def get_extra_state(self) -> Tensor:
         """Fingerprints of the code table and, where known, of the names, as bytes: part of ``state_dict()``."""
@@ -512,6 +519,12 @@ class GIFLoss(nn.Module, Head):
 
     def extra_repr(self) -> str:
         return f"{self.codes}, {self.recipe}"
+
+
+def _brings(labels: Tensor) -> Tensor:
+    """The identities that a batch brings, (B,): an ignored row brings nobody new."""
+    largest = torch.cat([labels.new_zeros(1), labels]).max()
+    return torch.where(labels >= 0, labels, largest)
 
 
 def _repeated() -> bool:

@@ -58,6 +58,11 @@ class PreparedLabels:
         return self._candidates
 
     @property
+    def has_rows(self) -> bool:
+        """Whether code vectors were asked for: else the loss reads the whole table."""
+        return self._rows is not None
+
+    @property
     def rows(self) -> Rows:
         """The code vectors of the candidates, to be moved."""
         assert self._rows is not None  # a term asks for them

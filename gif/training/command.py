@@ -18,7 +18,7 @@ from gif.data.images import SPLIT_BY
 from gif.distributed import process_group, rank, wait_for_all
 from gif.errors import InputError
 from gif.files import save_tensors, write_text
-from gif.head import as_head
+from gif.head import Placement, as_head
 from gif.losses import HeadConfig
 from gif.ownership import hold
 from gif.progress import say, say_once
@@ -29,7 +29,6 @@ from gif.training.config import TrainingConfig
 from gif.training.curves import plot_losses, plot_validations
 from gif.training.loop import check_training, train
 from gif.training.validation import ValidationConfig
-from gif.vectors.placement import Placement
 from gif.vectors.store import CodeVectors
 
 HEAD_FORMAT = "gif.head/1"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gif.occurrences import occurrences
 from gif.permutation import ComputedOrder
 from gif.seeds import seed_of
+from gif_kernels.runs import occurrences
 
 _BETWEEN_RANKS = 500_000_003
 

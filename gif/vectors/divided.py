@@ -14,10 +14,11 @@ from gif.devices import to_device
 from gif.distributed import first_decides, gather_objects, rank, sum_over_processes, wait_for_all, world_size
 from gif.errors import InputError
 from gif.files import allocate_tensors, fsync, map_tensor, seal, writing
-from gif.vectors.rows import Rows, first_places
+from gif.vectors.rows import Rows
 from gif.vectors.staging import Stage
 from gif.vectors.store import FORMAT, CodeVectors, digest_rows
 from gif_kernels import vector_step_
+from gif_kernels.runs import first_places
 
 
 class DividedCodeVectors(CodeVectors):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from gif.distributed import first_decides, world_size
 from gif.errors import InputError
 from gif.files import is_mapped
+from gif.head import Placement
 from gif.packages import needs
 from gif.vectors.divided import DividedCodeVectors
 from gif.vectors.store import CodeVectors
 from gif_kernels import checks
 
-Placement = Literal["auto", "device", "host", "file"]
-PLACEMENTS: tuple[Placement, ...] = ("auto", "device", "host", "file")
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 DEVICE_SHARE, HOST_SHARE = 0.5, 0.7
 """Of the memory that is free: activations need the rest of a device's, and the loader and page cache of a host's."""
 
@@ -52,11 +52,9 @@ def choose_placement(
             return Place("device", told)
     free = psutil_memory().available
     told = f"{_gib(table_bytes)} of {_gib(free)} that are free on the host"
-    if placement == "file":
-        return Place("file", told)
-    if placement == "auto" and table_bytes > HOST_SHARE * free:
-        return Place("file", told)
-    return Place("host" if placement != "device" else "device", told)
+    if placement == "auto":
+        placement = "host" if table_bytes <= HOST_SHARE * free else "file"
+    return Place(placement, told)
 
 
 def place_code_vectors(

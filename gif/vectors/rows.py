@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from gif.devices import to_device
@@ -99,13 +98,3 @@ class StagedRows:
     def mark(self, moved: Tensor) -> None:
         """Set ``moved`` (m,) bool for these rows."""
         moved[self._staged.rows] = True
-
-
-def first_places(names: Tensor) -> Tensor:
-    """Where each of ``names`` (C,) int64 stands for the first time, (C,) int64, without waiting for a device."""
-    ordered, order = names.sort(stable=True)
-    begins = torch.ones_like(ordered, dtype=torch.bool)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    numbers = torch.arange(len(names), device=names.device)
-    first = order[torch.where(begins, numbers, 0).cummax(0).values]
-    return torch.empty_like(order).scatter_(0, order, first)

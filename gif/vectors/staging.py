@@ -67,6 +67,8 @@ class Stage:
 
     def _moved(self, by: Staged, rows: Tensor, moved: Tensor) -> None:
         self._waiting.discard(by)
+        if len(rows) == 0:  # of a table that processes divide, where the others have all of a step's
+            return
         for other in self._waiting:
             other.later.append((rows, moved))
         self._writes = [write for write in self._writes if not write.done() or write.exception()]

@@ -14,6 +14,7 @@ from gif_kernels.dispatch import Impl
 from gif_kernels.margins import AngularMargin
 from gif_kernels.precision import compute_dtype, in_range, operand_dtype, range_factor
 from gif_kernels.reduction import REDUCTIONS, Reduction
+from gif_kernels.runs import runs
 
 OP, GRADIENTS = "code_contrast_loss", "code_contrast_gradients"
 dispatch.register(
@@ -162,9 +163,7 @@ def _first_rows(labels: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
 
     -1 where the label is, and C where it is no candidate.
     """
-    sorted_ids, order = candidates.sort(stable=True)
-    is_first = torch.ones_like(sorted_ids, dtype=torch.bool)
-    is_first[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    sorted_ids, order, is_first = runs(candidates)
     competes = torch.empty_like(is_first).scatter_(0, order, is_first)
     place = torch.searchsorted(sorted_ids, labels.contiguous()).clamp(max=len(candidates) - 1)
     found = torch.where(sorted_ids[place] == labels, order[place], len(candidates))

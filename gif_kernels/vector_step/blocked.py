@@ -8,6 +8,7 @@ from torch import Tensor
 from gif_kernels import checks
 from gif_kernels.precision import compute_dtype
 from gif_kernels.rounding import stochastic_round
+from gif_kernels.runs import first_places
 
 
 def step_(
@@ -47,11 +48,6 @@ def _summed_with_repeats(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor
     last, skipped = rows.max(), rows < 0
     rows = torch.where(skipped, last.clamp(min=0), rows)
     gradient = gradient.masked_fill(skipped[:, None], 0)
-    ordered, order = rows.sort(stable=True)
-    numbers = torch.arange(len(rows), device=rows.device)
-    begins = torch.ones_like(ordered, dtype=torch.bool)
-    begins[1:] = ordered[1:] != ordered[:-1]
-    first = order[torch.where(begins, numbers, 0).cummax(0).values]
-    place = torch.empty_like(order).scatter_(0, order, first)
+    place = first_places(rows)
     sums = torch.zeros_like(gradient).index_put_((place,), gradient, accumulate=True)
-    return rows, sums[place], (place == numbers) & (last >= 0)
+    return rows, sums[place], (place == torch.arange(len(rows), device=rows.device)) & (last >= 0)

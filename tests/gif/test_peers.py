@@ -16,10 +16,10 @@ from gif.evaluation import embed
 from gif.losses import DynamicClassPool, DynamicClassQueue, HeadConfig, PrototypeMemory, VirtualFC
 from gif.losses.peers.pool import Places
 from gif.losses.peers.virtual_fc import columns_of
-from gif.occurrences import occurrences
 from gif.training import TrainingConfig, train
 from gif.training.order import EpochOrder, Groups
 from gif_kernels import AngularMargin
+from gif_kernels.runs import occurrences
 
 M, WIDTH = 12, 6
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)

@@ -186,6 +186,15 @@ def divided(folder, dtype, *, file):
     return place_code_vectors(code_vectors(dtype), CPU, "host", folder / WORKING, moves=True, goes_on=False)[0]
 
 
+def health(vectors, rank):
+    """Of a process's own embeddings, whose number and identities differ from the other's."""
+    head = network(vectors)[1].eval()
+    generator = torch.Generator().manual_seed(rank)
+    labels = torch.randint(M, (4 + 3 * rank,), generator=generator)
+    embeddings = torch.randn(len(labels), WIDTH, generator=generator)
+    return {**head.health(embeddings, labels), "loss": head.regression_loss(embeddings, labels)}
+
+
 def whole(vectors, table):
     """The table that ``table`` is this process's part of."""
     return vectors.with_table(table).lookup(torch.arange(M)) if isinstance(vectors, DividedCodeVectors) else table
@@ -205,6 +214,7 @@ def together(rank, folder):
                     found = run(own, **options)
                     found["table"] = whole(own, found["table"])
                     own.save(place / f"saved-{dtype}.safetensors")
+                    torch.save(health(own, rank), place / f"health-{rank}-{dtype}.pt")
                     torch.save(found, place / f"{rank}-{dtype}.pt")
                 with suppress(KeyboardInterrupt):
                     own = divided(place / "run", torch.float32, file=file)
@@ -240,6 +250,15 @@ class TestDivided:
                 torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-6, msg=name)
         saved = CodeVectors.load(trained_together / kind / f"saved-{dtype}.safetensors")
         assert torch.equal(saved.table, first["table"])
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_each_process_judges_its_own_embeddings(self, trained_together, kind, rank):
+        saved = CodeVectors.load(trained_together / kind / f"saved-{torch.float32}.safetensors")
+        found = torch.load(trained_together / kind / f"health-{rank}-{torch.float32}.pt")
+        expected = health(saved, rank)
+        assert found.keys() == expected.keys() and len(found) > 5
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)
 
     def test_another_number_of_processes_goes_on(self, trained_together, kind):
         expected = run(code_vectors(), negatives=20)

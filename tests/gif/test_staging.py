@@ -58,6 +58,15 @@ def test_what_was_asked_for_and_not_used_changes_nothing():
     assert torch.equal(given, wanted)
 
 
+def test_a_step_that_moves_none_of_these_rows():
+    """As on a process that owns none of a step's, while the next one's rows are being read."""
+    stage = Stage(table(), CPU)
+    nobody, later = stage.stage(torch.arange(0)), stage.stage(torch.tensor([1, 4]))
+    nobody.give_back(nobody.values())
+    assert torch.equal(later.values(), table()[[1, 4]])
+    stage.settle()
+
+
 def test_values_stay_what_a_step_has_seen():
     """A forward pass that is repeated, after the rows have moved, reads what it read."""
     stage = Stage(table(), CPU)

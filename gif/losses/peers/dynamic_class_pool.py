@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from gif.losses.peers.momentum_encoder import HeadWithEncoder
 from gif.losses.peers.pool import Places
-from gif.occurrences import occurrences
 from gif_kernels import AngularMargin, checks, code_contrast_loss
+from gif_kernels.runs import occurrences
 
 FEATURES = 2  # that the pool keeps of an identity
 HARD_SHARE, LEAST_HARD, MOST_HARD = 0.0002, 3, 10  # of the pool, that an image outside of it is pushed off

@@ -14,8 +14,8 @@ from gif.distributed import gather_rows, rank
 from gif.errors import InputError
 from gif.head import Head
 from gif.losses.peers.finite import finite_rows
-from gif.occurrences import occurrences
 from gif_kernels import checks
+from gif_kernels.runs import occurrences
 
 PAIR = 2
 

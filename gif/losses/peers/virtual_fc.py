@@ -11,8 +11,8 @@ from gif.distributed import gather_rows
 from gif.errors import InputError
 from gif.head import Head
 from gif.losses.peers.finite import finite_rows
-from gif.occurrences import occurrences
 from gif_kernels import AngularMargin, checks, code_contrast_loss
+from gif_kernels.runs import occurrences
 
 SHARE = 0.01  # of the identities, that have a column in the paper
 
