@@ -91,11 +91,15 @@ class Staged:
         self._stage, self._reading = stage, reading
         self._values: Tensor | None = None
 
+    def wait(self) -> Tensor:
+        """The rows as they were when they were read, on the CPU, once they have been."""
+        return self._reading.result()
+
     def values(self) -> Tensor:
         """The rows as they are now, (n, d) on the stage's device; the same tensor whenever it is called again."""
         if self._values is None:
             self._stage._taken(self)
-            values = self._reading.result().to(self._stage.device, non_blocking=True)
+            values = self.wait().to(self._stage.device, non_blocking=True)
             for rows, moved in self.later:
                 place = torch.searchsorted(rows, self.rows).clamp_max_(len(rows) - 1)
                 own = (rows[place] == self.rows).nonzero()[:, 0]

@@ -1,0 +1,135 @@
+"""`python -m benchmarks.placement`: what it takes to leave code vectors in a file, and to divide them among processes.
+
+Steps of the live head with its rows asked for one step ahead, as training does, in memory and in a file that the system
+has in its cache, after a backbone of so many seconds: their times, and the share in which they wait for rows. Then the
+memory of each of several processes that divide a table, beyond what it has where the table is in a file.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from jsonargparse import auto_cli
+from torch.multiprocessing import spawn
+
+from benchmarks.heads import BATCH, VOCAB, WIDTH, identity_codes
+from gif import CodeVectors, GIFLoss, IdentityCodes
+from gif.progress import say
+from gif.vectors.placement import Placement, place_code_vectors
+from gif.vectors.staging import Staged
+
+CPU = torch.device("cpu")
+WARM = 5
+
+
+def placement(
+    *,
+    identities: int = 1_000_000,
+    divided: int = 400_000,
+    divided_width: int = 128,
+    rounds: int = 20,
+    backbones: tuple[float, ...] = (0.0, 0.05, 0.5),
+    negatives: tuple[int, ...] = (0, 4096),
+) -> None:
+    """Measure and print both.
+
+    Args:
+        identities: of the table whose steps are timed.
+        divided: identities of the table that processes divide.
+        divided_width: and its width.
+        rounds: steps that are timed, after five that are not.
+        backbones: seconds that the network takes; the processor is free in them.
+        negatives: of the recipe.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write(folder, identities, WIDTH)
+        for count in negatives:
+            for seconds in backbones:
+                memory, _ = _steps(folder, "host", count, seconds, rounds)
+                file, waits = _steps(folder, "file", count, seconds, rounds)
+                what = f"{count} negatives, a backbone of {seconds:g} s"
+                say(f"{what}: in a file {file / memory:.2f} x the time, of which it waits {waits:.1%}")
+        _write(folder, divided, divided_width)
+        for processes in (1, 2, 3):
+            spawn(_divided, (processes, folder, divided * divided_width * 4), nprocs=processes)
+
+
+def _write(folder: Path, m: int, width: int) -> None:
+    IdentityCodes(identity_codes(m, "cpu"), VOCAB).save(folder / "codes.safetensors")
+    CodeVectors(torch.randn(m, width)).save(folder / "vectors.safetensors")
+
+
+def _head(folder: Path, where: Placement, negatives: int, working: str) -> GIFLoss:
+    source = CodeVectors.load(folder / "vectors.safetensors", mmap=True)
+    vectors, _ = place_code_vectors(source, CPU, where, folder / working, moves=True, goes_on=False)
+    codes = IdentityCodes.load(folder / "codes.safetensors", mmap=True)
+    return GIFLoss(codes, vectors, vectors.width, negatives=negatives)
+
+
+def _steps(folder: Path, where: Placement, negatives: int, backbone: float, rounds: int) -> tuple[float, float]:
+    """Seconds of a step beyond its backbone, and the share of a whole step in which it waits for its rows."""
+    head = _head(folder, where, negatives, "working.safetensors")
+    assert head.vectors is not None  # it has just got them
+    labels = [torch.randint(len(head.codes), (BATCH,)) for _ in range(WARM + rounds + 1)]
+    waited, wait = [0.0], Staged.wait
+
+    def timed(self: Staged) -> torch.Tensor:
+        begin = time.perf_counter()
+        rows = wait(self)
+        waited[0] += time.perf_counter() - begin
+        return rows
+
+    Staged.wait = timed  # type: ignore[method-assign]
+    try:
+        ready, seconds = head.prepare(labels[0], CPU), []
+        for number in range(WARM + rounds):
+            if number == WARM:
+                waited[0] = 0.0
+            begin = time.perf_counter()
+            following = head.prepare(labels[number + 1], CPU, ahead=1)
+            time.sleep(backbone)
+            head(torch.randn(BATCH, WIDTH).requires_grad_(), ready).backward()
+            head.zero_grad()
+            ready = following
+            seconds.append(time.perf_counter() - begin)
+        head.settle()
+    finally:
+        Staged.wait = wait  # type: ignore[method-assign]
+    return statistics.median(seconds[WARM:]) - backbone, waited[0] / sum(seconds[WARM:])
+
+
+def _divided(rank: int, processes: int, folder: Path, table_bytes: int) -> None:
+    """One of several processes: memory of its own with its part on the host, less that with the table in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{processes}", rank=rank, world_size=processes)
+    taken = []
+    for where in ("file", "file", "host"):  # the first brings what is imported and allocated once
+        before = _own_bytes()
+        head = _head(folder, where, 1024, f"working-{processes}.safetensors")
+        for _ in range(3):
+            embeddings = torch.randn(64, head.embedding_size).requires_grad_()
+            head(embeddings, head.prepare(torch.randint(len(head.codes), (64,)), CPU)).backward()
+        head.settle()
+        taken.append(_own_bytes() - before)
+        del head
+    shares: list[float] = [0.0] * processes
+    dist.all_gather_object(shares, (taken[2] - taken[1]) / table_bytes)
+    if rank == 0:
+        say(f"{processes} processes: {', '.join(f'{share:.2f}' for share in shares)} of the table each")
+    dist.destroy_process_group()
+
+
+def _own_bytes() -> int:
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+if __name__ == "__main__":
+    auto_cli(placement, as_positional=False)
