@@ -26,8 +26,8 @@ class PrototypeMemory(nn.Module, Head):
 
     New and refreshed prototypes are the newest, and the oldest leave. Labels are never outside of the memory. An image
     whose class has no other in the batch, and is new, is its own prototype: it is pushed off the others and pulled
-    nowhere. The paper also composes batches of classes whose prototypes are alike (hard class mining); here the order
-    of images is what it is for every head, so that is left out.
+    nowhere. Choosing a batch's classes by which prototypes are alike is left out: the order of images is what it is for
+    every head.
 
     Cost of a step: B x memory_size products; the memory is (memory_size, d). Nothing depends on the number of
     identities m, and there is no second forward pass.
@@ -43,7 +43,8 @@ class PrototypeMemory(nn.Module, Head):
         margin: psi, of the target logit.
         scale: s of the logits.
 
-    Sizes, refresh, margin and scale are this library's defaults. Raises ValueError for a memory smaller than a batch's
+    Written from the paper's abstract: how a prototype is refreshed, and that it takes no gradient, are this library's
+    reading of it, and sizes, refresh, margin and scale its own defaults. Raises ValueError for a memory smaller than a batch's
     classes, or a number out of its range.
     """
 
