@@ -1,6 +1,6 @@
 """The field's heads whose cost does not grow with the identities, or is said not to: what GIFLoss is compared with.
 
-Each is written from its paper as a head of this library, with the margin softmax of `gif_kernels.code_contrast_loss`.
+Each is a head of this library, by the margin softmax of `gif_kernels.code_contrast_loss`; docs/accuracy.md says whence.
 None learns a centre an identity, so none has anything that could start from code vectors.
 """
 

@@ -65,7 +65,7 @@ class DynamicClassPool(HeadWithEncoder):
 
     Cost of a step: a second forward pass of the backbone without gradients, 2 B x pool_size products, and a copy of the
     pool, (2, pool_size, d), for each half. The encoder is as large as the backbone. Nothing depends on the number of
-    identities m, unless the pool is made a share of it: the paper's is a tenth of m.
+    identities m, unless the pool is made a share of it: its authors take 7,409.
 
     Several processes share one pool, which gets the features of all.
 

@@ -44,8 +44,9 @@ class PrototypeMemory(nn.Module, Head):
         scale: s of the logits.
 
     Written from the paper's abstract: how a prototype is refreshed, and that it takes no gradient, are this library's
-    reading of it, and sizes, refresh, margin and scale its own defaults. Raises ValueError for a memory smaller than a batch's
-    classes, or a number out of its range.
+    reading of it, and sizes, refresh, margin and scale its own defaults.
+
+    Raises ValueError for a memory smaller than a batch's classes, or a number out of its range.
     """
 
     under_autocast = True  # it rounds the operands of its products, and nothing else
