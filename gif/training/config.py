@@ -23,6 +23,7 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the data set.
+        steps: of the optimizer, in place of whole epochs; None: as many as the epochs have.
         batch_size: images a step, of all processes together; the last, smaller batch of an epoch is dropped.
         lr: peak learning rate.
         momentum: of SGD.
@@ -48,6 +49,7 @@ class TrainingConfig:
     """
 
     epochs: int = 5
+    steps: int | None = None
     batch_size: int = 128
     lr: float = 0.1
     momentum: float = 0.9
@@ -68,7 +70,7 @@ class TrainingConfig:
     keep: int = 1
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 2, "workers": 0, "save_steps": 1, "keep": 1}
+        least = {"epochs": 1, "steps": 1, "batch_size": 2, "workers": 0, "save_steps": 1, "keep": 1}
         least["micro_batch_size"] = 3  # of 2, some would be single images, which batch normalisation cannot train on
         for name, value in least.items():
             given = getattr(self, name)
@@ -92,7 +94,16 @@ class TrainingConfig:
 
     def settings(self) -> dict[str, Any]:
         """The fields that decide the result: all but what says on which machine, and how, it is computed."""
-        return {name: value for name, value in asdict(self).items() if name not in _MACHINE}
+        decides = {name: value for name, value in asdict(self).items() if name not in _MACHINE}
+        if self.steps is None:
+            del decides["steps"]  # as records of earlier versions have it
+        else:
+            del decides["epochs"]
+        return decides
+
+    def steps_of(self, images: int) -> int:
+        """Steps of the whole run on so many images."""
+        return self.steps or self.epochs * (images // self.batch_size)
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Make the optimizer that this configuration names, of some parameters."""

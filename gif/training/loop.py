@@ -112,7 +112,7 @@ def train(
     if config.channels_last:
         backbone.to(memory_format=torch.channels_last)
     steps_an_epoch = len(dataset) // config.batch_size
-    steps = config.epochs * steps_an_epoch
+    steps = config.steps_of(len(dataset))
     validate_steps = validate_every or steps_an_epoch
     state = TrainingState(
         model,
@@ -131,12 +131,13 @@ def train(
         with monitor(description, steps, before, config.batch_size, device, tensorboard) as monitored:
             advance, report, report_scores = monitored
             began, processor_began = time.monotonic(), time.process_time()
-            for epoch in range(before // steps_an_epoch, config.epochs):
+            for epoch in range(before // steps_an_epoch, math.ceil(steps / steps_an_epoch)):
                 loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
                 position = state.step % steps_an_epoch
                 if position:
                     restore_random(random, device)
-                loader = _loader(head, dataset, config, position, loader_seed, order_seed)
+                part = range(position, steps - epoch * steps_an_epoch)
+                loader = _loader(head, dataset, config, part, loader_seed, order_seed)
                 for images, labels in one_ahead(batches_of(loader), take_step.prepare):
                     lr = config.rate(state.step / steps)
                     loss, embeddings, own_labels = take_step(images, labels, lr)
@@ -388,15 +389,16 @@ def _full(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _loader(
-    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, position: int, loader_seed: int, order_seed: int
+    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, part: range, loader_seed: int, order_seed: int
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Load this process's share of each batch of an epoch, from the step ``position`` on."""
+    """Load this process's share of each batch of the steps ``part`` of an epoch, which may have fewer."""
     wanted = as_head(head)
     order = EpochOrder(
         len(dataset),
         config.batch_size,
         seed=order_seed,
-        begin=position,
+        begin=part.start,
+        end=part.stop,
         rank=rank(),
         processes=world_size(),
         groups=Groups(dataset.labels, wanted.group_size, wanted.grouped_share) if wanted.group_size > 1 else None,

@@ -65,6 +65,7 @@ class EpochOrder:
         batch_size: of all processes together, a multiple of ``processes``.
         seed: of the permutation.
         begin: steps of the epoch that are done.
+        end: steps of it that are taken at most; all where None.
         rank, processes: which process this is, and of how many.
         groups: images that stand side by side in the permutation, if any do.
         computed: take a permutation that is computed batch by batch, another one, of which no table is kept: for data
@@ -78,6 +79,7 @@ class EpochOrder:
         *,
         seed: int,
         begin: int,
+        end: int | None = None,
         rank: int,
         processes: int,
         groups: Groups | None = None,
@@ -90,7 +92,8 @@ class EpochOrder:
         else:
             self._order = ComputedOrder(images, seed) if computed else torch.randperm(images, generator=generator)
         self._batch_size = batch_size
-        self._steps = range(begin, images // batch_size)
+        steps = images // batch_size
+        self._steps = range(begin, steps if end is None else min(end, steps))
         self._share = batch_size // processes
         self._offset = rank * self._share
 

@@ -247,6 +247,28 @@ def test_order_of_images():
     assert rows(3, 2) == alone[2:]
 
 
+@pytest.mark.parametrize("steps", [3, 5, 7, 11])
+def test_a_run_of_so_many_steps_is_the_begin_of_as_many_epochs_as_hold_it(dataset, steps, monkeypatch):
+    """Five steps an epoch; only the learning rate, held here, knows where the run ends."""
+    monkeypatch.setattr(TrainingConfig, "rate", lambda self, progress: self.lr)
+    whole = train(*fresh(), dataset, TrainingConfig(epochs=3, batch_size=32))
+    part = train(*fresh(), dataset, TrainingConfig(steps=steps, batch_size=32))
+    assert torch.equal(part.losses, whole.losses[:steps])
+
+
+def test_a_run_of_steps_continues(dataset, tmp_path):
+    config = TrainingConfig(steps=8, batch_size=32, save_steps=1)
+    whole = train(*fresh(), dataset, config)
+
+    def stops(backbone):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(*fresh(), dataset, config, validate=stops, validate_every=6, checkpoints=tmp_path)
+    continued = train(*fresh(), dataset, config, checkpoints=tmp_path)
+    assert torch.equal(continued.losses, whole.losses)
+
+
 def test_each_process_augments_by_itself_and_all_share_the_order():
     seeds = [begin_epoch(1, 2, rank) for rank in range(3)]
     assert seeds[0] == seeds[1] == seeds[2]
