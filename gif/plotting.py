@@ -31,14 +31,14 @@ def canvas(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of width x height inches with one axes, or an array of several side by side."""
+def figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
+    """A figure of width x height inches with one axes, or an array of several, row by row."""
     drawing = canvas(width, height)
-    panels = drawing.subplots(1, columns, squeeze=False)[0]
+    panels = drawing.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    return drawing, panels[0] if columns == 1 else panels
+    return drawing, panels[0] if len(panels) == 1 else panels
 
 
 def save_figure(drawing: Figure, path: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from gif.errors import InputError
 from gif.evaluation import plot_roc
 from gif.experiments.comparison import (
     MEASURES,
-    Budget,
     Comparison,
     Rows,
     compare,
@@ -22,6 +22,7 @@ from gif.experiments.comparison import (
 )
 from gif.experiments.curves import accuracy_curves
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS
+from gif.experiments.runs import Budget, Length, Machine
 from gif.files import write_text
 from gif.plotting import figure, line_style, save_figure
 from gif.progress import say
@@ -43,8 +44,12 @@ def accuracy(
     seeds: int = 3,
     epochs: int = 4,
     budgets: Sequence[int] | str | None = None,
+    seconds: Sequence[int] | str | None = None,
     batch_size: int = BATCH_SIZE,
     split: int = 1,
+    validation: bool = False,
+    jobs: int = 1,
+    compile: bool = False,
     docs: Path | None = None,
 ) -> None:
     """Train every head with every seed, judge each on held-out identities, and write a table with mean and spread.
@@ -54,7 +59,8 @@ def accuracy(
     identity has: two images each of equally many identities, so that only their rarity differs.
 
     With budgets, such as 1,4,16,64, it is a curve a head: accuracy against epochs and against processor time, each
-    budget a run of its own with its own schedule. Heads, budgets and seeds may be added to the output later.
+    budget a run of its own with its own schedule. With seconds each head trains for the same processor time: as many
+    steps as take so long here, by the time of some. Heads, budgets and seeds may be added to the output later.
 
     Args:
         output: folder for accuracy.md, roc.png, rarity.png and the runs; with budgets for curves.md, curves-epochs.png,
@@ -65,8 +71,12 @@ def accuracy(
         seeds: runs of each head.
         epochs: passes over the training images in each run, without budgets.
         budgets: passes over the training images, several: runs of their own, for curves.
+        seconds: processor time of a run, several: likewise.
         batch_size: images a step.
         split: seed of the split into training and held-out identities.
+        validation: judge on identities taken from those to train on, and leave the held-out ones alone: for choices.
+        jobs: runs that go on at once, each in a process of its own with its share of the processors.
+        compile: torch.compile the backbone: minutes at first, and less time a step.
         docs: a document whose block "accuracy DATA", or "accuracy DATA IDENTITIES", gets the tables, with budgets
             "accuracy curves DATA"; the pictures go into its folder pictures.
     """
@@ -80,15 +90,17 @@ def accuracy(
         seeds=seeds,
         epochs=epochs,
         batch_size=batch_size,
+        validation=validation,
     )
-    if budgets is not None:
-        accuracy_curves(output, heads, budget, _epochs_of(budgets), docs)
+    machine = Machine(jobs, compile)
+    if lengths := [*_lengths("epochs", budgets), *_lengths("seconds", seconds)]:
+        accuracy_curves(output, heads, budget, lengths, docs, machine)
         return
     block = f"accuracy {budget.subject}"
     if docs is not None:
         require_block(docs, block)
     chosen = {name: CONTENDERS[name] for name in heads}
-    found = compare(output, chosen, budget, settings_of("accuracy", budget, CONTENDERS))
+    found = compare(output, chosen, budget, settings_of("accuracy", budget, CONTENDERS), machine)
 
     columns, rows = ("head", *MEASURES.values()), found.rows()
     show(columns, rows, f"held-out identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs")
@@ -111,13 +123,13 @@ def accuracy(
         say(f"wrote the tables into {docs}")
 
 
-def _epochs_of(budgets: Sequence[int] | str) -> list[int]:
-    """Whole numbers, as such or as "1,4,16"."""
-    given = budgets.split(",") if isinstance(budgets, str) else budgets
+def _lengths(unit: Literal["epochs", "seconds"], budgets: Sequence[int] | str | None) -> list[Length]:
+    """Budgets of that unit: whole numbers, as such or as "1,4,16"."""
+    given = budgets.split(",") if isinstance(budgets, str) else budgets or []
     try:
-        return [int(count) for count in given]
+        return [Length(unit, int(count)) for count in given]
     except ValueError as error:
-        raise InputError(f"wanted budgets such as 1,4,16, got {budgets!r}") from error
+        raise InputError(f"wanted budgets of {unit} such as 1,4,16, got {budgets!r}") from error
 
 
 def _scores(found: Comparison, name: str, what: str) -> dict[str, list[float]]:

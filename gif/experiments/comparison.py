@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,56 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from gif.errors import InputError
 from gif.evaluation import Roc
-from gif.experiments.glyph_bench import Contender, GlyphBench, bench_settings, contender_settings, folder_name
-from gif.files import load_tensors, read_json, save_tensors, write_text
+from gif.experiments.glyph_bench import Contender, bench_settings, contender_settings, folder_name
+from gif.experiments.runs import RESULT, ROC_FORMAT, Budget, Length, Machine, Run, train_missing
+from gif.files import load_tensors, read_json
 from gif.ownership import existing, hold
-from gif.progress import new_table, print_table, say
+from gif.progress import new_table, print_table
 from gif.resume import RECORD, claim_folder
-from gif.training import TrainingConfig
 
-ROC_FORMAT = "gif.roc/1"
 MEASURES = {"rank1": "rank-1", "0.001": "TAR@0.001", "0.0001": "TAR@0.0001", "pair_accuracy": "pairs"}
-PROCESSOR_SECONDS = "processor_seconds"
 
 Rows = list[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every run has in common.
-
-    Args:
-        data: the data set.
-        identities: how many of the data set's, at random, before the split; all where None.
-        split: seed of the split into training and judged identities, of code vectors and of codes.
-        validation: whether to judge on identities taken from the training ones, not on the held-out ones.
-        seeds: runs of each contender, which differ in initial values, order of images and augmentation.
-        epochs: passes over the training images in a run.
-        batch_size: images a step.
-
-    Raises ValueError for fewer than one seed.
-    """
-
-    data: str = "glyphs"
-    identities: int | None = None
-    split: int = 1
-    validation: bool = False
-    seeds: int = 3
-    epochs: int = 4
-    batch_size: int = 128
-
-    @property
-    def subject(self) -> str:
-        """The data set's name, and how many of its identities where not all: what a document calls it."""
-        return self.data if self.identities is None else f"{self.data} {self.identities}"
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise InputError(f"wanted at least one seed, got seeds={self.seeds}")
 
 
 @dataclass(frozen=True)
@@ -70,11 +31,15 @@ class Comparison:
 
     def results(self, name: str) -> list[dict[str, Any]]:
         """What the runs of a contender scored, a dictionary a seed."""
-        return [read_json(folder / "result.json") for folder in self.folders[name]]
+        return [read_json(folder / RESULT) for folder in self.folders[name]]
 
-    def values(self, name: str, measure: str) -> list[float]:
-        """One of ``MEASURES``, or ``PROCESSOR_SECONDS``, of a contender, a value a seed; NaN where it is not known."""
-        found = [{**result["tar"], **result}.get(measure) for result in self.results(name)]
+    def values(self, name: str, measure: str, of: str = "") -> list[float]:
+        """One of ``MEASURES``, or of what else a result has, of a contender, a value a seed; NaN where it is not known.
+
+        ``of``: as judged by the set of that name, where there are several.
+        """
+        judged = [result["sets"][of] if of else result for result in self.results(name)]
+        found = [{**result["tar"], **result}.get(measure) for result in judged]
         return [math.nan if value is None else value for value in found]
 
     def rows(self) -> Rows:
@@ -87,88 +52,63 @@ class Comparison:
         return Roc(**{key: values.numpy() for key, values in tensors.items()})
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One contender trained for some epochs with one seed, in a folder of its own."""
-
-    name: str
-    epochs: int
-    seed: int
-    folder: Path
-
-
-def compare(output: Path, contenders: Mapping[str, Contender], budget: Budget, settings: dict[str, Any]) -> Comparison:
+def compare(
+    output: Path,
+    contenders: Mapping[str, Contender],
+    budget: Budget,
+    settings: dict[str, Any],
+    machine: Machine = Machine(),  # noqa: B008 (frozen)
+) -> Comparison:
     """Train every contender with every seed and judge it; runs that ``output`` holds already are not repeated.
 
     ``settings`` is what else the folder belongs to. An interrupted run continues.
     """
     seeds = range(budget.seeds)
     folders = {name: [output / folder_name(name) / f"seed-{seed}" for seed in seeds] for name in contenders}
-    runs = [_Run(name, budget.epochs, seed, folders[name][seed]) for seed in seeds for name in contenders]
+    length = Length("epochs", budget.epochs)
+    runs = [
+        Run(name, contender, length, seed, folders[name][seed])
+        for seed in seeds
+        for name, contender in contenders.items()
+    ]
     with hold(output, existing(output / RECORD)):
         claim_folder(output, settings)
-        _train_missing(output, contenders, budget, runs)
+        train_missing(output, budget, runs, machine)
     return Comparison(folders)
 
 
-def compare_epochs(
-    output: Path, contenders: Mapping[str, Contender], budget: Budget, epochs: Sequence[int]
-) -> dict[int, Comparison]:
-    """`compare` for each number of ``epochs``: runs of their own, each with its whole schedule of learning rates.
+def compare_lengths(
+    output: Path,
+    contenders: Mapping[str, Contender],
+    budget: Budget,
+    lengths: Sequence[Length],
+    machine: Machine = Machine(),  # noqa: B008 (frozen)
+) -> dict[Length, Comparison]:
+    """`compare` for each of ``lengths``: runs of their own, each with its whole schedule of learning rates.
 
     A head's runs are in a folder of its own, output/head/epochs-N/seed-S, with that head's settings: other heads, more
-    epochs and more seeds may join them later. The shortest are trained first.
+    lengths and more seeds may join them later. The shortest are trained first.
     """
     seeds = range(budget.seeds)
-    found = {
-        count: Comparison(
-            {
-                name: [output / folder_name(name) / f"epochs-{count}" / f"seed-{seed}" for seed in seeds]
-                for name in contenders
-            }
-        )
-        for count in sorted(set(epochs))
-    }
+    ordered = sorted(set(lengths), key=lambda length: (length.unit, length.count))
     runs = [
-        _Run(name, count, seed, comparison.folders[name][seed])
-        for count, comparison in found.items()
+        Run(name, contender, length, seed, output / folder_name(name) / length.folder / f"seed-{seed}")
+        for length in ordered
         for seed in seeds
-        for name in contenders
+        for name, contender in contenders.items()
     ]
     with hold(output, existing(output / RECORD)):
         shared = settings_of("accuracy by epochs", budget, {})
         claim_folder(output, {name: value for name, value in shared.items() if name not in ("epochs", "recipes")})
         for name, contender in contenders.items():
             claim_folder(output / folder_name(name), contender_settings(contender))
-        _train_missing(output, contenders, budget, runs)
-    return found
-
-
-def _train_missing(output: Path, contenders: Mapping[str, Contender], budget: Budget, runs: Sequence[_Run]) -> None:
-    """Train and judge each of ``runs`` that has no result yet."""
-    missing = [run for run in runs if not (run.folder / "result.json").exists()]
-    if not missing:
-        return
-    bench = GlyphBench.prepare(
-        budget.split, data=budget.data, identities=budget.identities, validation=budget.validation
-    )
-    claim_folder(output / "data", bench.data.train.summary())
-    for number, run in enumerate(missing, 1):
-        say(f"run {number} of {len(missing)}: {run.name}, seed {run.seed}, {run.epochs} epochs")
-        training = TrainingConfig(epochs=run.epochs, batch_size=budget.batch_size, seed=run.seed)
-        result = bench.run(run.name, contenders[run.name], training, run.folder)
-        judged = result.judgement
-        curve = {"fpr": judged.roc.fpr, "tpr": judged.roc.tpr, "thresholds": judged.roc.thresholds}
-        save_tensors(run.folder / "roc.safetensors", _tensors(curve), format=ROC_FORMAT)
-        seconds = result.log.processor_seconds
-        found = {
-            **judged.to_dict(),
-            "rarity": result.rarity,
-            PROCESSOR_SECONDS: None if math.isnan(seconds) else seconds,
-        }
-        write_text(run.folder / "result.json", json.dumps(found, indent=2))
-        tar = ", ".join(f"TAR@{far:g} {judged.tar_in_words(far, 3)}" for far in judged.tar)
-        say(f"{run.name}, seed {run.seed}: rank-1 {judged.rank1:.3f}, {tar}")
+        train_missing(output, budget, runs, machine)
+    return {
+        length: Comparison(
+            {name: [run.folder for run in runs if (run.name, run.length) == (name, length)] for name in contenders}
+        )
+        for length in ordered
+    }
 
 
 def settings_of(command: str, budget: Budget, contenders: Mapping[str, Contender]) -> dict[str, Any]:
@@ -190,7 +130,3 @@ def show(columns: Sequence[str], rows: Rows, title: str) -> None:
     for row in rows:
         table.add_row(*row)
     print_table(table)
-
-
-def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.array(values, dtype=np.float64)) for name, values in arrays.items()}

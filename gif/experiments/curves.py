@@ -4,79 +4,122 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from gif.data.loading import WORDS
 from gif.documents import markdown_table, replace_block, require_block
-from gif.errors import InputError
-from gif.experiments.comparison import (
-    PROCESSOR_SECONDS,
-    Budget,
-    Comparison,
-    Rows,
-    compare_epochs,
-    mean_and_spread,
-    show,
-)
+from gif.experiments.comparison import Comparison, Rows, compare_lengths, mean_and_spread, show
 from gif.experiments.glyph_bench import CONTENDERS
+from gif.experiments.runs import HEAD_BYTES, PROCESSOR_SECONDS, Budget, Length, Machine
 from gif.files import write_text
 from gif.plotting import figure, line_style, save_figure
 from gif.progress import say
 
-DRAWN = "0.0001"  # TAR at this FAR, which tells heads apart the longest
-TABLES = {DRAWN: "TAR@0.0001", "0.001": "TAR@0.001", "rank1": "Rank-1"}
-PICTURES = {"epochs": "epochs", "time": "processor time (minutes)"}
+Against = Literal["epochs", "time"]
+AXES: dict[Against, str] = {"epochs": "epochs", "time": "processor time (minutes)"}
 MINUTE = 60.0
+MIB = 1 << 20
 MARGIN = 1.15  # of the picture, to each side
 LEGEND_COLUMNS = 3
+PANEL = (5.2, 4.2)  # inches, of several; one alone is larger
+PANELS_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is tabulated: a key of a run's result, of one of the sets that judge where there are several."""
+
+    key: str
+    name: str
+    of: str = ""
+    drawn: bool = True
+
+    @property
+    def title(self) -> str:
+        """The measure, and the set where there are several."""
+        return f"{self.of}: {self.name}" if self.of else self.name
+
+
+HELD_OUT = (
+    Measure("0.0001", "TAR@0.0001"),  # which tells heads apart the longest
+    Measure("0.001", "TAR@0.001", drawn=False),
+    Measure("rank1", "rank-1", drawn=False),
+)
+OF_WORDS = (
+    Measure("rank1", "rank-1", "alike"),
+    Measure("0.001", "TAR@0.001", "alike"),
+    Measure("0.0001", "TAR@0.0001", "new"),
+    Measure("1e-05", "TAR@0.00001", "new"),
+    Measure("1e-05", "TAR@0.00001", "recombined"),
+    Measure("0.001", "TAR@0.001", "alike-recombined"),
+)
+VALIDATION_SETS = ("alike", "new")  # of letters that nobody else has
+Found = Mapping[Length, Comparison]
 
 
 def accuracy_curves(
-    output: Path, heads: Sequence[str], budget: Budget, epochs: Sequence[int], docs: Path | None
+    output: Path, heads: Sequence[str], budget: Budget, lengths: Sequence[Length], docs: Path | None, machine: Machine
 ) -> None:
-    """Train every head for each number of ``epochs``; write curves.md and draw accuracy against epochs and time.
-
-    Raises ValueError where there are no epochs, or fewer than one.
-    """
-    if not epochs or min(epochs) < 1:
-        raise InputError(f"wanted budgets of at least one epoch, such as 1,4,16, got {list(epochs)}")
+    """Train every head for each of ``lengths``; write curves.md and draw accuracy against epochs and time."""
     block = f"accuracy curves {budget.subject}"
     if docs is not None:
         require_block(docs, block)
-    found = compare_epochs(output, {name: CONTENDERS[name] for name in heads}, budget, epochs)
+    found = compare_lengths(output, {name: CONTENDERS[name] for name in heads}, budget, lengths, machine)
+    measures = _measures(budget)
+    judged = f"{'validation' if budget.validation else 'held-out'} identities of {budget.subject}, {budget.seeds} seeds"
     parts = []
-    for measure, title in TABLES.items():
+    for measure in measures:
         columns, rows = _table(found, heads, measure)
-        show(columns, rows, f"{title}, held-out identities of {budget.subject}, {budget.seeds} seeds")
-        parts.append(f"{title} by epochs.\n\n{markdown_table(columns, rows)}")
-    columns, rows = _minutes(found, heads)
-    parts.append(f"Processor time of a run, minutes.\n\n{markdown_table(columns, rows)}")
+        show(columns, rows, f"{measure.title}, {judged}")
+        parts.append(f"{measure.title[0].upper()}{measure.title[1:]}.\n\n{markdown_table(columns, rows)}")
+    columns, rows = _costs(found, heads)
+    parts.append(f"Processor time of a run in minutes, and what the head keeps.\n\n{markdown_table(columns, rows)}")
     tables = "\n".join(parts)
     write_text(output / "curves.md", tables)
-    for against in PICTURES:
-        _plot(found, heads, against, output / f"curves-{against}.png")
-    say(f"wrote {output / 'curves.md'}, drew {', '.join(str(output / f'curves-{name}.png') for name in PICTURES)}")
+    pictures: list[Against] = ["epochs", "time"] if all(length.unit == "epochs" for length in found) else ["time"]
+    for against in pictures:
+        _plot(found, heads, measures, against, output / f"curves-{against}.png")
+    say(f"wrote {output / 'curves.md'}, drew {', '.join(str(output / f'curves-{name}.png') for name in pictures)}")
     if docs is not None:
         name = f"pictures/{block.replace(' ', '-')}"
-        pictures = "\n\n".join(
-            f"![TAR@{DRAWN} against {what}]({name}-{against}.png)" for against, what in PICTURES.items()
-        )
-        replace_block(docs, block, f"{pictures}\n\n{tables}")
-        for against in PICTURES:
-            _plot(found, heads, against, docs.parent / f"{name}-{against}.png")
+        shown = "\n\n".join(f"![Accuracy against {against}]({name}-{against}.png)" for against in pictures)
+        replace_block(docs, block, f"{shown}\n\n{tables}")
+        for against in pictures:
+            _plot(found, heads, measures, against, docs.parent / f"{name}-{against}.png")
         say(f"wrote the tables into {docs}")
 
 
-def _table(found: Mapping[int, Comparison], heads: Sequence[str], measure: str) -> tuple[tuple[str, ...], Rows]:
+def _measures(budget: Budget) -> Sequence[Measure]:
+    if budget.data not in WORDS:
+        return HELD_OUT
+    return [measure for measure in OF_WORDS if not budget.validation or measure.of in VALIDATION_SETS]
+
+
+def _table(found: Found, heads: Sequence[str], measure: Measure) -> tuple[tuple[str, ...], Rows]:
     """A row a head, a column a budget: mean ± deviation over the seeds."""
-    rows = [(name, *(mean_and_spread(runs.values(name, measure)) for runs in found.values())) for name in heads]
-    return ("head", *(_in_words(count) for count in found)), rows
+    rows = [
+        (name, *(mean_and_spread(runs.values(name, measure.key, measure.of)) for runs in found.values()))
+        for name in heads
+    ]
+    return ("head", *map(str, found)), rows
 
 
-def _minutes(found: Mapping[int, Comparison], heads: Sequence[str]) -> tuple[tuple[str, ...], Rows]:
-    rows = [(name, *(f"{_minutes_of(runs, name):.1f}" for runs in found.values())) for name in heads]
-    return ("head", *(_in_words(count) for count in found)), rows
+def _costs(found: Found, heads: Sequence[str]) -> tuple[tuple[str, ...], Rows]:
+    """Minutes of each budget, and MiB that the head keeps from step to step."""
+    *_, last = found.values()
+    rows = [
+        (
+            name,
+            *(f"{_minutes_of(runs, name):.1f}" for runs in found.values()),
+            f"{float(np.mean(last.values(name, HEAD_BYTES))) / MIB:,.1f}",
+        )
+        for name in heads
+    ]
+    return ("head", *map(str, found), "MiB"), rows
 
 
 def _minutes_of(runs: Comparison, name: str) -> float:
@@ -85,20 +128,37 @@ def _minutes_of(runs: Comparison, name: str) -> float:
     return float(np.mean(seconds)) / MINUTE if seconds else math.nan
 
 
-def _in_words(epochs: int) -> str:
-    return "1 epoch" if epochs == 1 else f"{epochs} epochs"
+def _plot(found: Found, heads: Sequence[str], measures: Sequence[Measure], against: Against, path: Path) -> None:
+    """A panel a measure, a line a head through its means, in a band of one deviation to each side."""
+    drawn = [measure for measure in measures if measure.drawn]
+    columns = min(PANELS_A_ROW, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    size = (8.0, 6.0) if len(drawn) == 1 else (PANEL[0] * columns, PANEL[1] * rows)
+    drawing, panels = figure(*size, columns=columns, rows=rows)
+    first, *others = np.atleast_1d(panels)
+    for axes in others[len(drawn) - 1 :]:
+        axes.set_visible(False)
+    for measure, axes in zip(drawn, (first, *others), strict=False):
+        _panel(axes, found, heads, measure, against)
+    drawing.legend(
+        *first.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(LEGEND_COLUMNS, len(heads)),
+        fontsize="small",
+        handlelength=3,
+    )
+    save_figure(drawing, path)
 
 
-def _plot(found: Mapping[int, Comparison], heads: Sequence[str], against: str, path: Path) -> None:
-    """A line a head through its means, in a band of one deviation to each side."""
-    drawing, axes = figure(8.0, 6.0)
+def _panel(axes: Any, found: Found, heads: Sequence[str], measure: Measure, against: Against) -> None:
     axes.set_xscale("log")
-    axes.set_xlabel(PICTURES[against])
-    axes.set_ylabel(f"TAR@FAR={DRAWN}, held-out identities")
+    axes.set_xlabel(AXES[against])
+    axes.set_ylabel(measure.title if measure.of else f"{measure.title}, held-out identities")
     widest = np.array([])
     for number, name in enumerate(heads):
-        scores = np.array([runs.values(name, DRAWN) for runs in found.values()])
-        places = np.array(list(found) if against == "epochs" else [_minutes_of(runs, name) for runs in found.values()])
+        scores = np.array([runs.values(name, measure.key, measure.of) for runs in found.values()])
+        counts = [length.count for length in found]
+        places = np.array(counts if against == "epochs" else [_minutes_of(runs, name) for runs in found.values()])
         means, spreads, style = scores.mean(1), scores.std(1), line_style(number)
         axes.plot(places, means, marker="o", markersize=3.5, label=name, **style)
         axes.fill_between(places, means - spreads, means + spreads, color=style["color"], alpha=0.15, linewidth=0)
@@ -106,12 +166,7 @@ def _plot(found: Mapping[int, Comparison], heads: Sequence[str], against: str, p
     if len(widest):  # what was not measured takes part in no limits, and a logarithm needs some
         axes.set_xlim(widest.min() / MARGIN, widest.max() * MARGIN)
     if against == "epochs":
-        axes.set_xticks(list(found), [str(count) for count in found])
+        axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xticks([], minor=True)
     else:
         axes.xaxis.set_major_formatter("{x:g}")
-    columns = min(LEGEND_COLUMNS, len(heads))
-    drawing.legend(
-        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize="small", handlelength=3
-    )
-    save_figure(drawing, path)

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes, TokenizeConfig, tokenize
-from gif.data import IdentitySplit, load_data, split_identities
+from gif.codes.code_table import table_bytes
+from gif.data import IdentityDataset, IdentitySplit, ImageDecoder, glyph_word_validation, load_data, split_identities
 from gif.data.images import SPLIT_BY
+from gif.data.loading import WORDS
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_group, spread_of_centers
+from gif.head import as_head, own_rows
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
 from gif.progress import say
+from gif.resume import claim_folder
 from gif.training import TrainingConfig, TrainingLog, train
 from gif.vectors import CodeVectors, SpreadConfig, SpreadReport, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
@@ -29,6 +33,8 @@ BACKBONE = BackboneConfig(embedding_size=128, width=16)
 POOL_SIZE = 2048  # class weights of the heads that hold some identities' at a time
 ENCODER_MOMENTUM = 0.99  # of runs of thousands of steps; the class queue's own, 0.999, is for a hundred times as many
 VALIDATION = 0.2  # of the training identities
+FARS = (1e-3, 1e-4, 1e-5)  # of sets that judge: of 12,000 images, in 72 million pairs
+TRIED = (16, 48)  # steps, to time one
 
 
 @dataclass(frozen=True)
@@ -77,57 +83,75 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class HeadResult:
-    """One head's training, its judgement on the other identities, and what it did to rare ones (`rarity`)."""
+    """One head's training, its judgement on the other identities, and what it did to rare ones (`rarity`).
+
+    ``sets`` are judgements by name, where the data have several sets to judge by. ``head_bytes`` is what the head keeps
+    from step to step: its parameters with their momentum, and its tables.
+    """
 
     log: TrainingLog
     judgement: Judgement
+    sets: dict[str, Judgement]
     parameters: int
+    head_bytes: int
     rarity: dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
 class GlyphBench:
-    """Glyphs, split by identity, with the training identities' code vectors and codes."""
+    """Glyphs, split by identity, with the training identities' code vectors and codes.
+
+    ``spread`` is how the vectors were spread, None where they were read from where an earlier run kept them.
+    """
 
     data: IdentitySplit
     vectors: CodeVectors
-    spread: SpreadReport
+    spread: SpreadReport | None
     codes: IdentityCodes
 
     @classmethod
     def prepare(
-        cls, seed: int, *, data: str = "glyphs", identities: int | None = None, validation: bool = False
+        cls,
+        seed: int,
+        *,
+        data: str = "glyphs",
+        identities: int | None = None,
+        validation: bool = False,
+        folder: Path | None = None,
     ) -> GlyphBench:
         """Load glyphs, make code vectors and spread them, cut codes; all from one seed.
 
         ``identities`` is how many of the data set's there are, as for `load_data`. For ``validation`` the
         identities to judge on are a fifth of those to train on, and the held-out ones are put away: settings are chosen
-        there.
+        there. Vectors and codes are kept in ``folder``, and read from there the next time.
 
         Raises ValueError where the data set has no more identities than are asked for.
         """
-        split = load_data(data, identities=identities, seed=seed)
+        decoder = ImageDecoder(BACKBONE.image_size, BACKBONE.channels)
+        split = load_data(data, identities=identities, seed=seed, decoder=decoder)
         if validation:
-            split = IdentitySplit(*split_identities(split.train, VALIDATION, seed))
+            split = _validation(data, split, seed)
         judged = "to validate on" if validation else "held out"
         say(
             f"{data}: {split.train.num_identities:,} identities to train on ({len(split.train):,} images), "
             f"{split.held_out.num_identities:,} {judged} ({len(split.held_out):,} images)"
         )
-        vectors = initial_code_vectors(split.train, PixelEncoder(BACKBONE.embedding_size))
-        spread = spread_code_vectors(vectors, SpreadConfig(epochs=SPREAD_EPOCHS, seed=seed))
-        say(f"code vectors before: {spread.before}\ncode vectors after:  {spread.after}")
-        codes = tokenize(vectors, TokenizeConfig(vocab_size=VOCAB_SIZE, seed=seed))
-        say(f"identity codes: {codes}")
-        return cls(split, vectors, spread, codes)
+        if folder is None:
+            return cls(split, *_coded(split.train, seed))
+        claim_folder(folder, split.train.summary())
+        kept = folder / "vectors.safetensors", folder / "codes.safetensors"
+        if not all(path.exists() for path in kept):
+            vectors, _, codes = _coded(split.train, seed)
+            vectors.save(kept[0])
+            codes.save(kept[1])
+        return cls(split, CodeVectors.load(kept[0], mmap=True), None, IdentityCodes.load(kept[1]))
 
     def run(self, name: str, contender: Contender, training: TrainingConfig, folder: Path) -> HeadResult:
         """Train a backbone with a head, keep it in ``folder``, judge it; continues a run that was interrupted."""
         torch.manual_seed(training.seed)
         backbone = BACKBONE.build()
         who = self.data.train.identities
-        own_vectors = CodeVectors(self.vectors.table.clone(), normalized=True)  # the head may move them
-        loss_fn = contender.head.build(len(who), BACKBONE.embedding_size, self.codes, own_vectors, backbone=backbone)
+        loss_fn = self._head(contender, backbone)
         log = train(
             backbone,
             loss_fn,
@@ -139,8 +163,24 @@ class GlyphBench:
         save_backbone(folder / "backbone.safetensors", backbone, BACKBONE, trained_on=who)
         embeddings = embed(backbone, self.data.held_out)
         judgement = judge(embeddings, self.data.held_out.labels)
+        sets = {name: judge(embed(backbone, part), part.labels, fars=FARS) for name, part in self.data.sets.items()}
         parameters = sum(parameter.numel() for parameter in loss_fn.parameters() if parameter.requires_grad)
-        return HeadResult(log, judgement, parameters, self.rarity(backbone, embeddings, _centers(loss_fn)))
+        rarity = self.rarity(backbone, embeddings, _centers(loss_fn))
+        return HeadResult(log, judgement, sets, parameters, _kept_bytes(loss_fn), rarity)
+
+    def _head(self, contender: Contender, backbone: nn.Module) -> nn.Module:
+        """A fresh head; it may move its own copy of the code vectors."""
+        own = CodeVectors(self.vectors.table.clone(), normalized=True)
+        m = self.data.train.num_identities
+        return contender.head.build(m, BACKBONE.embedding_size, self.codes, own, backbone=backbone)
+
+    def steps_within(self, contender: Contender, training: TrainingConfig, seconds: float) -> int:
+        """How many steps of training take so many ``seconds`` of processor time, by the time that some take here."""
+        for steps in TRIED:  # the first ones warm up: what is compiled, allocated or read is there afterwards
+            backbone = BACKBONE.build()
+            tried = replace(training, steps=steps, lr=contender.lr)
+            log = train(backbone, self._head(contender, backbone), self.data.train, tried, description="timing a step")
+        return max(1, round(seconds * steps / log.processor_seconds))
 
     def rarity(
         self, backbone: nn.Module, embeddings: Tensor, centers: Tensor | None
@@ -160,6 +200,35 @@ class GlyphBench:
             if centers is not None:
                 found["centres"][group.name] = spread_of_centers(centers, group)
         return found
+
+
+def _coded(train: IdentityDataset, seed: int) -> tuple[CodeVectors, SpreadReport, IdentityCodes]:
+    """Code vectors of the identities to train on, spread, and their codes."""
+    vectors = initial_code_vectors(train, PixelEncoder(BACKBONE.embedding_size))
+    spread = spread_code_vectors(vectors, SpreadConfig(epochs=SPREAD_EPOCHS, seed=seed))
+    say(f"code vectors before: {spread.before}\ncode vectors after:  {spread.after}")
+    codes = tokenize(vectors, TokenizeConfig(vocab_size=VOCAB_SIZE, seed=seed))
+    say(f"identity codes: {codes}")
+    return vectors, spread, codes
+
+
+def _validation(data: str, split: IdentitySplit, seed: int) -> IdentitySplit:
+    """Identities to judge settings by: a fifth of those to train on; words have some of their own."""
+    if data in WORDS:
+        sets = glyph_word_validation(size=WORDS[data])
+        return IdentitySplit(split.train, next(iter(sets.values())), sets)
+    return IdentitySplit(*split_identities(split.train, VALIDATION, seed))
+
+
+def _kept_bytes(loss_fn: nn.Module) -> int:
+    """What a head keeps from step to step: parameters and their momentum, buffers, codes and tables that move."""
+    parameters = sum((1 + parameter.requires_grad) * parameter.nbytes for parameter in loss_fn.parameters())
+    tables = {id(own_rows(table)): own_rows(table) for table in as_head(loss_fn).tables().values()}
+    held = tables | {id(buffer): buffer for buffer in loss_fn.buffers()}
+    codes = 0
+    if isinstance(loss_fn, GIFLoss):
+        codes = table_bytes(len(loss_fn.codes), loss_fn.codes.vocab_size, loss_fn.codes.length)
+    return parameters + sum(tensor.nbytes for tensor in held.values()) + codes
 
 
 def _centers(loss_fn: nn.Module) -> Tensor | None:

@@ -17,6 +17,7 @@ from gif.ownership import existing, hold
 from gif.progress import new_table, print_table, say
 from gif.resume import RECORD, claim_folder
 from gif.training import TrainingConfig, plot_losses
+from gif.vectors import SpreadReport
 from gif.vectors.plots import plot_nearest_cosines
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ def _quickstart(output: Path, epochs: int, seed: int) -> None:
     bench.vectors.save(output / "vectors.safetensors")
     bench.codes.save(output / "codes.safetensors")
     results = {name: bench.run(name, head, training, output / folder_name(name)) for name, head in heads.items()}
+    assert bench.spread is not None  # they were spread here
     plot_nearest_cosines(bench.spread.before, bench.spread.after, output / "nearest-cosines.png")
     plot_code_tree(bench.codes, bench.data.train, output / "code-tree.png")
     plot_losses({name: result.log.losses for name, result in results.items()}, output / "losses.png")
     plot_roc({name: result.judgement for name, result in results.items()}, output / "roc.png")
-    table = _table(results)
-    print_table(table)
-    write_text(report, _report(bench, results, training))
+    print_table(_table(results))
+    write_text(report, _report(bench, bench.spread, results, training))
     say(f"done in {time.monotonic() - begin:.0f} s; the report is {report}")
 
 
@@ -92,8 +93,8 @@ def _table(results: dict[str, HeadResult]) -> Table:
     return table
 
 
-def _report(bench: GlyphBench, results: dict[str, HeadResult], training: TrainingConfig) -> str:
-    data, codes, spread = bench.data, bench.codes, bench.spread
+def _report(bench: GlyphBench, spread: SpreadReport, results: dict[str, HeadResult], training: TrainingConfig) -> str:
+    data, codes = bench.data, bench.codes
     judgement = next(iter(results.values())).judgement
     return f"""# Quickstart: identity codes beside a full softmax, on glyphs
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from gif.documents import markdown_table, replace_block, require_block
 from gif.errors import InputError
-from gif.experiments.comparison import MEASURES, Budget, compare, settings_of, show
+from gif.experiments.comparison import MEASURES, compare, settings_of, show
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender
+from gif.experiments.runs import Budget, Machine
 from gif.files import write_text
 from gif.losses import RECIPES
 from gif.progress import say
@@ -55,6 +56,8 @@ def sweep(
     epochs: int = 4,
     batch_size: int = BATCH_SIZE,
     split: int = 1,
+    jobs: int = 1,
+    compile: bool = False,
     docs: Path | None = None,
 ) -> None:
     """Try each head's settings one at a time on validation identities, and say which was best.
@@ -72,6 +75,8 @@ def sweep(
         epochs: passes over the training images in each run.
         batch_size: images a step.
         split: seed of the split into training and held-out identities, the same as of `gif accuracy`.
+        jobs: runs that go on at once, each in a process of its own with its share of the processors.
+        compile: torch.compile the backbone: minutes at first, and less time a step.
         docs: a document whose block "sweep DATA", or "sweep DATA IDENTITIES", gets the table.
     """
     unknown = [head for head in heads if head not in KNOBS]
@@ -94,7 +99,7 @@ def sweep(
     trials = {head: dict(variations(head, settings)) for head in heads}
     everything = {name: contender for head in KNOBS for name, contender in variations(head)}
     chosen = {name: contender for found in trials.values() for name, contender in found.items()}
-    found = compare(output, chosen, budget, settings_of("sweep", budget, everything))
+    found = compare(output, chosen, budget, settings_of("sweep", budget, everything), Machine(jobs, compile))
 
     def score(name: str) -> float:
         return float(np.mean([found.values(name, measure) for measure in CHOSEN_BY]))

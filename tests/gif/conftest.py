@@ -8,6 +8,7 @@ from PIL import Image
 
 from benchmarks.campaign.inputs import write_ijb, write_python2_bin
 from gif import cli
+from gif.data.glyphs.halves import MIN_DRAWINGS, Halves, group_alike
 from gif.progress import console
 
 
@@ -27,6 +28,20 @@ def png():
 def jpeg(png):
     """A random JPEG, 112 x 112 unless another size is given."""
     return lambda height=112, width=112: png(torch.randint(256, (3, height, width), dtype=torch.uint8), "JPEG")
+
+
+@pytest.fixture(scope="session")
+def make_halves():
+    """Random drawings, 4 to 15 of a letter."""
+
+    def make(seed: int, letters: int = 40, size: int = 8, begin: int = 0x4E00) -> Halves:
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(MIN_DRAWINGS, 16, (letters,), generator=generator)
+        ends = counts.cumsum(0)
+        drawings = torch.randint(256, (int(ends[-1]), size, size // 2), dtype=torch.uint8, generator=generator)
+        return Halves(drawings, ends, "".join(map(chr, range(begin, begin + letters))), group_alike(drawings, ends))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from gif.codes import IdentityCodes
 from gif.data import IdentityDataset, IdentityImages, load_data, open_data
 from gif.data.glyphs import halves as halves_module
 from gif.data.glyphs import word_sets
-from gif.data.glyphs.halves import GROUP, MIN_DRAWINGS, PARTS, Halves, choose_letters, glyph_halves, group_alike
+from gif.data.glyphs.halves import GROUP, PARTS, Halves, choose_letters, glyph_halves
 from gif.data.glyphs.word_sets import SETS, words_to_judge, words_to_train_on
 from gif.data.glyphs.words import MOST_IMAGES, GlyphWords
 from gif.data.identities import Identities, Names
@@ -20,26 +20,17 @@ from gif.permutation import ComputedOrder, PairPermutation
 from gif.training.order import EpochOrder
 from gif.vectors.store import CodeVectors
 
-LETTERS = 40
+LETTERS = 40  # of what `make_halves` makes
 PAIRS = LETTERS**2 - 400  # two grids of pairs judge of as many groups, fewer where they share some
 
 
-def make_halves(seed: int, letters: int = LETTERS, size: int = 8, begin: int = 0x4E00) -> Halves:
-    """Random drawings, 4 to 15 of a letter."""
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(MIN_DRAWINGS, 16, (letters,), generator=generator)
-    ends = counts.cumsum(0)
-    drawings = torch.randint(256, (int(ends[-1]), size, size // 2), dtype=torch.uint8, generator=generator)
-    return Halves(drawings, ends, "".join(map(chr, range(begin, begin + letters))), group_alike(drawings, ends))
-
-
 @pytest.fixture(scope="module")
-def train() -> Halves:
+def train(make_halves) -> Halves:
     return make_halves(0)
 
 
 @pytest.fixture
-def parts(train, monkeypatch):
+def parts(train, monkeypatch, make_halves):
     """The commands find tiny halves."""
     found = {part: make_halves(n, begin=0x4E00 + 100 * n, size=32) for n, part in enumerate(PARTS)}
     monkeypatch.setattr(word_sets, "glyph_halves", lambda size, cache_dir=None: found)
@@ -132,7 +123,7 @@ class TestWords:
         images, _ = everything(small)
         assert images.equal(large.batch(list(range(len(small))))[0]) and small.labels.equal(large.labels[: len(small)])
 
-    def test_the_seed_decides(self, train):
+    def test_the_seed_decides(self, train, make_halves):
         one, again, other = (words_to_train_on(train, 100, seed) for seed in (0, 0, 1))
         assert everything(one)[0].equal(everything(again)[0]) and one.summary() == again.summary()
         assert list(one.names) != list(other.names) and one.summary() != other.summary()
@@ -154,7 +145,7 @@ class TestWords:
         nobody = data.of_identities(torch.empty(0, dtype=torch.int64))
         assert len(nobody) == nobody.num_identities == len(nobody.labels) == len(list(nobody.names)) == 0
 
-    def test_what_is_kept_does_not_grow_with_the_number(self, train):
+    def test_what_is_kept_does_not_grow_with_the_number(self, train, make_halves):
         large = make_halves(0, letters=1500, size=2)
         data = words_to_train_on(large, 2_000_000, seed=0)
         kept = sum(value.nbytes for value in vars(data).values() if isinstance(value, np.ndarray))
@@ -179,7 +170,7 @@ class TestNames:
         with pytest.raises(IndexError):
             data.names[50]
 
-    def test_letters_of_any_width_in_utf8(self):
+    def test_letters_of_any_width_in_utf8(self, make_halves):
         letters = "aé丁𠀀" * 10
         halves = make_halves(0)
         data = GlyphWords(
@@ -212,7 +203,7 @@ class TestJudged:
         with pytest.raises(ValueError, match=f"to {len(trained):,} words"):
             words_to_train_on(train, len(trained) + 1, seed)
 
-    def test_groups_look_alike_and_share_no_letter(self):
+    def test_groups_look_alike_and_share_no_letter(self, make_halves):
         halves = make_halves(0, letters=60)
         means = torch.stack(
             [drawings.flatten(1).float().mean(0) for drawings in halves.drawings.tensor_split(halves.ends[:-1])]
