@@ -77,6 +77,8 @@ class GIFLoss(nn.Module, Head):
     Attributes:
         step_share: what share of an optimizer's step one forward pass is, 1 / k where gradients accumulate over k
             micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
+        schedule: () float32, a buffer: the share of ``vector_lr`` at which they move now, 1 where nobody says another.
+            `take_rate` sets it to the share that the optimizer's rate is of its peak, as `gif.training.train` does.
         moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
         draws: None, or () int64, a buffer: the seed of a step's random numbers, which are negatives and the rounding of
             code vectors that move. Each backward pass adds one. It is part of the state, so that a run that continues
@@ -140,6 +142,8 @@ class GIFLoss(nn.Module, Head):
                 nn.init.orthogonal_(matrix)
         self.register_buffer("token_weights", _weights(token_weights, length), persistent=False)
         self.token_weights: Tensor
+        self.register_buffer("schedule", torch.ones(()), persistent=False)
+        self.schedule: Tensor
         self.register_buffer("draws", torch.randint(1 << 62, ()) if self._draws_at_random() else None)
         self.draws: Tensor | None
         self._draw_seen: tuple[int, int] | None = UNSEEN  # draws as the host saw it, and the tensor's version then
@@ -244,8 +248,9 @@ class GIFLoss(nn.Module, Head):
     def contrast_loss(self, embeddings: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
         """L_CC (): cross entropy of the own code vector among the batch's and their siblings', unweighted.
 
-        In training with gradients, those code vectors take their step h <- normalise(h - vector_lr dL_CC/dh) when the
-        backward pass comes by, or at once where the embeddings need no gradient.
+        In training with gradients, those code vectors take their step h <- h - vector_lr schedule dL_CC/dh when the
+        backward pass comes by, or at once where the embeddings need no gradient. Its direction counts, and as a step is
+        at a right angle to h, its length grows and the next step turns it by less (`gif_kernels.vector_step_`).
 
         Processes that train together (`torch.distributed`) share their candidates, and all take the same step with the
         mean of their gradients: that is the one step of the whole batch, and each process's table stays the same.
@@ -292,7 +297,7 @@ class GIFLoss(nn.Module, Head):
     def _draws_at_random(self) -> bool:
         """Whether a training step draws random numbers: negatives, or the rounding of code vectors that move."""
         rounds = self.vectors is not None and self.vectors.table.dtype in SIGNIFICAND_BITS
-        return self.recipe.negatives > 0 or (rounds and self.recipe.moves_vectors)
+        return self.recipe.draws_negatives or (rounds and self.recipe.moves_vectors)
 
     def _then_draw_others(self, losses: Tensor) -> Tensor:
         """``losses`` (B,), after whose backward pass others are drawn; a checkpoint repeats the forward one before."""
@@ -352,7 +357,7 @@ class GIFLoss(nn.Module, Head):
         losses, of_embeddings, of_vectors = code_contrast_gradients(
             embeddings, found.vectors, found.labels, candidates=found.candidates, **self._of_contrast
         )
-        gradient = mean_over_processes(of_vectors / (found.labels >= 0).sum().clamp(min=1))
+        gradient = mean_over_processes(of_vectors / (found.labels >= 0).sum().clamp(min=1)) * self.schedule
         rows, lr = found.rows, self.recipe.vector_lr * self.step_share
         if checks.is_traced(embeddings) and isinstance(rows, RowsInPlace):
             step = TableStep(rows.table, rows.identities, gradient, lr, self.stayed, self.draws, self.moved)
@@ -415,6 +420,10 @@ class GIFLoss(nn.Module, Head):
     def mark_moves(self, moved: Mapping[str, Tensor]) -> None:
         """Mark the code vectors that move in ``moved["vectors"]``, (m,) bool."""
         self.moved = moved["vectors"]
+
+    def take_rate(self, rate: float, share: float) -> None:
+        """Let the code vectors move at this ``share`` of ``vector_lr`` from now on."""
+        self.schedule.fill_(share)
 
     @contextmanager
     def share_of_a_step(self, share: float) -> Iterator[None]:

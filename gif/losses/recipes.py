@@ -27,7 +27,10 @@ class Recipe:
             which share the longest prefix with it.
         negatives: identities drawn at random in each step, the same for all rows and processes, that are negatives in
             L_CC too. They cost what so many candidates cost, whatever m is; from m on all identities are.
-        vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean); 0 fixes them.
+        fades: whether alpha and gamma fall with the optimizer's schedule (`GIFLoss.take_rate`), and the contrast alone is
+            left in the end.
+        vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean), at unit length and
+            where the optimizer's schedule has its peak; 0 fixes them.
 
     Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, or no term at all.
     """
@@ -41,6 +44,7 @@ class Recipe:
     contrast_margin: AngularMargin = AngularMargin(m2=0.0, m3=0.2)  # noqa: RUF009 (frozen)
     siblings: int = 2
     negatives: int = 0
+    fades: bool = False
     vector_lr: float = 0.0
 
     def __post_init__(self) -> None:
@@ -61,6 +65,11 @@ class Recipe:
         return self.regression_weight + self.contrast_weight > 0
 
     @property
+    def draws_negatives(self) -> bool:
+        """Whether training draws identities at random."""
+        return self.contrast_weight > 0 and self.negatives > 0
+
+    @property
     def moves_vectors(self) -> bool:
         """Whether training changes code vectors."""
         return self.contrast_weight > 0 and self.vector_lr > 0
@@ -74,7 +83,10 @@ RECIPES: dict[RecipeName, Recipe] = {
         margin=AngularMargin(m2=0.0, m3=0.1),
         regression_weight=1.0,
         contrast_weight=1.0,
-        vector_lr=4.0,
+        contrast_scale=12.0,
+        negatives=4096,
+        fades=True,
+        vector_lr=24.0,
     ),
 }
 """paper: the two losses as published. live: with contrast against code vectors that move, at a cost that knows no m."""

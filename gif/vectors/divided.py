@@ -16,7 +16,7 @@ from gif.errors import InputError
 from gif.files import allocate_tensors, fsync, map_tensor, seal, writing
 from gif.vectors.rows import Rows
 from gif.vectors.staging import Stage
-from gif.vectors.store import FORMAT, CodeVectors, digest_rows
+from gif.vectors.store import FORMAT, ROWS_A_BLOCK, CodeVectors, digest_rows, unit_rows
 from gif_kernels import vector_step_
 from gif_kernels.runs import first_places
 
@@ -87,7 +87,7 @@ class DividedCodeVectors(CodeVectors):
         return _RowsOfAll(to_device(identities, device), _OwnStaged(self.stage_on(device), rows, own))
 
     def save(self, path: str | Path) -> None:
-        """Write the whole table to one file that every process can reach, each its own rows, atomically."""
+        """Write the directions to one file that every process can reach, each its own rows, atomically."""
         self.settle()
         working = Path(path).with_name(f"{Path(path).name}.partial")
         who = self.identities
@@ -108,7 +108,9 @@ class DividedCodeVectors(CodeVectors):
 
         first_decides(make)
         whole = map_tensor(working, "vectors", format=FORMAT, writable=True)
-        whole[self.begin : self.begin + len(self.table)] = self.table.cpu()
+        for done in range(0, len(self.table), ROWS_A_BLOCK):
+            units = unit_rows(self.table[done : done + ROWS_A_BLOCK])
+            whole[self.begin + done : self.begin + done + len(units)] = units.cpu()
         wait_for_all()
         first_decides(finish)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gif.data.identities import Identities, check_count
 from gif.errors import InputError
-from gif.files import check_mapped, is_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
+from gif.files import Blocks, check_mapped, is_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
 from gif.vectors.rows import Rows, RowsInPlace, StagedRows
 from gif.vectors.staging import Stage
 from gif_kernels import checks, vector_step_
@@ -22,7 +22,9 @@ _DIGEST_ROWS = 1 << 13  # and of a larger one so many rows
 
 
 class CodeVectors:
-    """Code vectors of m identities, each of unit length (METHOD: h_y).
+    """Code vectors of m identities (METHOD: h_y): directions, of unit length until they move.
+
+    Steps (`move_`) turn a row and make it longer, and the longer it is the less it turns; files hold unit rows.
 
     Args:
         table: (m, d) float32, bfloat16 or float16. Rows are normalised in place, unless ``normalized`` says they are.
@@ -87,11 +89,12 @@ class CodeVectors:
         return rows
 
     def save(self, path: str | Path) -> None:
-        """Write the table, and whose rows they are where that is known, as safetensors, atomically."""
+        """Write the directions, and whose they are where that is known, as safetensors, atomically."""
         self.settle()
         who = self.identities
         names, metadata = ({}, {}) if who is None else (who.tensors(), who.metadata())
-        save_tensors(path, {"vectors": self.table, **names}, format=FORMAT, **metadata)
+        units = Blocks(tuple(self.table.shape), self.table.dtype, map(unit_rows, self.table.split(ROWS_A_BLOCK)))
+        save_tensors(path, {"vectors": units, **names}, format=FORMAT, **metadata)
 
     def lookup(self, labels: Tensor) -> Tensor:
         """Rows of identities ``labels`` (B,), of any integer dtype, as (B, d) on their device, in the table's dtype.
@@ -128,7 +131,7 @@ class CodeVectors:
             self._stage.settle()
 
     def move_(self, labels: Tensor, gradient: Tensor, lr: float, *, seed: int | Tensor = 0) -> Tensor:
-        """One step for the rows of ``labels`` (C,), in place: h <- normalise(h - lr g).
+        """One step for the rows of ``labels`` (C,), in place: h <- h - lr g (`gif_kernels.vector_step_`).
 
         ``gradient`` (C, d) belongs to the labels row by row; an identity named more than once takes the sum of its
         gradients. A row whose step is not finite stays as it is: one overflow upstream must not outlive the step it
@@ -174,6 +177,13 @@ class CodeVectors:
 
     def __repr__(self) -> str:
         return f"CodeVectors({len(self)} x {self.width}, {self.table.dtype}, {self.table.device})"
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (k, d) at unit length; those that have it already, within the rounding of their dtype, as they are."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32)
+    moved = (norm - 1).abs() > torch.finfo(rows.dtype).eps
+    return torch.where(moved, (rows / norm).to(rows.dtype), rows)
 
 
 def digest_rows(table: Tensor) -> str:

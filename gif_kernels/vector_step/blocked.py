@@ -22,7 +22,7 @@ def step_(
     # NaN and infinity anywhere in a row reach its norm; nothing stands where no row is named
     moves = norm.isfinite() & (norm > 0) & stands.any()
     names = rows if row_ids is None else row_ids[rows]
-    moved = stochastic_round(moved.div_(norm), table.dtype, names, seed)
+    moved = stochastic_round(moved, table.dtype, names, seed)
     table[rows] = torch.where(moves, moved, before)
     return (~moves.squeeze(1) & stands).sum()
 

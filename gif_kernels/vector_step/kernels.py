@@ -35,7 +35,7 @@ def vector_step(
     LOWEST: tl.constexpr,
     BLOCK_D: tl.constexpr,  # >= WIDTH
 ):
-    """h <- normalise(h - rate g) of the row that begins here, g the sum of its gradients; it stays where not finite."""
+    """h <- h - rate g of the row that begins here, g the sum of its gradients; it stays where not finite."""
     i = tl.program_id(0)
     i_row = tl.load(p_rows + i)
     i_before = tl.load(p_rows + i - 1, mask=i > 0, other=-1)
@@ -53,7 +53,6 @@ def vector_step(
         b_moved = tl.load(p_table + o_d * COLUMN_STRIDE, mask=m_d, other=0.0).to(tl.float32) - rate * b_sum
         squares = tl.sum(b_moved * b_moved, 0)
         if (squares >= SMALLEST_SQUARE) & (squares < float("inf")):  # nor NaN
-            b_moved = tl.div_rn(b_moved, tl.sqrt_rn(squares))
             if DIGITS > 0:
                 i_name = tl.load(p_row_ids + i_row * row_ids_stride) if NAMED else i_row
                 mixed_seed = mix(tl.load(p_seed).to(tl.uint32))

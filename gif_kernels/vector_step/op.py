@@ -33,11 +33,12 @@ def vector_step_(
     row_ids: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """One step of gradient descent on the sphere for some rows of a table, in place: h <- normalise(h - lr g).
+    """One step of gradient descent for some rows of a table, in place: h <- h - lr g.
 
-    A row whose step is not finite, or has no direction, stays as it is to the bit: one overflow upstream must not
-    outlive the step it spoils. Nothing of the table's size is read, written or allocated, and on an accelerator no host
-    waits.
+    Rows are directions: where the loss reads them at unit length, its gradient is tangent and falls with the length, so
+    each step makes the row longer and the next one turn it by less (README.md). A row whose step is not finite, or
+    leaves nothing, stays as it is to the bit: one overflow upstream must not outlive the step it spoils. Nothing of the
+    table's size is read, written or allocated, and on an accelerator no host waits.
 
     Args:
         table: (n, d) float32, bfloat16, float16 (or float64). A low-precision table is rounded stochastically, so that

@@ -23,5 +23,5 @@ def step_(
     norm = torch.linalg.vector_norm(moved, dim=1)
     moves = named & norm.isfinite() & (norm > 0)
     names = torch.arange(len(table), device=table.device) if row_ids is None else row_ids
-    table.copy_(torch.where(moves[:, None], stochastic_round(moved / norm[:, None], table.dtype, names, seed), table))
+    table.copy_(torch.where(moves[:, None], stochastic_round(moved, table.dtype, names, seed), table))
     return (named & ~moves).sum()

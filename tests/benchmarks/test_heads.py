@@ -33,7 +33,7 @@ def test_memory_by_formula(head, batch, tmp_path):
 @pytest.mark.parametrize("head", HEADS.values(), ids=repr)
 def test_only_gif_is_flat(head):
     small, large = (head.cost(m, BATCH).flops for m in (100_000, 64_000_000))
-    assert (large <= 1.5 * small) is (head in (GIF, PUBLISHED))  # codes of 4 and 6 tokens
+    assert (large <= 1.5 * small) is (head in (GIF, WITHOUT_NEGATIVES, PUBLISHED))  # codes of 4 and 6 tokens
 
 
 def test_work_by_hand():
@@ -41,7 +41,8 @@ def test_work_by_hand():
     assert (softmax.flops, softmax.traffic) == (6 * BATCH * M * WIDTH, 16 * M * WIDTH)
     assert PARTIAL_FC.cost(M, BATCH).flops == pytest.approx(0.6 * BATCH * M * WIDTH)
     tokens, candidates = 4 * (VOCAB + WIDTH), 3 * BATCH
-    assert GIF.cost(M, BATCH).flops == 6 * BATCH * WIDTH * (tokens + candidates)
+    assert WITHOUT_NEGATIVES.cost(M, BATCH).flops == 6 * BATCH * WIDTH * (tokens + candidates)
+    assert GIF.cost(M, BATCH).flops == 6 * BATCH * WIDTH * (tokens + candidates + 4096)
 
 
 @pytest.mark.parametrize("provider", [BACKBONE_ALONE, *HEADS])

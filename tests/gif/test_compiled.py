@@ -98,7 +98,7 @@ def test_a_step_where_the_embeddings_need_no_gradient(compiled):
 def test_a_compiled_backbone_and_head(compiled):
     found = []
     for compiles in (False, True):
-        backbone, head = network(), build(negatives=6)
+        backbone, head = network(), build(negatives=6, vector_lr=4.0)
         optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], 0.05)
 
         def loss_of(images, labels, backbone=backbone, head=head):

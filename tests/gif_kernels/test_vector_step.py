@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gif_kernels import checks, vector_step_
-from gif_kernels.rounding import MASK, stochastic_round, uniform
+from gif_kernels.rounding import MASK, uniform
 from gif_kernels.vector_step import blocked
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -19,26 +19,14 @@ EPSILON = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0
 
 
 def truth(table: Tensor, rows: Tensor, gradient: Tensor, lr: float) -> Tensor:
-    """The table in float64 after normalise(h - lr g) of the rows that are named and whose step is finite."""
+    """The table in float64 after h - lr g of the rows that are named and whose step is finite."""
     expected = table.double().clone()
     for row in rows.unique().tolist():
         if row >= 0:
             moved = expected[row] - lr * gradient.double()[rows == row].sum(0)
             if moved.isfinite().all() and moved.norm() > 0:
-                expected[row] = moved / moved.norm()
+                expected[row] = moved
     return expected
-
-
-def replaced(table: Tensor, rows: Tensor, gradient: Tensor, lr: float, seed: int) -> None:
-    """The step as code vectors took it before there was an op for it: what `blocked` keeps to the bit."""
-    distinct, place = rows.unique(return_inverse=True)
-    step = gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, place, gradient)
-    before = table[distinct]
-    moved = step.mul_(-lr).add_(before)
-    norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-    moves = norm.isfinite() & (norm > 0)
-    moved = stochastic_round(moved.div_(norm), table.dtype, distinct, seed)
-    table[distinct] = torch.where(moves, moved, before)
 
 
 def stepped(table: Tensor, rows: Tensor, gradient: Tensor, lr: float = 0.1, **options) -> tuple[Tensor, Tensor]:
@@ -71,7 +59,8 @@ def test_moves_the_named_rows_and_no_other(n, count, d, dtype, gradient_dtype, i
     given, stayed = stepped(table, rows, gradient, seed=3, impl=impl)
     # rounded to a neighbour, from sums of a few float32 numbers of some tens of units in the last place
     compute = torch.float64 if torch.float64 in (dtype, gradient_dtype) else torch.float32
-    assert (given.double() - expected).abs().max() <= EPSILON[dtype] + 64 * EPSILON[compute]
+    largest = expected.abs().max().clamp(min=1)
+    assert (given.double() - expected).abs().max() <= (EPSILON[dtype] + 64 * EPSILON[compute]) * largest
     assert stayed == 0 and stayed.dtype == torch.int64 and stayed.shape == ()
     untouched = torch.ones(n, dtype=torch.bool).index_fill(0, rows[rows >= 0], False)
     assert torch.equal(given[untouched], table[untouched])
@@ -79,25 +68,29 @@ def test_moves_the_named_rows_and_no_other(n, count, d, dtype, gradient_dtype, i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_pytorch(dtype, impl, no_worse_than_pytorch):
-    table, rows, gradient = units(40, 64, dtype), torch.randint(40, (300,)), torch.randn(300, 64)
+    table, rows, gradient = units(40, 64, dtype), torch.randint(40, (300,)), torch.randn(300, 64) / 8
     sums = torch.zeros(40, 64).index_add_(0, rows, gradient)
     named = torch.zeros(40, 1, dtype=torch.bool).index_fill_(0, rows, True)
-    plain = torch.where(named, F.normalize(table - 0.1 * sums), table).to(dtype)
+    plain = torch.where(named, table - 0.1 * sums, table).to(dtype)
     given, _ = stepped(table, rows, gradient, impl=impl)
     expected = truth(table, rows, gradient, 0.1)
     # stochastic rounding errs by the root of 1/6 of a unit where rounding to nearest errs by that of 1/12, by 1 for 1/2
     no_worse_than_pytorch(given, plain, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.float64], ids=str)
-def test_blocked_keeps_the_bits_of_the_step_that_it_replaced(dtype, gradient_dtype):
-    table, rows, gradient = units(50, 24, dtype), torch.randint(50, (90,)), torch.randn(90, 24).to(gradient_dtype)
-    gradient[7, 3] = torch.nan
-    expected = table.clone()
-    replaced(expected, rows, gradient, 0.3, seed=11)
-    given, _ = stepped(table, rows, gradient, 0.3, seed=11, impl="blocked")
-    assert torch.equal(given, expected)
+def test_a_row_turns_by_less_the_longer_it_is(impl):
+    """The gradient of a function of the direction: each step is at a right angle to the row, and makes it longer."""
+    table, target = units(1, 8, torch.float64), units(1, 8, torch.float64)
+    lengths, turns = [], []
+    for _ in range(3):
+        row = table.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((F.normalize(row) * target).sum(), row)
+        table, _ = stepped(table, torch.tensor([0]), gradient, 1.0, impl=impl)
+        lengths.append(float(table.norm()))
+        before = float(row.detach().norm())
+        assert lengths[-1] ** 2 == pytest.approx(before**2 + float(gradient.norm()) ** 2)
+        turns.append(float(gradient.norm()) / before)
+    assert lengths == sorted(lengths) and turns == sorted(turns, reverse=True)
 
 
 def test_on_a_device_without_triton_the_bits_are_those_of_a_cpu(monkeypatch):
@@ -220,8 +213,8 @@ def test_steps_that_rounding_to_nearest_would_lose_survive_on_average():
     for seed in range(200):
         vector_step_(table, torch.tensor([0]), gradient, lr=1.0, seed=seed)
     drift = (table.float() - start)[0]
-    assert drift[:256].mean() == pytest.approx(1e-3, rel=0.2)
-    assert drift[256:].mean() == pytest.approx(-1e-3, rel=0.2)
+    assert drift[:256].mean() == pytest.approx(2e-3, rel=0.2)
+    assert not drift[256:].any()
 
 
 def test_uniform_takes_a_seed_of_either_kind():
