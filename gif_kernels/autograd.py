@@ -1,6 +1,6 @@
 """Gradients written by hand: named as the arguments are, differentiable once, and an error where twice is asked for.
 
-Published: `with_row_gradients`, for a head that differentiates its loss where it is made.
+Published: `with_row_gradients`, for a head that differentiates its loss where it is made, and `in_backward_pass`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["with_row_gradients"]
+__all__ = ["in_backward_pass", "with_row_gradients"]
 
 
 Gradients = dict[str, Tensor | None]
@@ -63,6 +63,11 @@ def with_row_gradients(
     """
     found: Tensor = _RowGradients.apply(losses, rows, gradients, then)
     return found
+
+
+def in_backward_pass() -> bool:
+    """Whether a backward pass is running: a forward pass is then one that activation checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _RowGradients(torch.autograd.Function):

@@ -22,6 +22,7 @@ from gif.losses.graph import TableStep, then_count, then_step
 from gif.losses.health import against_others
 from gif.losses.prepared import PreparedLabels
 from gif.losses.recipes import RECIPES, Recipe, RecipeName
+from gif.losses.sampling import brought, stratified
 from gif.losses.token_weights import TokenWeights, token_weights
 from gif.resume import WORKING
 from gif.vectors.divided import DividedCodeVectors
@@ -36,9 +37,9 @@ from gif_kernels import (
     code_regression_loss,
     token_margin_loss,
 )
-from gif_kernels.autograd import with_row_gradients
+from gif_kernels.autograd import in_backward_pass, with_row_gradients
 from gif_kernels.reduction import Reduction, reduce_rows
-from gif_kernels.rounding import SIGNIFICAND_BITS, uniform
+from gif_kernels.rounding import SIGNIFICAND_BITS
 
 UNSEEN = (0, -1)
 """Of a counter on a device, and its version, when the host has not read it."""
@@ -185,7 +186,7 @@ class GIFLoss(nn.Module, Head):
         """``contrasts``: candidates are asked for; ``pulls``, without: the own identities alone, or the whole table."""
         if self.vectors is None or not (contrasts or (pulls and not self._reads_whole_table(device))):
             return PreparedLabels(self.codes, labels, device)
-        identities, begin = self.candidates(labels, ahead) if contrasts else self._shared(_brings(labels))
+        identities, begin = self.candidates(labels, ahead) if contrasts else self._shared(brought(labels))
         rows = self.vectors.rows(identities, device)
         return PreparedLabels(self.codes, labels, device, to_device(identities, device), rows, begin)
 
@@ -271,7 +272,7 @@ class GIFLoss(nn.Module, Head):
         this process's alone, unless each has a part of the code vectors; then the recipe's negatives, the same for all.
         There is none for an empty batch.
         """
-        own = _brings(labels)
+        own = brought(labels)
         candidates = torch.cat([own, self.codes.siblings(own, self.recipe.siblings).flatten()])
         candidates, begin = gather_part(candidates) if self.training else self._shared(candidates)
         if self.recipe.negatives and len(candidates):
@@ -283,19 +284,10 @@ class GIFLoss(nn.Module, Head):
         return gather_part(identities) if isinstance(self.vectors, DividedCodeVectors) else (identities, 0)
 
     def _negatives(self, device: torch.device, ahead: int) -> Tensor:
-        """Identities (min(negatives, m),) of this step, each as likely as any other and hardly any twice.
-
-        One is drawn from each of as many equal parts of [0, m), by a counter-based generator: no process need tell
-        another, no host need wait, and a run that continues draws what it would have drawn.
-        """
-        m, count = len(self.codes), min(self.recipe.negatives, len(self.codes))
-        numbers = torch.arange(count, device=device)
-        if count == m:
-            return numbers
+        """Identities (min(negatives, m),) of this step, drawn by `stratified`."""
         assert self.draws is not None  # there are negatives
         draw = self.draws if self.draws.device == device else self._draw_on_host()
-        places = numbers + uniform((draw + ahead).view(1), numbers, 0).double()
-        return places.mul_(m / count).long().clamp_(max=m - 1)
+        return stratified(self.recipe.negatives, len(self.codes), draw + ahead)
 
     def _draws_at_random(self) -> bool:
         """Whether a training step draws random numbers: negatives, or the rounding of code vectors that move."""
@@ -370,7 +362,7 @@ class GIFLoss(nn.Module, Head):
             step.take()
         elif embeddings.requires_grad:
             return with_row_gradients(losses, embeddings, of_embeddings, partial(self._move, rows, gradient, lr))
-        elif not _repeated():
+        elif not in_backward_pass():
             self._move(rows, gradient, lr)
         return losses
 
@@ -519,17 +511,6 @@ class GIFLoss(nn.Module, Head):
 
     def extra_repr(self) -> str:
         return f"{self.codes}, {self.recipe}"
-
-
-def _brings(labels: Tensor) -> Tensor:
-    """The identities that a batch brings, (B,): an ignored row brings nobody new."""
-    largest = torch.cat([labels.new_zeros(1), labels]).max()
-    return torch.where(labels >= 0, labels, largest)
-
-
-def _repeated() -> bool:
-    """Whether this forward pass is one that activation checkpointing repeats: it runs inside of a backward pass."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _codes(codes: IdentityCodes | str | Path) -> IdentityCodes:
