@@ -80,6 +80,13 @@ class Head:
         """
         raise NotImplementedError(f"{type(self).__name__} has tables, so it must override mark_moves")
 
+    def take_rate(self, rate: float, share: float) -> None:
+        """Called first in each step: the optimizer's learning rate of this step, and its share of the peak, in [0, 1].
+
+        For a head that moves tables by a rate that follows the schedule. ``rate`` is ``share`` times the configured
+        ``lr``.
+        """
+
     def before_step(self, backbone: nn.Module, views: Callable[[], Tensor], labels: Tensor) -> None:
         """Called before each step, without gradients: for a head whose own encoder follows ``backbone``.
 

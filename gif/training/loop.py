@@ -243,6 +243,7 @@ class _Step:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
+        as_head(self._head).take_rate(lr, lr / config.lr)
         before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
         own_labels = torch.cat([part.labels for part in labels])
