@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gif.devices import to_device
 
+HEAD_FORMAT = "gif.head/1"
+"""Of files that hold what a head has learnt."""
 Placement = Literal["auto", "device", "host", "file"]
 """Where tables lie that a head reads and moves rows of."""
 

@@ -16,7 +16,7 @@ from gif.data import IdentitySplit, load_data, split_identities
 from gif.data.images import SPLIT_BY
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_group, spread_of_centers
-from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
+from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax, PartialFC
 from gif.progress import say
 from gif.training import TrainingConfig, TrainingLog, train
 from gif.vectors import CodeVectors, SpreadConfig, SpreadReport, initial_code_vectors, spread_code_vectors
@@ -167,7 +167,7 @@ def _centers(loss_fn: nn.Module) -> Tensor | None:
 
     The heads of `gif.losses.peers` hold the weights of some identities at a time.
     """
-    if isinstance(loss_fn, MarginSoftmax):
+    if isinstance(loss_fn, MarginSoftmax | PartialFC):
         return loss_fn.weight.detach()
     return loss_fn.vectors.table if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None else None
 
