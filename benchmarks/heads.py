@@ -1,7 +1,7 @@
 """Training heads to measure: GIF's, and others, each at its best; what they cost is `gif.planning.heads`'.
 
 A step is head(embeddings, labels), backward, optimizer. The gradient goes on into whatever the embeddings come from.
-Baselines: one product, fused optimizers, and Partial FC keeps gradients of the sampled rows only, which alone move.
+Baselines: one product and fused optimizers; of Partial FC the sampled rows alone have gradients and move.
 GIF's vectors lie in a sparse memory-mapped file.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE
-from gif import CodeVectors, GIFLoss, IdentityCodes
+from gif import CodeVectors, GIFLoss, IdentityCodes, PartialFC
 from gif.codes import code_length
-from gif.losses.recipes import RECIPES, Recipe, RecipeName
+from gif.losses.recipes import RECIPES, Recipe
 from gif.planning.heads import FLOAT, HeadCost, gif_cost, partial_fc_cost, softmax_cost
 from gif_kernels import AngularMargin, code_contrast_loss
 
@@ -29,6 +30,8 @@ MARGIN, SCALE = AngularMargin(m2=0.5), 64.0
 POOL = 16  # batches that take turns
 QUICK = (10_000, 100_000)
 FULL = (10_000, 100_000, 1_000_000, 10_000_000, 64_000_000)
+SAMPLES = 10_000
+"""Of Partial FC, whatever the number of identities."""
 SLOW_FROM = 100_000
 """Identities from which a softmax takes seconds on a CPU."""
 ADAPTIVE_WIDTHS = (WIDTH // 4, WIDTH // 16)
@@ -40,12 +43,12 @@ Step = Callable[[Tensor, Tensor], None]
 Builder = Callable[[int, list[Tensor], Path], Step]
 
 
-def gif_step(recipe: RecipeName | Recipe) -> Builder:
+def gif_step(recipe: Recipe) -> Builder:
     """GIFLoss and its optimizer, its code vectors in a sparse memory-mapped file."""
 
     def build(m: int, labels: list[Tensor], folder: Path) -> Step:
-        name = recipe if isinstance(recipe, str) else f"{recipe.negatives}-negatives"
-        raw = np.memmap(folder / f"{name}-{m}", np.float32, "w+", shape=(m, WIDTH))
+        name = f"contrast-{recipe.contrast_weight:g}-negatives-{recipe.negatives}-{m}"
+        raw = np.memmap(folder / name, np.float32, "w+", shape=(m, WIDTH))
         return _gif(m, labels, recipe, torch.from_numpy(raw))
 
     return build
@@ -53,10 +56,10 @@ def gif_step(recipe: RecipeName | Recipe) -> Builder:
 
 def gif_on_device(m: int, labels: list[Tensor], folder: Path) -> Step:
     """GIFLoss with the code table and bfloat16 code vectors on the device."""
-    return _gif(m, labels, "live", torch.empty(m, WIDTH, dtype=torch.bfloat16, device=DEVICE))
+    return _gif(m, labels, RECIPES["live"], torch.empty(m, WIDTH, dtype=torch.bfloat16, device=DEVICE))
 
 
-def _gif(m: int, labels: list[Tensor], recipe: RecipeName | Recipe, table: Tensor) -> Step:
+def _gif(m: int, labels: list[Tensor], recipe: Recipe, table: Tensor) -> Step:
     codes = IdentityCodes(identity_codes(m, table.device), VOCAB)
     head = GIFLoss(codes, CodeVectors(table, normalized=True), WIDTH, recipe=recipe)
     for batch in labels:  # only the rows that the pool of batches reads are written: a file stays sparse
@@ -101,21 +104,14 @@ def full_softmax(m: int, labels: list[Tensor], folder: Path) -> Step:
     return step
 
 
-def partial_fc(rate: float) -> Builder:
-    """The batch's centres and others at random; only their rows get gradients and move."""
+def partial_fc(**drawn: Any) -> Builder:
+    """The batch's centres and others at random, as ``sample_rate`` or ``samples`` of `PartialFC` say."""
 
     def build(m: int, labels: list[Tensor], folder: Path) -> Step:
-        weight = torch.randn(m, WIDTH, device=DEVICE) / 100
-        momentum = torch.zeros_like(weight)
+        head = PartialFC(m, WIDTH, margin=MARGIN, scale=SCALE, **drawn).to(DEVICE)
 
         def step(embeddings: Tensor, labels: Tensor) -> None:
-            chosen = torch.cat([labels, torch.randint(m, (int(rate * m),), device=DEVICE)]).unique()
-            rows = weight[chosen].requires_grad_()
-            code_contrast_loss(embeddings, rows, labels, candidates=chosen, margin=MARGIN, scale=SCALE).backward()
-            assert rows.grad is not None
-            moved = momentum[chosen].mul_(0.9).add_(rows.grad)
-            momentum[chosen] = moved
-            weight[chosen] = rows.detach().sub_(moved, alpha=0.1)
+            head(embeddings, labels).backward()
 
         return step
 
@@ -179,26 +175,33 @@ class Head:
         return m >= self.slow_from
 
 
-def _gif_head(name: str, recipe: RecipeName) -> Head:
+def _gif_head(name: str, recipe: Recipe) -> Head:
     def cost(m: int, batch: int) -> HeadCost:
-        return gif_cost(m, width=WIDTH, batch=batch, vocab_size=VOCAB, recipe=RECIPES[recipe])
+        return gif_cost(m, width=WIDTH, batch=batch, vocab_size=VOCAB, recipe=recipe)
 
     return Head(name, gif_step(recipe), cost)
 
 
 def _partial_fc_head(rate: float) -> Head:
     def cost(m: int, batch: int) -> HeadCost:
-        return partial_fc_cost(m, rate, width=WIDTH, batch=batch)
+        return partial_fc_cost(m, rate * m, width=WIDTH, batch=batch)
 
-    return Head(f"Partial FC {rate:g}", partial_fc(rate), cost, SLOW_FROM)
+    return Head(f"Partial FC {rate:g}", partial_fc(sample_rate=rate), cost, SLOW_FROM)
 
 
-GIF = _gif_head("GIF", "live")
-PUBLISHED = _gif_head("GIF, published losses", "paper")
+GIF = _gif_head("GIF", RECIPES["live"])
+WITHOUT_NEGATIVES = _gif_head("GIF, no negatives", replace(RECIPES["live"], negatives=0))
+PUBLISHED = _gif_head("GIF, published losses", RECIPES["paper"])
 FULL_SOFTMAX = Head("full softmax", full_softmax, lambda m, batch: softmax_cost(m, width=WIDTH, batch=batch), SLOW_FROM)
 PARTIAL_FC = _partial_fc_head(0.1)
+PARTIAL_FC_OF_SAMPLES = Head(
+    f"Partial FC {SAMPLES:,}",
+    partial_fc(samples=SAMPLES),
+    lambda m, batch: partial_fc_cost(m, SAMPLES, width=WIDTH, batch=batch),
+)
 ADAPTIVE = Head("adaptive softmax", adaptive_softmax, adaptive_softmax_cost, SLOW_FROM)
-HEADS = {head.name: head for head in (GIF, PUBLISHED, FULL_SOFTMAX, PARTIAL_FC, _partial_fc_head(0.3), ADAPTIVE)}
+PARTIAL_FCS = (PARTIAL_FC, _partial_fc_head(0.3), PARTIAL_FC_OF_SAMPLES)
+HEADS = {head.name: head for head in (GIF, WITHOUT_NEGATIVES, PUBLISHED, FULL_SOFTMAX, *PARTIAL_FCS, ADAPTIVE)}
 BACKBONE_ALONE = "backbone alone"
 """A whole step without a head."""
 

@@ -2,7 +2,7 @@
 
 from gif.codes import IdentityCodes, TokenizeConfig, tokenize
 from gif.head import Head
-from gif.losses import GIFLoss, MarginSoftmax
+from gif.losses import GIFLoss, MarginSoftmax, PartialFC
 from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
 
@@ -13,6 +13,7 @@ __all__ = [
     "Head",
     "IdentityCodes",
     "MarginSoftmax",
+    "PartialFC",
     "SpreadConfig",
     "TokenizeConfig",
     "initial_code_vectors",

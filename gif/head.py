@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gif.devices import to_device
 
+HEAD_FORMAT = "gif.head/1"
+"""Of files that hold what a head has learnt."""
 Placement = Literal["auto", "device", "host", "file"]
 """Where tables lie that a head reads and moves rows of."""
 
@@ -80,11 +82,11 @@ class Head:
         """
         raise NotImplementedError(f"{type(self).__name__} has tables, so it must override mark_moves")
 
-    def take_rate(self, rate: float, share: float) -> None:
-        """Called first in each step: the optimizer's learning rate of this step, and its share of the peak, in [0, 1].
+    def begin_step(self, rate: float, share: float, done: float) -> None:
+        """Called first in each step, for a head of which something follows the schedule.
 
-        For a head that moves tables by a rate that follows the schedule. ``rate`` is ``share`` times the configured
-        ``lr``.
+        ``rate`` is the optimizer's learning rate of this step, ``share`` what that is of its peak, in [0, 1], and
+        ``done`` what share of the steps comes before this one, in [0, 1).
         """
 
     def before_step(self, backbone: nn.Module, views: Callable[[], Tensor], labels: Tensor) -> None:

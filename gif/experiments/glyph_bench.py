@@ -19,7 +19,7 @@ from gif.data.loading import WORDS
 from gif.encoders import PixelEncoder
 from gif.evaluation import Judgement, embed, groups_by_images, judge, judge_group, spread_of_centers
 from gif.head import as_head, own_rows
-from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax
+from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax, PartialFC
 from gif.progress import say
 from gif.resume import claim_folder
 from gif.training import TrainingConfig, TrainingLog, train
@@ -70,6 +70,10 @@ CONTENDERS = {
     ),
     "full softmax": _softmax(kind="softmax"),
     "full softmax from code vectors": _softmax(kind="softmax", centers="vectors"),
+    "Partial FC 10,000": _softmax(kind="partial_fc", samples=10_000),
+    "Partial FC 10,000 from code vectors": _softmax(kind="partial_fc", samples=10_000, centers="vectors"),
+    "Partial FC 0.01": _softmax(kind="partial_fc", sample_rate=0.01),
+    "Partial FC 0.01 from code vectors": _softmax(kind="partial_fc", sample_rate=0.01, centers="vectors"),
     "Partial FC 0.1": _softmax(kind="partial_fc", sample_rate=0.1),
     "Partial FC 0.1 from code vectors": _softmax(kind="partial_fc", sample_rate=0.1, centers="vectors"),
     "Partial FC 0.3": _softmax(kind="partial_fc", sample_rate=0.3),
@@ -236,7 +240,7 @@ def _centers(loss_fn: nn.Module) -> Tensor | None:
 
     The heads of `gif.losses.peers` hold the weights of some identities at a time.
     """
-    if isinstance(loss_fn, MarginSoftmax):
+    if isinstance(loss_fn, MarginSoftmax | PartialFC):
         return loss_fn.weight.detach()
     return loss_fn.vectors.table if isinstance(loss_fn, GIFLoss) and loss_fn.vectors is not None else None
 

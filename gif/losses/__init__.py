@@ -2,6 +2,7 @@
 
 from gif.losses.config import HeadConfig
 from gif.losses.gif_loss import GIFLoss
+from gif.losses.partial_fc import PartialFC
 from gif.losses.peers import DynamicClassPool, DynamicClassQueue, PrototypeMemory, VirtualFC
 from gif.losses.recipes import RECIPES, Recipe
 from gif.losses.softmax import MarginSoftmax
@@ -14,6 +15,7 @@ __all__ = [
     "GIFLoss",
     "HeadConfig",
     "MarginSoftmax",
+    "PartialFC",
     "PrototypeMemory",
     "Recipe",
     "TokenWeights",

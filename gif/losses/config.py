@@ -11,6 +11,7 @@ from gif.codes import IdentityCodes
 from gif.data.identities import Identities, require_same_names
 from gif.errors import InputError
 from gif.losses.gif_loss import GIFLoss
+from gif.losses.partial_fc import PartialFC
 from gif.losses.peers import DynamicClassPool, DynamicClassQueue, PrototypeMemory, VirtualFC
 from gif.losses.recipes import Recipe, RecipeName
 from gif.losses.softmax import MarginSoftmax
@@ -18,12 +19,12 @@ from gif.losses.token_weights import TokenWeights
 from gif.vectors.store import CodeVectors
 from gif_kernels import AngularMargin
 
-_SOFTMAX_OPTIONS = ("scale", "margin", "sample_rate", "centers")
+_SOFTMAX_OPTIONS = ("scale", "margin", "centers")
 _MOMENTUM_OPTIONS = ("scale", "margin", "pool_size", "momentum")
 _OPTIONS = {
     "gif": ("recipe", "overrides", "projection", "token_weights"),
     "softmax": _SOFTMAX_OPTIONS,
-    "partial_fc": _SOFTMAX_OPTIONS,
+    "partial_fc": (*_SOFTMAX_OPTIONS, "sample_rate", "samples"),
     "class_queue": _MOMENTUM_OPTIONS,
     "class_pool": _MOMENTUM_OPTIONS,
     "prototype_memory": ("scale", "margin", "pool_size", "group_size", "refresh"),
@@ -46,7 +47,8 @@ class HeadConfig:
         token_weights: gif: weight of each token's loss over the code.
         scale: all but gif: s of the logits; the kind's own where not given.
         margin: all but gif: of the target logit; the kind's own where not given.
-        sample_rate: partial_fc: share of the identities in a step.
+        sample_rate: partial_fc: share of the identities that are drawn in a step.
+        samples: partial_fc: how many are drawn, in place of a share; None: as many as the share has.
         centers: softmax and partial_fc: what the centres start from, random directions or the code vectors.
         pool_size: class_queue, class_pool, prototype_memory, virtual_fc: how many class weights there are; the kind's
             own where not given.
@@ -66,6 +68,7 @@ class HeadConfig:
     scale: float | None = None
     margin: AngularMargin | None = None
     sample_rate: float = 0.1
+    samples: int | None = None
     centers: Literal["random", "vectors"] = "random"
     pool_size: int | None = None
     momentum: float | None = None
@@ -108,13 +111,13 @@ class HeadConfig:
                 raise InputError('centers "vectors" need code vectors; make them with `gif vectors`, or take "random"')
             if vectors is not None and self.centers == "vectors":
                 require_same_names("the code vectors", vectors.identities, "the data set", identities)
-            return MarginSoftmax(
-                num_identities,
-                embedding_size,
-                **self._given("scale", "margin"),
-                sample_rate=self.sample_rate if self.kind == "partial_fc" else 1.0,
-                centers=vectors.table if vectors is not None and self.centers == "vectors" else None,
-            )
+            options = self._given("scale", "margin")
+            if vectors is not None and self.centers == "vectors":
+                options["centers"] = vectors.table
+            if self.kind == "softmax":
+                return MarginSoftmax(num_identities, embedding_size, **options)
+            drawn = {"sample_rate": self.sample_rate} if self.samples is None else {"samples": self.samples}
+            return PartialFC(num_identities, embedding_size, **options, **drawn)
         if self.kind != "gif":
             return self._peer(num_identities, embedding_size, backbone)
         if codes is None:

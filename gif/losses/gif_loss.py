@@ -77,8 +77,9 @@ class GIFLoss(nn.Module, Head):
     Attributes:
         step_share: what share of an optimizer's step one forward pass is, 1 / k where gradients accumulate over k
             micro-batches. Each then moves the code vectors that it reads by that share of ``vector_lr``.
-        schedule: () float32, a buffer: the share of ``vector_lr`` at which they move now, 1 where nobody says another.
-            `take_rate` sets it to the share that the optimizer's rate is of its peak, as `gif.training.train` does.
+        schedule, faded: () float32, buffers: the share of ``vector_lr`` at which they move now, and what is left of the
+            weights that fade; 1 where nobody says another. `begin_step` sets them, which `gif.training.train` calls: a
+            loop of one's own calls it before each step.
         moved: None, or (m,) bool, in which the rows that move are marked: what a checkpoint need write.
         draws: None, or () int64, a buffer: the seed of a step's random numbers, which are negatives and the rounding of
             code vectors that move. Each backward pass adds one. It is part of the state, so that a run that continues
@@ -144,6 +145,8 @@ class GIFLoss(nn.Module, Head):
         self.token_weights: Tensor
         self.register_buffer("schedule", torch.ones(()), persistent=False)
         self.schedule: Tensor
+        self.register_buffer("faded", torch.ones(()), persistent=False)
+        self.faded: Tensor
         self.register_buffer("draws", torch.randint(1 << 62, ()) if self._draws_at_random() else None)
         self.draws: Tensor | None
         self._draw_seen: tuple[int, int] | None = UNSEEN  # draws as the host saw it, and the tensor's version then
@@ -165,6 +168,8 @@ class GIFLoss(nn.Module, Head):
             loss = loss + recipe.code_weight * self._code_loss(embeddings, found, reduction, regression)
         elif recipe.regression_weight > 0:
             loss = loss + recipe.regression_weight * self._regression_loss(embeddings, found, reduction)
+        if recipe.fades:
+            loss = loss * self.faded
         if recipe.contrast_weight > 0:
             loss = loss + recipe.contrast_weight * self._contrast_loss(embeddings, found, reduction)
         found.release()
@@ -421,9 +426,10 @@ class GIFLoss(nn.Module, Head):
         """Mark the code vectors that move in ``moved["vectors"]``, (m,) bool."""
         self.moved = moved["vectors"]
 
-    def take_rate(self, rate: float, share: float) -> None:
-        """Let the code vectors move at this ``share`` of ``vector_lr`` from now on."""
+    def begin_step(self, rate: float, share: float, done: float) -> None:
+        """From now on the code vectors move at this ``share`` of ``vector_lr``, and what fades counts 1 - ``done``."""
         self.schedule.fill_(share)
+        self.faded.fill_(1 - done)
 
     @contextmanager
     def share_of_a_step(self, share: float) -> Iterator[None]:

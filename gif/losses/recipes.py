@@ -27,8 +27,7 @@ class Recipe:
             which share the longest prefix with it.
         negatives: identities drawn at random in each step, the same for all rows and processes, that are negatives in
             L_CC too. They cost what so many candidates cost, whatever m is; from m on all identities are.
-        fades: whether alpha and gamma fall with the optimizer's schedule (`GIFLoss.take_rate`), and the contrast alone is
-            left in the end.
+        fades: whether alpha and gamma fall to 0 over the run, linearly, and leave the contrast alone in the end.
         vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean), at unit length and
             where the optimizer's schedule has its peak; 0 fixes them.
 

@@ -30,7 +30,7 @@ class HeadCost:
     Args:
         parameters: bytes of the weights that are trained.
         momentum: bytes of the optimizer's momentum, a number a weight. It is there from the end of the first step on.
-        tables: bytes that are kept and not trained: the code table.
+        tables: bytes that are kept beside these: the code table, or centres that the head itself moves, and momentum.
         step: bytes that a step takes beside these at its peak: gradients, logits, candidate rows and other activations.
         weights: how many weights, on average, a row of the batch is multiplied by; as many move in a step.
         batch: rows of the batch.
@@ -66,16 +66,16 @@ def softmax_cost(m: int, *, width: int = 512, batch: int = 1024) -> HeadCost:
     return HeadCost(centres, centres, 0.0, step, m * width, batch)
 
 
-def partial_fc_cost(m: int, sample_rate: float, *, width: int = 512, batch: int = 1024) -> HeadCost:
+def partial_fc_cost(m: int, samples: float, *, width: int = 512, batch: int = 1024) -> HeadCost:
     """A centre an identity, of which a sample is copied, takes part in a step and moves; all are kept, with momentum.
 
-    The batch's own centres come on top of ``sample_rate`` m at random, which is the most that they can be; the work is
-    that of the sample alone, the least that it can be.
+    Both are tables, and no optimizer knows them. The batch's own centres come on top of the ``samples`` at random,
+    which is the most that they can be; the work is that of the sample alone, the least that it can be.
     """
-    centres, sampled = FLOAT * m * width, sample_rate * m
+    centres, sampled = FLOAT * m * width, min(m, samples)
     rows = min(m, sampled + batch)
     step = FLOAT * (GATHERED_ROWS * rows * width + batch * (rows + width))
-    return HeadCost(centres, centres, 0.0, step, sampled * width, batch)
+    return HeadCost(0.0, 0.0, 2 * centres, step, sampled * width, batch)
 
 
 def gif_cost(

@@ -90,7 +90,7 @@ def head_costs(m: int, width: int, rates: Rates, *, batch: int, vocab_size: int)
     heads = {
         "head, GIF": gif_cost(m, width=width, batch=batch, vocab_size=vocab_size),
         "head, full softmax": softmax_cost(m, width=width, batch=batch),
-        "head, Partial FC": partial_fc_cost(m, SAMPLE_RATE, width=width, batch=batch),
+        "head, Partial FC": partial_fc_cost(m, SAMPLE_RATE * m, width=width, batch=batch),
     }
     return [
         StageCost(name, cost.bytes, 0.0, cost.flops / rates.products, f"a step of {batch:,} images")

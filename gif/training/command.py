@@ -18,7 +18,7 @@ from gif.data.images import SPLIT_BY
 from gif.distributed import process_group, rank, wait_for_all
 from gif.errors import InputError
 from gif.files import save_tensors, write_text
-from gif.head import Placement, as_head
+from gif.head import HEAD_FORMAT, Placement, as_head
 from gif.losses import HeadConfig
 from gif.ownership import hold
 from gif.progress import say, say_once
@@ -30,8 +30,6 @@ from gif.training.curves import plot_losses, plot_validations
 from gif.training.loop import check_training, train
 from gif.training.validation import ValidationConfig
 from gif.vectors.store import CodeVectors
-
-HEAD_FORMAT = "gif.head/1"
 
 
 def train_command(
@@ -58,8 +56,8 @@ def train_command(
     processes as there are then. A config from the repository's configs folder holds a recipe; any option after it wins.
 
     Args:
-        output: folder for the backbone, the head, the identities that were trained on, the code vectors if it moved
-            them, the losses and their plot, the checkpoints and TensorBoard's files; of a run that is validated, the
+        output: folder for the backbone, the head, the identities that were trained on, the tables that the head moved,
+            the losses and their plot, the checkpoints and TensorBoard's files; of a run that is validated, the
             best backbone and the scores too.
         data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
             in the backbone's size and colours.

@@ -35,7 +35,8 @@ class TrainingConfig:
         optimizer: "sgd" with momentum, or "adamw".
         schedule: from the peak to zero, "cosine" or "polynomial" (of power 2).
         precision: "fp32", or autocast to "bf16" or "fp16": of the backbone, and of the operands of the products in
-            `GIFLoss` and `MarginSoftmax`, whose norms, margins, logits and sums stay float32. Another head is float32.
+            `GIFLoss`, `MarginSoftmax` and `PartialFC`, whose norms, margins, logits and sums stay float32. Another head
+            is float32.
         micro_batch_size: images that a process holds at once; where its share of a batch is larger, gradients
             accumulate to the mean over the batch.
         channels_last: memory format of backbone and images; faster for convolutions on a GPU.

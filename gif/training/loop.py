@@ -139,14 +139,14 @@ def train(
                 part = range(position, steps - epoch * steps_an_epoch)
                 loader = _loader(head, dataset, config, part, loader_seed, order_seed)
                 for images, labels in one_ahead(batches_of(loader), take_step.prepare):
-                    lr = config.rate(state.step / steps)
-                    loss, embeddings, own_labels = take_step(images, labels, lr)
+                    done = state.step / steps
+                    loss, embeddings, own_labels = take_step(images, labels, done)
                     losses.add(loss)
                     state.step += 1
                     if state.step % REPORT_EVERY == 0:
                         recent = losses.settle()[-REPORT_EVERY:].nanmean()
                         measures = _numbers({"loss": recent, **as_head(head).health(embeddings, own_labels)})
-                        report(state.step, {"learning rate": lr, **measures})
+                        report(state.step, {"learning rate": config.rate(done), **measures})
                     scores = None
                     if validate and (state.step % validate_steps == 0 or state.step == steps):
                         state.validations[state.step] = scores = _scores(validate, model, device)
@@ -237,13 +237,17 @@ class _Step:
         ]
         return to_device(images, device), own
 
-    def __call__(self, images: Tensor, labels: list[_Part], lr: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss (), and embeddings and labels of the last micro-batch, for images (B, c, h, w) uint8."""
+    def __call__(self, images: Tensor, labels: list[_Part], done: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss (), and embeddings and labels of the last micro-batch, for images (B, c, h, w) uint8.
+
+        ``done``: what share of the steps comes before.
+        """
         config, optimizer, scaler = self._config, self._state.optimizer, self._state.scaler
+        lr = config.rate(done)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        as_head(self._head).take_rate(lr, lr / config.lr)
+        as_head(self._head).begin_step(lr, lr / config.lr, done)
         before = RunningStatistics(self._backbone) if scaler.is_enabled() else None
         loss = torch.zeros((), device=images.device)
         own_labels = torch.cat([part.labels for part in labels])

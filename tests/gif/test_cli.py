@@ -17,6 +17,7 @@ from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
+from gif.files import load_tensors
 from gif.training import command as training_command
 from gif.vectors import CodeVectors
 from gif.vectors import commands as vectors_commands
@@ -66,6 +67,19 @@ def test_step_by_step(tiny_data, gif, tmp_path):
     assert code == 0 and "rank-1" in printed
     assert 0 <= json.loads((run / "evaluation.json").read_text())["held_out"]["rank1"] <= 1
     assert (run / "roc.png").exists() and (run / "det.png").exists()
+
+
+def test_training_with_a_sample_writes_its_centres(tiny_data, gif, tmp_path):
+    run = tmp_path / "run"
+    command = ["train", "--output", run, *TINY, "--head.kind=partial_fc", "--head.samples=8"]
+    command += ["--training.epochs=2", "--training.batch_size=16"]
+    assert gif(*command)[0] == 0
+    centers = load_tensors(run / "centers.safetensors", format="gif.head/1")[0]["weight"]
+    assert centers.shape == (24, 16)
+    assert all(list((run / "checkpoints" / table).iterdir()) for table in ("weight", "momentum"))
+    assert gif(*command)[0] == 0  # finished: the same command changes nothing
+    again = load_tensors(run / "centers.safetensors", format="gif.head/1")[0]["weight"]
+    assert torch.equal(again, centers)
 
 
 def test_training_is_validated_and_resumed(tiny_data, gif, tmp_path, png, write_bin):

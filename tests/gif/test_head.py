@@ -77,12 +77,12 @@ def test_what_moves_takes_its_share_of_a_step(dataset):
 def test_each_step_begins_with_its_rate(dataset, monkeypatch):
     called = []
     head = center_loss()
-    monkeypatch.setattr(head, "take_rate", lambda *given: called.append(given))
+    monkeypatch.setattr(head, "begin_step", lambda *given: called.append(given))
     monkeypatch.setattr(head, "before_step", lambda *given: called.append("begun"))
     config = replace(CONFIG, lr=0.2)
     train(BACKBONE.build(), head, dataset, config)
-    rates = [config.rate(step / 10) for step in range(10)]
-    assert called == [each for rate in rates for each in ((rate, pytest.approx(rate / 0.2)), "begun")]
+    rates = [(config.rate(step / 10), step / 10) for step in range(10)]
+    assert called == [each for rate, done in rates for each in ((rate, pytest.approx(rate / 0.2), done), "begun")]
 
 
 def test_a_plain_module_answers_nothing():
@@ -90,7 +90,7 @@ def test_a_plain_module_answers_nothing():
     assert plain.tables() == {} and plain.health(torch.randn(2, 2), torch.arange(2)) == {}
     assert not plain.under_autocast
     plain.check_processes(9)
-    plain.take_rate(0.1, 1.0)
+    plain.begin_step(0.1, 1.0, 0.0)
     head = center_loss()
     assert as_head(head) is head
 

@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from gif import AngularMargin, CodeVectors, GIFLoss, IdentityCodes, MarginSoftmax
-from gif.integrations import metric_learning
-from gif.integrations.insightface import PartialFC
+from gif import AngularMargin, CodeVectors, GIFLoss, IdentityCodes, MarginSoftmax, PartialFC
+from gif.head import Head
+from gif.integrations import insightface, metric_learning
 from gif.losses import HeadConfig, token_weights
 from gif.losses import gif_loss as gif_loss_module
 from gif.losses.recipes import RecipeName
@@ -232,14 +232,28 @@ class TestLiveVectors:
         whole, half = (CodeVectors(before.clone(), normalized=True) for _ in range(2))
         GIFLoss(codes, whole, WIDTH).contrast_loss(embeddings, labels)
         loss_fn = GIFLoss(codes, half, WIDTH)
-        loss_fn.take_rate(0.05, 0.5)
+        loss_fn.begin_step(0.05, 0.5, 0.3)
         loss_fn.contrast_loss(embeddings, labels)
         torch.testing.assert_close(half.table - before, (whole.table - before) / 2, rtol=1e-4, atol=1e-6)
-        loss_fn.take_rate(0.0, 0.0)
+        loss_fn.begin_step(0.0, 0.0, 1.0)
         kept = half.table.clone()
         loss_fn.contrast_loss(embeddings, labels)
         assert torch.equal(half.table, kept)
-        assert "schedule" not in loss_fn.state_dict()  # whoever trains says it before each step
+        assert not {"schedule", "faded"} & set(loss_fn.state_dict())  # whoever trains says them before each step
+
+    def test_tokens_and_pull_fade(self, codes, vectors):
+        loss_fn = GIFLoss(codes, vectors, WIDTH).eval()
+        embeddings, labels = torch.randn(6, WIDTH), torch.arange(6)
+        contrast = loss_fn.contrast_loss(embeddings, labels)
+        rest = loss_fn(embeddings, labels) - contrast
+        assert rest > 0.1
+        for done in (0.25, 1.0):
+            loss_fn.begin_step(0.1, 1.0, done)
+            torch.testing.assert_close(loss_fn(embeddings, labels) - contrast, (1 - done) * rest, rtol=1e-4, atol=1e-4)
+        kept = GIFLoss(codes, vectors, WIDTH, fades=False).eval()
+        before = kept(embeddings, labels)
+        kept.begin_step(0.1, 1.0, 0.5)
+        assert torch.equal(kept(embeddings, labels), before)
 
     def test_files_hold_directions(self, codes, vectors, tmp_path):
         """Rows that moved at unit length; the others to the bit."""
@@ -490,10 +504,10 @@ def heads(codes, vectors):
     for recipe in ("live", "paper"):
         yield f"GIF {recipe}", GIFLoss(codes, CodeVectors(vectors.table.clone()), WIDTH, recipe=recipe)
     yield "softmax", MarginSoftmax(M, WIDTH)
-    yield "partial_fc", MarginSoftmax(M, WIDTH, sample_rate=0.5)
+    yield "partial_fc", PartialFC(M, WIDTH, sample_rate=0.5)
     for recipe in ("live", "paper"):
         table = CodeVectors(vectors.table.clone())
-        yield f"insightface {recipe}", PartialFC(None, WIDTH, M, codes=codes, vectors=table, recipe=recipe)
+        yield f"insightface {recipe}", insightface.PartialFC(None, WIDTH, M, codes=codes, vectors=table, recipe=recipe)
         table = CodeVectors(vectors.table.clone())
         yield f"metric learning {recipe}", metric_learning.GIFLoss(codes, table, WIDTH, recipe=recipe)
 
@@ -530,7 +544,8 @@ class TestLabels:
         loss = head(z, labels)
         loss.backward()
         inner = getattr(head, "loss", head)
-        return (loss.detach(), z.grad, *([inner.vectors.table] if isinstance(inner, GIFLoss) else []))
+        tables = inner.tables().values() if isinstance(inner, Head) else []
+        return (loss.detach(), z.grad, *tables)
 
     @pytest.mark.parametrize("name", HEADS)
     @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -599,26 +614,7 @@ class TestMarginSoftmax:
         with pytest.raises(ValueError, match=r"centers must have shape \(30, 12\), got \(29, 12\)"):
             MarginSoftmax(M, WIDTH, centers=vectors.table[:29])
 
-    def test_sample_holds_the_batch_and_the_asked_share(self):
-        loss_fn = MarginSoftmax(100, 5, sample_rate=0.2)
-        labels = torch.tensor([99, 3, -1, 3])
-        for _ in range(20):
-            chosen = loss_fn._sample(labels)
-            assert len(chosen) == 20 == len(chosen.unique())
-            assert {3, 99} <= set(chosen.tolist())
-        loss_fn(torch.randn(4, 5), labels).backward()
-        assert int((loss_fn.weight.grad.abs().sum(1) > 0).sum()) <= 20
-
-    def test_full_sample_is_the_full_softmax(self):
-        full, sampled = MarginSoftmax(10, 5), MarginSoftmax(10, 5, sample_rate=0.999)
-        sampled.load_state_dict(full.state_dict())
-        sampled._sample = lambda labels: torch.arange(10)
-        embeddings, labels = torch.randn(4, 5), torch.arange(4)
-        torch.testing.assert_close(sampled(embeddings, labels), full(embeddings, labels))
-
     def test_errors(self):
-        with pytest.raises(ValueError, match=r"sample_rate must lie in \(0, 1\], got 0"):
-            MarginSoftmax(10, 5, sample_rate=0)
         with pytest.raises(ValueError, match=r"labels must lie in \[-1, 10\)"):
             MarginSoftmax(10, 5)(torch.randn(1, 5), torch.tensor([10]))
 
@@ -635,13 +631,15 @@ def test_token_weights(pattern):
 
 def test_head_config(codes, vectors):
     assert isinstance(HeadConfig().build(M, WIDTH, codes, vectors), GIFLoss)
-    partial = HeadConfig(kind="partial_fc", sample_rate=0.25).build(M, WIDTH, None, None)
-    assert isinstance(partial, MarginSoftmax) and partial.sample_rate == 0.25
-    assert HeadConfig(kind="softmax").build(M, WIDTH, None, None).sample_rate == 1
-    started: Any = HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, vectors)
-    torch.testing.assert_close(F.normalize(started.weight, dim=1), vectors.table)
-    with pytest.raises(ValueError, match="need code vectors"):
-        HeadConfig(kind="softmax", centers="vectors").build(M, WIDTH, None, None)
+    partial = HeadConfig(kind="partial_fc", sample_rate=0.5).build(M, WIDTH, None, None)
+    assert isinstance(partial, PartialFC) and partial.samples == M // 2
+    assert isinstance(HeadConfig(kind="softmax").build(M, WIDTH, None, None), MarginSoftmax)
+    kind: Literal["softmax", "partial_fc"]
+    for kind in ("softmax", "partial_fc"):
+        started: Any = HeadConfig(kind=kind, centers="vectors").build(M, WIDTH, None, vectors)
+        torch.testing.assert_close(F.normalize(started.weight, dim=1), vectors.table)
+        with pytest.raises(ValueError, match="need code vectors"):
+            HeadConfig(kind=kind, centers="vectors").build(M, WIDTH, None, None)
     with pytest.raises(ValueError, match=r"kind gif does not use scale; set the recipe's in overrides"):
         HeadConfig(scale=32.0)
     with pytest.raises(ValueError, match="kind softmax does not use overrides; they are for kind gif"):

@@ -53,6 +53,9 @@ assert loss.isfinite() and embeddings.grad.abs().sum() > 0 and loss_fn.centers.g
 softmax = gif.MarginSoftmax(40, 16)
 softmax(embeddings, torch.arange(8)).backward()
 assert softmax.weight.grad.abs().sum() > 0
+sampled = gif.PartialFC(40, 16, samples=10)
+sampled(embeddings, torch.arange(8)).backward()
+assert sampled.momentum.abs().sum() > 0
 assert len(gif.tokenize(table, gif.TokenizeConfig(vocab_size=7, alignment="none"))) == 40
 """
 

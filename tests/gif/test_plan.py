@@ -61,7 +61,7 @@ class TestFormulas:
         wanted = [
             gif_cost(10**6, width=256, batch=64, vocab_size=12),
             softmax_cost(10**6, width=256, batch=64),
-            partial_fc_cost(10**6, 0.1, width=256, batch=64),
+            partial_fc_cost(10**6, 10**5, width=256, batch=64),
         ]
         assert [cost.memory for cost in costs] == [cost.bytes for cost in wanted]
         assert [cost.seconds for cost in costs] == [cost.flops / 1e12 for cost in wanted]
@@ -82,8 +82,9 @@ HEADS = {
     "GIF": lambda m, batch: gif_cost(m, batch=batch),
     "GIF, published losses": lambda m, batch: gif_cost(m, batch=batch, recipe=RECIPES["paper"]),
     "full softmax": lambda m, batch: softmax_cost(m, batch=batch),
-    "Partial FC 0.1": lambda m, batch: partial_fc_cost(m, 0.1, batch=batch),
-    "Partial FC 0.3": lambda m, batch: partial_fc_cost(m, 0.3, batch=batch),
+    "Partial FC 0.1": lambda m, batch: partial_fc_cost(m, 0.1 * m, batch=batch),
+    "Partial FC 0.3": lambda m, batch: partial_fc_cost(m, 0.3 * m, batch=batch),
+    "Partial FC 10,000": lambda m, batch: partial_fc_cost(m, 10_000, batch=batch),
 }
 
 

@@ -15,7 +15,7 @@ from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages, normalize_pixels
 from gif.errors import InputError
 from gif.evaluation import embed, judge
-from gif.losses import MarginSoftmax
+from gif.losses import MarginSoftmax, PartialFC
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
@@ -187,6 +187,11 @@ def softmax_head(kind=MarginSoftmax):
     return kind(8, 16, scale=16.0)
 
 
+def partial_fc_head(kind=PartialFC):
+    torch.manual_seed(2)
+    return kind(8, 16, samples=4, scale=16.0)
+
+
 def gif_head(kind=GIFLoss):
     codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(2)] * 3), 2)
     vectors = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -199,7 +204,7 @@ def gif_head(kind=GIFLoss):
 )
 def test_products_of_own_heads_are_in_the_training_s_precision(dataset, precision, dtype):
     config = TrainingConfig(epochs=1, batch_size=32, precision=precision)
-    for kind, build in ((GIFLoss, gif_head), (MarginSoftmax, softmax_head)):
+    for kind, build in ((GIFLoss, gif_head), (MarginSoftmax, softmax_head), (PartialFC, partial_fc_head)):
         seen: list[torch.dtype] = []
         train(BACKBONE.build(), build(watched_kind(kind, seen)), dataset, config, augment=unchanged)
         assert seen == [dtype] * 5
@@ -295,9 +300,9 @@ class TestHealth:
         }
 
     def test_of_a_softmax(self):
-        head = MarginSoftmax(9, 16)
         embeddings, labels = torch.randn(4, 16), torch.tensor([3, 8, 3, 0])
-        self.check(head.health(embeddings, labels), embeddings, labels, head.weight.detach(), {3, 8, 0})
+        for head in (MarginSoftmax(9, 16), PartialFC(9, 16, samples=2)):
+            self.check(head.health(embeddings, labels), embeddings, labels, head.weight.detach(), {3, 8, 0})
 
     def check(self, found, embeddings, labels, vectors, candidates):
         """Against the definition, image by image, in float64."""
