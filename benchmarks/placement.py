@@ -1,12 +1,15 @@
 """`python -m benchmarks.placement`: what it takes to leave code vectors in a file, and to divide them among processes.
 
-Steps of the live head with its rows asked for one step ahead, as training does, in memory and in a file that the system
-has in its cache, after a backbone of so many seconds: their times, and the share in which they wait for rows. Then the
-memory of each of several processes that divide a table, beyond what it has where the table is in a file.
+Steps of the live head with its rows asked for one step ahead, as training does, in memory, in a file that the system
+has in its cache, and in one of which it has nothing, after a backbone of so many seconds: their times, and the share in
+which they wait for rows. Then the memory of each of several processes that divide a table, beyond what it has where the
+table is in a file.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import statistics
 import tempfile
 import time
@@ -26,6 +29,7 @@ from gif.vectors.staging import Staged
 
 CPU = torch.device("cpu")
 WARM = 5
+MADV_DONTNEED = 4  # of Linux: of a shared mapping the pages are let go, not what is in them
 
 
 def placement(
@@ -54,8 +58,11 @@ def placement(
             for seconds in backbones:
                 memory, _ = _steps(folder, "host", count, seconds, rounds)
                 file, waits = _steps(folder, "file", count, seconds, rounds)
-                what = f"{count} negatives, a backbone of {seconds:g} s"
-                say(f"{what}: in a file {file / memory:.2f} x the time, of which it waits {waits:.1%}")
+                disk, disk_waits = _steps(folder, "file", count, seconds, rounds, cold=True)
+                say(
+                    f"{count} negatives, a backbone of {seconds:g} s: in a file {file / memory:.2f} x the time, waits "
+                    f"{waits:.1%}; none of it in memory {disk / memory:.1f} x, waits {disk_waits:.1%}, {disk:.2f} s"
+                )
         _write(folder, divided, divided_width)
         for processes in (1, 2, 3):
             spawn(_divided, (processes, folder, divided * divided_width * 4), nprocs=processes)
@@ -73,8 +80,13 @@ def _head(folder: Path, where: Placement, negatives: int, working: str) -> GIFLo
     return GIFLoss(codes, vectors, vectors.width, negatives=negatives)
 
 
-def _steps(folder: Path, where: Placement, negatives: int, backbone: float, rounds: int) -> tuple[float, float]:
-    """Seconds of a step beyond its backbone, and the share of a whole step in which it waits for its rows."""
+def _steps(
+    folder: Path, where: Placement, negatives: int, backbone: float, rounds: int, *, cold: bool = False
+) -> tuple[float, float]:
+    """Seconds of a step beyond its backbone, and the share of a whole step in which it waits for its rows.
+
+    ``cold``: before each step the system forgets the file.
+    """
     head = _head(folder, where, negatives, "working.safetensors")
     assert head.vectors is not None  # it has just got them
     labels = [torch.randint(len(head.codes), (BATCH,)) for _ in range(WARM + rounds + 1)]
@@ -92,6 +104,8 @@ def _steps(folder: Path, where: Placement, negatives: int, backbone: float, roun
         for number in range(WARM + rounds):
             if number == WARM:
                 waited[0] = 0.0
+            if cold:
+                _forget(head.vectors.table, folder / "working.safetensors")
             begin = time.perf_counter()
             following = head.prepare(labels[number + 1], CPU, ahead=1)
             time.sleep(backbone)
@@ -103,6 +117,17 @@ def _steps(folder: Path, where: Placement, negatives: int, backbone: float, roun
     finally:
         Staged.wait = wait  # type: ignore[method-assign]
     return statistics.median(seconds[WARM:]) - backbone, waited[0] / sum(seconds[WARM:])
+
+
+def _forget(table: torch.Tensor, path: Path) -> None:
+    """Have the system write what changed of a mapped file, and drop all that it has of it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    page = os.sysconf("SC_PAGE_SIZE")
+    begin = table.data_ptr() // page * page
+    with path.open("rb+") as file:
+        os.fdatasync(file.fileno())
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(table.nbytes), MADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _divided(rank: int, processes: int, folder: Path, table_bytes: int) -> None:

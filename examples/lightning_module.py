@@ -26,6 +26,8 @@ class Recognition(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
+        rate = self.lr_schedulers().get_last_lr()[0]
+        self.loss_fn.begin_step(rate, rate / self.lr, self.global_step / self.trainer.estimated_stepping_batches)
         loss: Tensor = self.loss_fn(self.backbone(self.augment(normalize_pixels(images))), labels)
         self.log("loss", loss, prog_bar=True)
         return loss

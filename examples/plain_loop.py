@@ -24,12 +24,15 @@ def run(data: IdentitySplit, config: BackboneConfig, *, epochs: int = 4, batch_s
     loss_fn = GIFLoss(codes, vectors, config.embedding_size)  # instead of a softmax over all identities
     optimizer = torch.optim.SGD([*backbone.parameters(), *loss_fn.parameters()], lr, momentum=0.9, weight_decay=5e-4)
     loader = DataLoader(data.train, batch_size, shuffle=True, drop_last=True, collate_fn=data.train.collate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader))
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     augment = RandomAffine()
 
     for epoch in range(epochs):
         total = 0.0
         for images, labels in loader:
+            rate = schedule.get_last_lr()[0]
+            loss_fn.begin_step(rate, rate / lr, schedule.last_epoch / steps)  # its vectors follow the schedule too
             embeddings = backbone(augment(normalize_pixels(images)))
             loss = loss_fn(embeddings, labels)
             optimizer.zero_grad()

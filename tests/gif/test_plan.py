@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ class TestFormulas:
 
 HEADS = {
     "GIF": lambda m, batch: gif_cost(m, batch=batch),
+    "GIF, no negatives": lambda m, batch: gif_cost(m, batch=batch, recipe=replace(RECIPES["live"], negatives=0)),
     "GIF, published losses": lambda m, batch: gif_cost(m, batch=batch, recipe=RECIPES["paper"]),
     "full softmax": lambda m, batch: softmax_cost(m, batch=batch),
     "Partial FC 0.1": lambda m, batch: partial_fc_cost(m, 0.1 * m, batch=batch),
