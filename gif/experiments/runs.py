@@ -167,11 +167,12 @@ def train_missing(output: Path, budget: Budget, runs: Sequence[Run], machine: Ma
         return
     del bench
     jobs = min(machine.jobs, len(missing))
-    with _processes(jobs) as pool, progress("runs", len(missing), "runs") as advance:
+    work, units = sum(run.length.count for run in missing), " and ".join(sorted({run.length.unit for run in missing}))
+    with _processes(jobs) as pool, progress(f"{len(missing)} runs", work, units) as advance:
         told = {pool.submit(_in_process, run, output / "data", budget, machine, jobs): run for run in missing}
         for future in as_completed(told):
             say(_outcome(future, told[future], jobs))
-            advance(1)
+            advance(told[future].length.count)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def test_several_runs_at_once_are_those_one_after_the_other(folder, gif, tmp_pat
     command = ["accuracy", "--data", folder, "--budgets=1", "--seeds=2", "--batch_size=16", HEADS]
     assert gif(*command, "--output", tmp_path / "one")[0] == 0
     code, printed = gif(*command, "--output", tmp_path / "two", "--jobs=2")
-    assert code == 0 and printed.count("rank-1 ") >= 4 and "4/4 runs" in printed
+    assert code == 0 and printed.count("rank-1 ") >= 4 and "4 runs: 4/4 epochs" in printed
     assert scores(tmp_path / "one") == scores(tmp_path / "two") and len(scores(tmp_path / "one")) == 4
     log = tmp_path / "two" / "gif" / "epochs-1" / "seed-0" / "log.txt"
     assert "training with GIF" in log.read_text()
