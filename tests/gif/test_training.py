@@ -15,6 +15,7 @@ from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages, normalize_pixels
 from gif.errors import InputError
 from gif.evaluation import embed, judge
+from gif.head import Head, as_head
 from gif.losses import MarginSoftmax, PartialFC
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
@@ -95,7 +96,7 @@ def test_a_micro_batch_takes_its_share_of_the_code_vectors_step():
 
 def test_moved_rows_are_marked():
     codes = IdentityCodes(torch.cartesian_prod(*[torch.arange(3)] * 3), 3)
-    head = GIFLoss(codes, CodeVectors(torch.randn(27, 16)), 16)
+    head = GIFLoss(codes, CodeVectors(torch.randn(27, 16)), 16, negatives=0)
     before = head.vectors.table.clone()
     head.moved = torch.zeros(27, dtype=torch.bool)
     head(torch.randn(4, 16), torch.tensor([3, 20, -1, 3]))
@@ -153,12 +154,15 @@ def test_every_way_to_train_learns(dataset, options, precision):
     assert log.losses[-5:].mean() < 0.6 * log.losses[:5].mean()
 
 
-class Watched(torch.nn.Module):
-    """Notes which dtype autocast has when ``head`` computes, which is no head of this project."""
+class Watched(torch.nn.Module, Head):
+    """Notes which dtype autocast has when ``head`` computes, of which the loop does not know what it would lose."""
 
     def __init__(self, head, seen):
         super().__init__()
         self.head, self.seen = head, seen
+
+    def begin_step(self, rate, share, done):
+        as_head(self.head).begin_step(rate, share, done)
 
     def forward(self, embeddings, labels):
         enabled = torch.is_autocast_enabled("cpu")
