@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -62,9 +62,9 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """The readable images (k, c, h, w) of some, in their order, and their labels (k,)."""
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def __getitems__(self, indices: list[int]) -> Sequence[tuple[Tensor, Tensor]]:
         """What a DataLoader asks for: the readable images (c, h, w) of some, each with its label ()."""
-        return _Pairs(zip(*self.batch(indices), strict=True), self.image_shape)
+        return _Pairs(*self.batch(indices))
 
     @abstractmethod
     def broken(self, indices: Tensor) -> Tensor:
@@ -120,18 +120,23 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
     @staticmethod
     def collate(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """A DataLoader's batch, as `batch` gives it: images (k, c, h, w) and labels (k,); k may be 0."""
-        if isinstance(pairs, _Pairs) and not len(pairs):
-            return torch.empty(0, *pairs.image_shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        if isinstance(pairs, _Pairs):
+            return pairs.images, pairs.labels
         images, labels = zip(*pairs, strict=True)
         return torch.stack(images), torch.stack(labels)
 
 
-class _Pairs(list[tuple[Tensor, Tensor]]):
-    """Images with their labels; where there are none, whoever wants the first is told why."""
+class _Pairs(Sequence[tuple[Tensor, Tensor]]):
+    """Images (k, c, h, w) with their labels (k,), one by one; of none, whoever wants the first is told why.
 
-    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]], image_shape: tuple[int, int, int]) -> None:
-        super().__init__(pairs)
-        self.image_shape = image_shape
+    `IdentityDataset.collate` takes them as they are: to take a batch apart and stack it can cost more than reading it.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def __getitem__(self, place: Any) -> Any:
         if not len(self):
@@ -139,7 +144,7 @@ class _Pairs(list[tuple[Tensor, Tensor]]):
                 "none of the images of a batch can be read; give the DataLoader collate_fn=dataset.collate to get an "
                 "empty batch, and look at the data set with gif data inspect"
             )
-        return super().__getitem__(place)
+        return self.images[place], self.labels[place]
 
 
 class ImageTable(IdentityDataset):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from gif.encoders.base import Encoder, Precision
+from gif.encoders.base import AffineMap, Encoder, Precision
 from gif.encoders.clip import DEFAULT_MODEL as _CLIP_MODEL
 from gif.encoders.clip import DEFAULT_WEIGHTS as _CLIP_WEIGHTS
 from gif.encoders.clip import CLIPEncoder
@@ -15,7 +15,7 @@ from gif.encoders.dino import DINOEncoder
 from gif.encoders.pixels import PixelEncoder
 from gif.errors import InputError
 
-__all__ = ["CLIPEncoder", "DINOEncoder", "Encoder", "PixelEncoder", "Precision", "make_encoder"]
+__all__ = ["AffineMap", "CLIPEncoder", "DINOEncoder", "Encoder", "PixelEncoder", "Precision", "make_encoder"]
 
 
 def make_encoder(

@@ -15,6 +15,29 @@ from gif.errors import InputError, UnavailableError, in_short
 from gif.packages import needs
 
 Precision = Literal["fp32", "bf16"]
+_ROWS_A_BLOCK = 1 << 14
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """x -> matrix (x - center), row by row: what mean features become code vectors by, where they are not yet.
+
+    Args:
+        center: (e,) float64.
+        matrix: (d, e) float64.
+    """
+
+    center: Tensor
+    matrix: Tensor
+
+    def __call__(self, means: Tensor) -> Tensor:
+        """Rows (m, d) float32 of ``means`` (m, e), computed in float64, on the map's device."""
+        blocks = means.split(_ROWS_A_BLOCK)
+        return torch.cat([((rows - self.center) @ self.matrix.T).float() for rows in blocks])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        return {"center": self.center, "matrix": self.matrix}
 
 
 class Encoder(Protocol):
@@ -32,8 +55,10 @@ class Encoder(Protocol):
         """Features (n, e) float32 of raw ``images`` (n, 1 or 3, h, w) uint8, RGB; resizing and scaling are its own."""
         ...
 
-    def finish(self, means: Tensor) -> Tensor:
-        """Code vectors (m, d), of any length, from the mean features (m, e) float32 of m identities."""
+    @property
+    def fit(self) -> Callable[[Tensor], AffineMap] | None:
+        """A method that finds, from the mean features (k, e) float32 of some identities, what all of them become code
+        vectors by; None where mean features are code vectors, of any length, as they are: e = d."""
         ...
 
 
@@ -95,6 +120,8 @@ class NetworkEncoder:
     Raises ValueError for another precision.
     """
 
+    fit = None
+
     def __init__(
         self,
         name: str,
@@ -121,10 +148,6 @@ class NetworkEncoder:
         pixels = self._preprocessing(images.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self._network(pixels).float()
-
-    def finish(self, means: Tensor) -> Tensor:
-        """Return the means (m, d) as they are."""
-        return means
 
 
 @contextmanager

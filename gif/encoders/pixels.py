@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gif.encoders.base import check_images
+from gif.encoders.base import AffineMap, check_images
 from gif.errors import InputError
 
 SIDE = 32  # pixels of the small image whose grey levels are the features
@@ -45,44 +45,44 @@ class PixelEncoder:
         grey = images.float() / 255
         if grey.shape[1] == len(LUMA):
             grey = (grey * grey.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-        return interpolate(grey, size=(SIDE, SIDE), mode="area").flatten(1)
+        small = grey if grey.shape[-2:] == (SIDE, SIDE) else interpolate(grey, size=(SIDE, SIDE), mode="area")
+        return small.flatten(1)
 
-    def finish(self, means: Tensor) -> Tensor:
-        """Whiten the identities' mean images (m, 1024) into (m, width) float32 by principal components.
+    def fit(self, means: Tensor) -> AffineMap:
+        """What whitens mean images (m, 1024) into (m, width) by principal components of these (k, 1024) float32.
 
-        With mean image mu and covariance C = U diag(w) U^T of the m rows x, w falling, row by row
+        With mean image mu and covariance C = U diag(w) U^T of the k rows x, w falling, row by row
 
-            h_k = u_k . (x - mu) / sqrt(w_k + ridge),      ridge = RIDGE mean(w),      k = 1 .. width,
+            h_j = u_j . (x - mu) / sqrt(w_j + ridge),      ridge = RIDGE mean(w),      j = 1 .. width,
 
-        so that coordinate k has variance w_k / (w_k + ridge): near 1 where identities differ much, small elsewhere.
-        Computed in float64; the largest entry of each u_k is positive, so the result does not depend on the solver's
-        signs. Where m - 1 < width the rank is too small, and coordinates past it are 0. A single identity is its own
+        so that coordinate j has variance w_j / (w_j + ridge): near 1 where identities differ much, small elsewhere.
+        Computed in float64; the largest entry of each u_j is positive, so the result does not depend on the solver's
+        signs. Where k - 1 < width the rank is too small, and coordinates past it are 0. A single identity is its own
         mean: mu = 0 there.
 
         Raises ValueError if all rows are the same.
         """
-        m = len(means)
+        k = len(means)
         blocks = means.split(_ROWS_A_BLOCK)
         center = torch.zeros(means.shape[1], dtype=torch.float64, device=means.device)
-        if m > 1:
-            center = torch.stack([rows.sum(0, dtype=torch.float64) for rows in blocks]).sum(0) / m
+        if k > 1:
+            center = torch.stack([rows.sum(0, dtype=torch.float64) for rows in blocks]).sum(0) / k
         covariance = torch.zeros(len(center), len(center), dtype=torch.float64, device=means.device)
         for rows in blocks:
-            centered = rows.double() - center
-            covariance.addmm_(centered.T, centered, alpha=1 / m)
+            centered = rows - center
+            covariance.addmm_(centered.T, centered, alpha=1 / k)
         mean_variance = covariance.diagonal().mean()
         rounding = torch.finfo(means.dtype).eps * center.abs().max()
         if not mean_variance > rounding**2:
             raise InputError(
-                f"the mean images of the {m} identities are all the same (or black), so nothing tells them apart; "
-                "check the images and labels"
+                f"the mean images of {k} identities are all the same (or black), so nothing tells them apart; check "
+                "the images and labels"
             )
         eigenvalues, eigenvectors = _eigh(covariance)  # rising
         kept = slice(-self.embedding_size, None)
         variances, components = eigenvalues[kept].flip(0).clamp_min(0), eigenvectors[:, kept].flip(1)
         largest = components.gather(0, components.abs().argmax(0, keepdim=True))
-        components = components * largest.sign() / (variances + RIDGE * mean_variance).sqrt()
-        return torch.cat([((rows.double() - center) @ components).float() for rows in blocks])
+        return AffineMap(center, (components * largest.sign() / (variances + RIDGE * mean_variance).sqrt()).T)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,12 @@ from gif.codes.prices import FINAL_RATES, PRICE_RATES
 from gif.codes.tokenize import BLOCKS_HELD, BYTES_A_ROW
 from gif.planning.heads import FLOAT, gif_cost, partial_fc_cost, softmax_cost
 from gif.planning.rates import Rates, pages_of_a_row
+from gif.vectors.mean_features import PART
 from gif_kernels.gaussian_potential.blocked import TILE
 
 ROUNDING_BYTES = 16  # an int64 hash of stochastic rounding and what is shifted of it, an element of a step's rows
 LLOYD_ROUNDS = 8  # `tokenize`'s default
+SUM_BYTES = 12  # of a feature: its sum in float64, and the mean in float32
 SAMPLE_RATE = 0.1  # of Partial FC's centres, as its authors recommend
 
 
@@ -32,9 +34,10 @@ class StageCost:
 
 
 def encode_cost(m: int, width: int, rates: Rates, *, images: int, encoder_flops: float) -> StageCost:
-    """The encoder makes one forward pass an image; the host holds sums in float64 and their means in float32."""
+    """The encoder makes a forward pass an image; the host holds the vectors, and sums of the features of a part."""
     count = m * images
-    return StageCost("encode", 0.0, 12 * m * width, count * encoder_flops / rates.products, f"{count:,} images")
+    host = FLOAT * m * width + SUM_BYTES * min(m, PART) * width
+    return StageCost("encode", 0.0, host, count * encoder_flops / rates.products, f"{count:,} images")
 
 
 def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:

@@ -42,8 +42,9 @@ def vectors_command(
 ) -> None:
     """Make code vectors: each identity's mean image feature under a frozen encoder.
 
-    A run that was interrupted continues when the same command is given again, on as many processes. Several processes
-    share the identities: torchrun --nproc-per-node 8 -m gif.cli vectors ...
+    The vectors are held, and the sums of a few thousand identities. A run that was interrupted continues when the same
+    command is given again, on as many processes. Several processes share the identities: torchrun --nproc-per-node 8 -m
+    gif.cli vectors ...
 
     Args:
         output: where to write the code vectors (.safetensors).

@@ -349,6 +349,9 @@ def test_a_plain_loader(faces):
     memory = IdentityImages(images, labels, data.names)
     (batch,) = DataLoader(memory, 64)
     assert torch.equal(batch[0], images) and torch.equal(batch[1], labels)
+    pairs = memory.__getitems__([3, 1])
+    assert len(list(pairs)) == 2 and torch.equal(pairs[1][0], images[1]) and pairs[0][1] == labels[3]
+    assert memory.collate(pairs)[0] is memory.collate(pairs)[0]  # as it was read
     (faces / "person 1" / "2.PNG").write_bytes(b"")
     sizes = [len(labels) for _, labels in DataLoader(data, 4)]
     assert sizes == [4, 3, 4, 4, 4]

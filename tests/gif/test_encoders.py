@@ -88,7 +88,7 @@ class TestCLIP:
         features = encoder(batch)
         assert features.dtype == torch.float32
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
-        assert encoder.finish(features) is features
+        assert encoder.fit is None
 
     def test_bf16(self, clip_file):
         encoder = CLIPEncoder("tiny-clip", str(clip_file), precision="bf16")
@@ -178,6 +178,10 @@ class TestDINO:
             DINOEncoder()
 
 
+def whitened(width, means):
+    return PixelEncoder(width).fit(means)(means)
+
+
 class TestPixels:
     def test_features(self):
         encoder = PixelEncoder(4)
@@ -194,7 +198,7 @@ class TestPixels:
         m, width, rank = 300, 6, 8
         factors = torch.randn(m, rank, dtype=torch.float64) * torch.linspace(3, 0.5, rank)
         basis = torch.linalg.qr(torch.randn(1024, rank, dtype=torch.float64)).Q
-        vectors = PixelEncoder(width).finish((factors @ basis.T + 5).float())
+        vectors = whitened(width, (factors @ basis.T + 5).float())
         assert vectors.shape == (m, width) and vectors.dtype == torch.float32
         eigenvalues = torch.linalg.eigvalsh(torch.cov(factors.T, correction=0)).flip(0)
         ridge = pixels_module.RIDGE * eigenvalues.sum() / 1024
@@ -205,11 +209,10 @@ class TestPixels:
         torch.testing.assert_close(vectors.mean(0), torch.zeros(width), rtol=0, atol=1e-5)
 
     def test_rank_below_the_width(self):
-        encoder = PixelEncoder(16)
-        one = encoder.finish(torch.rand(1, 1024))
+        one = whitened(16, torch.rand(1, 1024))
         assert one.shape == (1, 16) and one[0, 0] > 0
         torch.testing.assert_close(one[0, 1:], torch.zeros(15), rtol=0, atol=1e-5)
-        two = encoder.finish(torch.rand(2, 1024))
+        two = whitened(16, torch.rand(2, 1024))
         shrink = 1 / (1 + pixels_module.RIDGE / 1024)  # the one eigenvalue is 1024 times the mean
         torch.testing.assert_close(two[:, 0].abs(), torch.full((2,), shrink**0.5), rtol=0, atol=1e-5)
         torch.testing.assert_close(two[0], -two[1], rtol=0, atol=1e-5)
@@ -217,15 +220,15 @@ class TestPixels:
 
     def test_is_deterministic_and_follows_the_rows(self):
         means = torch.rand(200, 1024)
-        vectors = PixelEncoder(8).finish(means)
-        assert torch.equal(vectors, PixelEncoder(8).finish(means.clone()))
+        vectors = whitened(8, means)
+        assert torch.equal(vectors, whitened(8, means.clone()))
         order = torch.randperm(200)
         # a sum in another order moves the components by rounding over the gap of neighbouring eigenvalues
-        torch.testing.assert_close(PixelEncoder(8).finish(means[order]), vectors[order], rtol=0, atol=1e-6)
+        torch.testing.assert_close(whitened(8, means[order]), vectors[order], rtol=0, atol=1e-6)
 
     def test_keeps_an_order_of_similarity_when_identities_are_few(self):
         means = torch.rand(20, 3) @ torch.rand(3, 1024) + 0.05 * torch.rand(20, 1024)
-        vectors = PixelEncoder(64).finish(means)  # whitened in full, all 20 would be equally far apart
+        vectors = whitened(64, means)  # whitened in full, all 20 would be equally far apart
         pairs = torch.stack([torch.pdist(means), torch.pdist(vectors)])
         assert torch.corrcoef(pairs)[0, 1] > 0.5
 
@@ -234,7 +237,7 @@ class TestPixels:
             PixelEncoder(1025)
         for same in (torch.zeros(1, 1024), torch.rand(1, 1024).expand(5, -1)):
             with pytest.raises(ValueError, match="all the same"):
-                PixelEncoder(4).finish(same)
+                PixelEncoder(4).fit(same)
 
 
 def test_make_encoder(clip_file, timm_file):

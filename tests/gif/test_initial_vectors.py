@@ -1,5 +1,7 @@
 """Initial code vectors: the mean feature of each identity, whatever happens on the way."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from gif.encoders import PixelEncoder
 from gif.files import load_tensors
 from gif.progress import console
 from gif.vectors import initial as initial_module
-from gif.vectors import initial_code_vectors
+from gif.vectors import initial_code_vectors, mean_features
 
 
 def random_images(n, m, channels=1, size=12):
@@ -42,6 +44,7 @@ class Projection:
 
     name = "projection"
     embedding_size = 5
+    fit: Callable | None = None
 
     def __init__(self, fail_at=None, error=KeyboardInterrupt):
         self.matrix = torch.randn(144, 5, generator=torch.Generator().manual_seed(0))
@@ -53,14 +56,11 @@ class Projection:
         self.batches += 1
         return images.float().mean(1).flatten(1) / 255 @ self.matrix
 
-    def finish(self, means):
-        return means
-
 
 def by_hand(data, encoder):
     features = encoder(data.images).double()
     means = torch.stack([features[data.labels == y].mean(0) for y in range(data.num_identities)])
-    vectors = encoder.finish(means.float()).double()
+    vectors = (means if encoder.fit is None else encoder.fit(means.float())(means.float())).double()
     return (vectors / vectors.norm(dim=1, keepdim=True)).float()
 
 
@@ -212,6 +212,151 @@ def test_an_interrupted_run_with_broken_images_continues(tmp_path, png):
     assert torch.equal(resumed.table, whole.table)
 
 
+class Pixels(PixelEncoder):
+    """Whitened pixels of a width of 8, that can fail at a batch."""
+
+    def __init__(self, fail_at=None, error=KeyboardInterrupt):
+        super().__init__(8)
+        self.fail_at, self.error, self.batches = fail_at, error, 0
+
+    def __call__(self, images):
+        if self.batches == self.fail_at:
+            raise self.error
+        self.batches += 1
+        return super().__call__(images)
+
+
+class Listed(Dataset):
+    """A dataset with labels that is no `IdentityDataset`."""
+
+    def __init__(self, images):
+        self.pairs, self.labels = images, images.labels
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Sums of 7 identities at a time, and encoders that are fitted to 20."""
+    monkeypatch.setattr(mean_features, "PART", 7)
+    monkeypatch.setattr(initial_module, "FITTED", 20)
+
+
+class TestParts:
+    """Identities are read part by part, and encoders are fitted to some of many."""
+
+    @pytest.mark.parametrize("encoder", [Projection, Pixels])
+    @pytest.mark.parametrize("batch_size", [1, 8, 256])
+    @pytest.mark.parametrize("m", [7, 15, 20])
+    def test_make_no_difference_up_to_as_many_as_are_fitted_to(self, monkeypatch, encoder, batch_size, m):
+        data = random_images(3 * m, m)
+        whole = initial_code_vectors(data, encoder(), batch_size=1)
+        monkeypatch.setattr(mean_features, "PART", 7)
+        monkeypatch.setattr(initial_module, "FITTED", 20)
+        parts = initial_code_vectors(data, encoder(), batch_size=batch_size)
+        exact = batch_size == 1 or encoder is Pixels  # products depend on the rows beside them
+        torch.testing.assert_close(parts.table, whole.table, rtol=0, atol=0 if exact else 2e-6)
+
+    def test_are_those_of_the_means_by_hand_in_whatever_order_images_lie(self, small_parts):
+        data = random_images(200, 33)
+        found = initial_code_vectors(data, Pixels(), batch_size=8)
+        means = torch.stack([Pixels()(data.images[data.labels == y]).double().mean(0).float() for y in range(33)])
+        some = torch.arange(20) * 33 // 20
+        assert len(some.unique()) == 20
+        # float32 means of values up to 1, and the whitening divides by less than one
+        wanted = torch.nn.functional.normalize(Pixels().fit(means[some])(means))
+        torch.testing.assert_close(found.table, wanted, rtol=0, atol=1e-4)
+        order = data.labels.argsort(stable=True)
+        ordered = IdentityImages(data.images[order], data.labels[order], data.names)
+        assert torch.equal(initial_code_vectors(ordered, Pixels(), batch_size=5).table, found.table)
+
+    @pytest.mark.parametrize("plain", [OneByOne, Listed])
+    def test_a_plain_dataset_is_one_part(self, small_parts, plain):
+        data = random_images(90, 33)
+        found = initial_code_vectors(plain(data), Pixels(), num_identities=33)
+        assert torch.equal(found.table, initial_code_vectors(data, Pixels()).table)
+
+    def test_are_near_the_whitening_of_all(self, small_parts, monkeypatch):
+        """Coordinates of like variance may turn among each other; pairs keep their cosines."""
+        monkeypatch.setattr(initial_module, "FITTED", 100)
+        m, directions = 400, torch.randn(3, 144) * torch.tensor([30.0, 20, 10])[:, None]
+        faces = 128 + (torch.randn(m, 3) @ directions).view(m, 1, 12, 12)
+        labels = torch.arange(m).repeat_interleave(2)
+        images = (faces[labels] + torch.randn(2 * m, 1, 12, 12)).clamp(0, 255).byte()
+        data = IdentityImages(images, labels, list(map(str, range(m))))
+        some = initial_code_vectors(data, PixelEncoder(3)).table
+        means = torch.stack([PixelEncoder(3)(images[labels == y]).mean(0) for y in range(m)])
+        every = torch.nn.functional.normalize(PixelEncoder(3).fit(means)(means))
+        pairs = torch.stack([some @ some.T, every @ every.T]).flatten(1)
+        assert torch.corrcoef(pairs)[0, 1] > 0.9  # of variances that 100 samples give within 14 %
+
+    def test_a_run_killed_at_any_batch_continues_to_the_same_vectors(self, small_parts, tmp_path):
+        data, path = random_images(70, 33), tmp_path / "vectors.partial"
+        encoder = Pixels()
+        whole = initial_code_vectors(data, encoder, batch_size=8)
+        few = data.of_identities(torch.arange(20) * 33 // 20)
+        assert encoder.batches > -(-len(data) // 8) + -(-len(few) // 8)  # parts end batches
+        for fail_at in range(encoder.batches):
+            with pytest.raises(KeyboardInterrupt):
+                initial_code_vectors(data, Pixels(fail_at), batch_size=8, checkpoint=path)
+            resumed = Pixels()
+            found = initial_code_vectors(data, resumed, batch_size=8, checkpoint=path)
+            assert torch.equal(found.table, whole.table) and resumed.batches == encoder.batches - fail_at
+            assert not path.exists()
+
+    def test_a_run_killed_while_it_fits_continues(self, small_parts, tmp_path, monkeypatch):
+        data, path = random_images(70, 33), tmp_path / "vectors.partial"
+        whole = initial_code_vectors(data, Pixels(), batch_size=8)
+
+        class Interrupted(Pixels):
+            def fit(self, means):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            initial_code_vectors(data, Interrupted(), batch_size=8, checkpoint=path)
+        before, after = Pixels(), Pixels()
+        initial_code_vectors(data, before, batch_size=8)
+        found = initial_code_vectors(data, after, batch_size=8, checkpoint=path)
+        assert torch.equal(found.table, whole.table)
+        assert after.batches < before.batches  # the images to fit to are not read again
+
+    def test_done_and_kept(self, small_parts, tmp_path):
+        data, path = random_images(70, 33), tmp_path / "vectors.partial"
+        whole = initial_code_vectors(data, Pixels(), batch_size=8, checkpoint=path, keep_checkpoint=True)
+        encoder = Pixels()
+        again = initial_code_vectors(data, encoder, batch_size=8, checkpoint=path, keep_checkpoint=True)
+        assert torch.equal(again.table, whole.table) and encoder.batches == 0 and path.exists()
+
+    def test_sums_of_a_part_alone_are_held(self, small_parts, monkeypatch):
+        held, zeros = [], torch.zeros
+        monkeypatch.setattr(
+            mean_features.torch, "zeros", lambda *shape, **options: held.append(shape) or zeros(*shape, **options)
+        )
+        initial_code_vectors(random_images(70, 33), Projection(), batch_size=8)
+        sums = [shape for shape in held if shape[1:] == (5,)]
+        assert sums == [(7, 5)] * 4 + [(5, 5)]
+
+    def test_an_identity_whose_images_break_on_the_way(self, small_parts, tmp_path, png):
+        for y in range(9):
+            (tmp_path / str(y)).mkdir()
+            for i in range(2):
+                (tmp_path / str(y) / f"{i}.png").write_bytes(png(torch.randint(256, (3, 12, 12), dtype=torch.uint8)))
+        data = open_data(str(tmp_path), decoder=ImageDecoder(12))
+
+        class Breaks(Projection):
+            def __call__(self, images):
+                for i in range(2):
+                    (tmp_path / "8" / f"{i}.png").write_bytes(b"")
+                return super().__call__(images)
+
+        with pytest.raises(ValueError, match=r"1 of 2 identities have no image \(first: 8\)"):
+            initial_code_vectors(data, Breaks(), batch_size=4)
+
+
 def shared_images():
     """Long-tailed: half of the images show identity 0."""
     generator = torch.Generator().manual_seed(5)
@@ -243,11 +388,23 @@ def _process(rank, folder):
         one = IdentityImages(data.images, torch.zeros(80, dtype=torch.int64), ["a"])
         with pytest.raises(ValueError, match="2 processes share 1 identities"):
             initial_code_vectors(one, Projection())
-    torch.save((vectors.table, pixels.table, encoder.batches), folder / f"{rank}.pt")
+        patch.setattr(mean_features, "PART", 2)
+        patch.setattr(initial_module, "FITTED", 10)
+        fitted = initial_code_vectors(data, Pixels(), batch_size=8)
+        with pytest.raises(KeyboardInterrupt):
+            initial_code_vectors(data, Pixels(fail_at=1), batch_size=8, checkpoint=path)
+        dist.barrier()
+        half = initial_code_vectors(data, Pixels(), batch_size=8, checkpoint=path, keep_checkpoint=True)
+        if rank == 0:  # what it has kept does not hold yet what the other has found
+            own_file.unlink()
+        dist.barrier()
+        again = initial_code_vectors(data, Pixels(), batch_size=8, checkpoint=path)
+        assert torch.equal(half.table, fitted.table) and torch.equal(again.table, fitted.table)
+    torch.save((vectors.table, pixels.table, encoder.batches, fitted.table), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_make_the_vectors_of_one(tmp_path):
+def test_two_processes_make_the_vectors_of_one(tmp_path, monkeypatch):
     spawn(_process, (tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
@@ -256,13 +413,17 @@ def test_two_processes_make_the_vectors_of_one(tmp_path):
     torch.testing.assert_close(first[0], alone, rtol=0, atol=2e-6)  # as other batches do
     assert torch.equal(first[1], initial_code_vectors(data, PixelEncoder(8), batch_size=8).table)
     assert first[2] + second[2] <= 80 / 8 + 1  # each image is encoded once
+    monkeypatch.setattr(mean_features, "PART", 2)
+    monkeypatch.setattr(initial_module, "FITTED", 10)
+    fitted = initial_code_vectors(data, Pixels(), batch_size=8)
+    assert torch.equal(first[3], second[3]) and torch.equal(first[3], fitted.table)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1, 1], [100, 1, 1, 1], [1, 1, 1, 100], [5, 0, 0, 7, 1, 1, 1]])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_shares(monkeypatch, counts, processes):
-    monkeypatch.setattr(initial_module, "world_size", lambda: processes)
-    bounds = initial_module._shares(torch.tensor(counts))
+    monkeypatch.setattr(mean_features, "world_size", lambda: processes)
+    bounds = mean_features.shares(torch.tensor(counts))
     assert len(bounds) == processes + 1 and bounds[0] == 0 and bounds[-1] == len(counts)
     sizes = [sum(counts[begin:end]) for begin, end in zip(bounds, bounds[1:])]  # noqa: B905, RUF007
     assert all(begin < end for begin, end in zip(bounds, bounds[1:]))  # noqa: B905, RUF007

@@ -51,6 +51,10 @@ class TestFormulas:
         assert mapped == 24e6 + blocks
         assert held == 24e6 + 8 * blocks + 1024e6
 
+    def test_encoding_holds_the_vectors_and_the_sums_of_a_part(self):
+        small, large = (encode_cost(m, 512, RATES, images=3, encoder_flops=1e9).host for m in (10**6, 10**7))
+        assert large - small == 9 * 10**6 * 512 * 4 and small == 10**6 * 512 * 4 + 4096 * 512 * 12
+
     def test_pages_of_a_row(self):
         begins = torch.arange(4096)
         for size in (64, 2048, 4096, 6000):

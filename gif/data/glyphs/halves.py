@@ -76,6 +76,11 @@ class Halves:
         """The first drawing of each letter, (C,)."""
         return self.ends.numpy() - self.counts
 
+    @property
+    def lines(self) -> NDArray[np.void]:
+        """The drawings (D, h), of which a line of pixels is one element: copied as a whole, not pixel by pixel."""
+        return self.drawings.numpy().view(f"V{self.drawings.shape[2]}")[..., 0]
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the letters and all their drawings."""

@@ -39,8 +39,8 @@ _BLOCK = 1 << 20  # identities looked at together
 _DRAWING = np.uint64(
     0x9E3779B97F4A7C15
 )  # keeps what decides an identity's drawings apart from what decides their number
-# Another image follows as long as 32 random bits lie below these: MORE, MORE^2, ..., the lowest first.
-_FURTHER = np.array([int(MORE**k * 2**32) for k in range(MOST_IMAGES - FEWEST_IMAGES, 0, -1)], np.uint64)
+# Another image follows as long as 32 random bits lie below these: MORE, MORE^2, ...
+_FURTHER = np.array([int(MORE**k * 2**32) for k in range(1, MOST_IMAGES - FEWEST_IMAGES + 1)], np.uint32)
 
 
 class Pairs(ABC):
@@ -91,8 +91,11 @@ class DrawnPairs(Pairs):
         return self._permutation.pairs(identities + np.searchsorted(self._without, identities, side="right"))
 
     def counts(self, identities: Integers) -> Integers:
-        bits = mix(identities.view(np.uint64) ^ self._key) >> np.uint64(32)
-        counts = FEWEST_IMAGES + len(_FURTHER) - np.searchsorted(_FURTHER, bits, side="right")
+        bits = (mix(identities.view(np.uint64) ^ self._key) >> np.uint64(32)).astype(np.uint32)
+        images = np.full(bits.shape, FEWEST_IMAGES, np.uint8)
+        for limit in _FURTHER:  # a few comparisons of many at once are faster than a search
+            images += bits < limit
+        counts = images.astype(np.int64)
         many = counts > self._fewest_drawings  # the others need no look at their letters
         first, second = self.letters(identities[many])
         counts[many] = np.minimum(counts[many], np.minimum(self._drawings[first], self._drawings[second]))
@@ -171,12 +174,12 @@ class GlyphWords(IdentityDataset):
         first, second = self._pairs.letters(identities)
         pair = (first * len(self._halves) + second).view(np.uint64)
         drawing = (mix(pair ^ _DRAWING) >> np.uint64(32)).view(np.int64) + numbers
-        halves = self._halves.drawings
-        images = torch.empty(len(indices), halves.shape[1], 2, halves.shape[2], dtype=torch.uint8)
+        lines = self._halves.lines
+        images = np.empty((len(indices), lines.shape[1], 2), lines.dtype)
         for side, letters in enumerate((first, second)):
-            rows = self._halves.begins[letters] + drawing % self._halves.counts[letters]
-            images[:, :, side] = halves[torch.from_numpy(rows)]
-        return images.view(len(indices), *self.image_shape), torch.from_numpy(identities)
+            images[:, :, side] = lines[self._halves.begins[letters] + drawing % self._halves.counts[letters]]
+        pixels = torch.from_numpy(images.view(np.uint8))
+        return pixels.view(len(indices), *self.image_shape), torch.from_numpy(identities)
 
     def _locate(self, indices: Integers) -> tuple[Integers, Integers]:
         """Whom images (k,) show, and which of that identity's images they are, from 0."""
