@@ -170,3 +170,4 @@ def _panel(axes: Any, found: Found, heads: Sequence[str], measure: Measure, agai
         axes.set_xticks([], minor=True)
     else:
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
