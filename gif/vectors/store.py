@@ -17,6 +17,7 @@ from gif_kernels import checks, vector_step_
 
 FORMAT = "gif.code_vectors/1"
 ROWS_A_BLOCK = 1 << 18  # of a table, that are looked at together
+_UNIT = 1e-6  # how far from 1 the norm of a unit row may be in float32, by its coordinates' rounding and by its own
 _DIGEST_BYTES = 1 << 28  # a table up to this is digested whole
 _DIGEST_ROWS = 1 << 13  # and of a larger one so many rows
 
@@ -182,7 +183,7 @@ class CodeVectors:
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows (k, d) at unit length; those that have it already, within the rounding of their dtype, as they are."""
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float32)
-    moved = (norm - 1).abs() > torch.finfo(rows.dtype).eps
+    moved = (norm - 1).abs() > max(torch.finfo(rows.dtype).eps, _UNIT)
     return torch.where(moved, (rows / norm).to(rows.dtype), rows)
 
 
