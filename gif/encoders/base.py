@@ -32,8 +32,8 @@ class AffineMap:
 
     def __call__(self, means: Tensor) -> Tensor:
         """Rows (m, d) float32 of ``means`` (m, e), computed in float64, on the map's device."""
-        blocks = means.split(_ROWS_A_BLOCK)
-        return torch.cat([((rows - self.center) @ self.matrix.T).float() for rows in blocks])
+        centered = (rows.to(torch.float64, copy=True).sub_(self.center) for rows in means.split(_ROWS_A_BLOCK))
+        return torch.cat([(rows @ self.matrix.T).float() for rows in centered])
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a file."""

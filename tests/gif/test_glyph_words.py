@@ -174,7 +174,7 @@ class TestNames:
         letters = "aé丁𠀀" * 10
         halves = make_halves(0)
         data = GlyphWords(
-            Halves(halves.drawings, halves.ends, letters, halves.groups), words_to_train_on(halves, 300, 0)._pairs
+            Halves(halves.drawings, halves.ends, letters, halves.groups), words_to_train_on(halves, 300, 0).pairs
         )
         assert data.names == [data.names[row] for row in range(300)]
 

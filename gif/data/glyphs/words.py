@@ -148,7 +148,7 @@ class GlyphWords(IdentityDataset):
     computed = True
 
     def __init__(self, halves: Halves, pairs: Pairs) -> None:
-        self._halves, self._pairs = halves, pairs
+        self._halves, self.pairs = halves, pairs
         self.names = WordNames(halves.letters, pairs)
         marks = [np.zeros(1, np.int64)]
         for identities in _blocks(len(pairs)):
@@ -171,7 +171,7 @@ class GlyphWords(IdentityDataset):
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         identities, numbers = self._locate(np.array(indices, np.int64))
-        first, second = self._pairs.letters(identities)
+        first, second = self.pairs.letters(identities)
         pair = (first * len(self._halves) + second).view(np.uint64)
         drawing = (mix(pair ^ _DRAWING) >> np.uint64(32)).view(np.int64) + numbers
         lines = self._halves.lines
@@ -183,10 +183,12 @@ class GlyphWords(IdentityDataset):
 
     def _locate(self, indices: Integers) -> tuple[Integers, Integers]:
         """Whom images (k,) show, and which of that identity's images they are, from 0."""
-        mark = np.searchsorted(self._marks, indices, side="right") - 1
+        order = indices.argsort()  # places in order are found in less than half the time
+        mark = np.empty_like(indices)
+        mark[order] = np.searchsorted(self._marks, indices[order], side="right") - 1
         members = mark[:, None] * _IDENTITIES_A_MARK + np.arange(_IDENTITIES_A_MARK)
-        inside = np.minimum(members, len(self._pairs) - 1)  # those beyond the last change no place before them
-        ends = self._pairs.counts(inside).cumsum(axis=1)
+        inside = np.minimum(members, len(self.pairs) - 1)  # those beyond the last change no place before them
+        ends = self.pairs.counts(inside).cumsum(axis=1)
         left = indices - self._marks[mark]
         place = (ends <= left[:, None]).sum(axis=1)
         begins = np.where(place > 0, ends[np.arange(len(place)), place - 1], 0)
@@ -198,10 +200,10 @@ class GlyphWords(IdentityDataset):
 
     @cached_property
     def labels(self) -> Tensor:  # type: ignore[override]  # made when it is asked for
-        return torch.arange(len(self._pairs)).repeat_interleave(self.image_counts())
+        return torch.arange(len(self.pairs)).repeat_interleave(self.image_counts())
 
     def image_counts(self) -> Tensor:
-        return torch.from_numpy(np.concatenate([self._pairs.counts(some) for some in _blocks(len(self._pairs))]))
+        return torch.from_numpy(np.concatenate([self.pairs.counts(some) for some in _blocks(len(self.pairs))]))
 
     def images_between(self, begin: int, end: int) -> range:
         return range(self._first_image(begin), self._first_image(end))
@@ -210,11 +212,11 @@ class GlyphWords(IdentityDataset):
         """The place of an identity's first image; of the number of identities, the number of images."""
         mark, more = divmod(identity, _IDENTITIES_A_MARK)
         before = np.arange(identity - more, identity, dtype=np.int64)
-        return int(self._marks[mark] + self._pairs.counts(before).sum())
+        return int(self._marks[mark] + self.pairs.counts(before).sum())
 
     def of_identities(self, identities: Tensor) -> Self:
         numbers = identities.sort().values.numpy()
-        listed = ListedPairs(*self._pairs.letters(numbers), self._pairs.counts(numbers))
+        listed = ListedPairs(*self.pairs.letters(numbers), self.pairs.counts(numbers))
         part = type(self)(self._halves, listed)
         part.origin, part.splits = self.origin, self.splits
         return part
@@ -225,7 +227,7 @@ class GlyphWords(IdentityDataset):
             "identities": self.num_identities,
             "images": len(self),
             "drawings": self._halves.fingerprint[:16],
-            "words": hashlib.sha256(self._pairs.settings().encode()).hexdigest()[:16],
+            "words": hashlib.sha256(self.pairs.settings().encode()).hexdigest()[:16],
             "read as": self.image_settings,
         }
 
