@@ -167,7 +167,7 @@ def _nodes_to_judge(codes: IdentityCodes, table: Tensor, depth: int, seed: int) 
             generator = torch.Generator().manual_seed(seed)
             members = members[torch.randint(len(members), (SAMPLE // len(nodes),), generator=generator)]
         rows = unit(table[members.to(table.device)].float())
-        yield rows, codes.codes[members, depth].long().to(table.device)
+        yield rows, codes.table.tokens(members)[:, depth].to(table.device)
 
 
 def _shared_prefix(left: Tensor, right: Tensor) -> float:
