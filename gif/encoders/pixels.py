@@ -14,7 +14,7 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 # Of the mean eigenvalue. Whitening in full makes all identities equally far apart where m <= width + 1, and loses much
 # order elsewhere; this much ridge keeps the order of plain pixels, and still only dampens what all images share.
 RIDGE = 10.0
-_ROWS_A_BLOCK = 1 << 14
+ROWS_WHITENED = 1 << 14  # at a time
 
 
 class PixelEncoder:
@@ -63,7 +63,7 @@ class PixelEncoder:
         Raises ValueError if all rows are the same.
         """
         k = len(means)
-        blocks = means.split(_ROWS_A_BLOCK)
+        blocks = means.split(ROWS_WHITENED)
         center = torch.zeros(means.shape[1], dtype=torch.float64, device=means.device)
         if k > 1:
             center = torch.stack([rows.sum(0, dtype=torch.float64) for rows in blocks]).sum(0) / k
@@ -71,6 +71,7 @@ class PixelEncoder:
         for rows in blocks:
             centered = rows - center
             covariance.addmm_(centered.T, centered, alpha=1 / k)
+            del centered  # one block at a time
         mean_variance = covariance.diagonal().mean()
         rounding = torch.finfo(means.dtype).eps * center.abs().max()
         if not mean_variance > rounding**2:

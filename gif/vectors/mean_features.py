@@ -77,7 +77,8 @@ class ImageOrder:
         for part in pairwise([0, *self.ends]):
             for begin in range(*part, size):
                 if begin >= done:
-                    yield torch.as_tensor(self.places[begin : min(begin + size, part[1])])
+                    some = self.places[begin : min(begin + size, part[1])]
+                    yield some if isinstance(some, Tensor) else torch.arange(some.start, some.stop)
 
 
 def _image_counts(dataset: Dataset[tuple[Tensor, Any]], m: int) -> Tensor | None:
@@ -282,9 +283,9 @@ class _Rows:
         check_counts(self._counts, self._first)
         assert self._sums is not None  # every identity has an image
         means = self._sums.div_(self._counts[:, None]).float()
-        self._sums = None
         self._append(means if self._finish is None else self._finish(means))
         self._counts = self._no_counts()
+        self._sums = self._sums.zero_()[: len(self._counts)] if len(self._counts) else None
 
     def _append(self, rows: Tensor) -> None:
         every = len(self.order.identities)

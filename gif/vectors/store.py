@@ -18,6 +18,7 @@ from gif_kernels import checks, vector_step_
 FORMAT = "gif.code_vectors/1"
 ROWS_A_BLOCK = 1 << 18  # of a table, that are looked at together
 _UNIT = 1e-6  # how far from 1 the norm of a unit row may be in float32, by its coordinates' rounding and by its own
+_NORMALISED_ROWS = 1 << 14  # together: a few times that is held beside them
 _DIGEST_BYTES = 1 << 28  # a table up to this is digested whole
 _DIGEST_ROWS = 1 << 13  # and of a larger one so many rows
 
@@ -49,7 +50,7 @@ class CodeVectors:
         self.file: Path | None = None
         self._stage: Stage | None = None
         if not normalized:
-            for rows in self.table.split(ROWS_A_BLOCK):
+            for rows in self.table.split(_NORMALISED_ROWS):
                 norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
                 if not bool(norm.isfinite().all()):
                     raise InputError("vectors hold NaN or infinity; check the encoder and the images it was given")
@@ -94,7 +95,7 @@ class CodeVectors:
         self.settle()
         who = self.identities
         names, metadata = ({}, {}) if who is None else (who.tensors(), who.metadata())
-        units = Blocks(tuple(self.table.shape), self.table.dtype, map(unit_rows, self.table.split(ROWS_A_BLOCK)))
+        units = Blocks(tuple(self.table.shape), self.table.dtype, map(unit_rows, self.table.split(_NORMALISED_ROWS)))
         save_tensors(path, {"vectors": units, **names}, format=FORMAT, **metadata)
 
     def lookup(self, labels: Tensor) -> Tensor:

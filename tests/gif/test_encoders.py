@@ -194,7 +194,7 @@ class TestPixels:
 
     @pytest.mark.parametrize("rows_a_block", [1 << 14, 97])
     def test_coordinates_are_white(self, monkeypatch, rows_a_block):
-        monkeypatch.setattr(pixels_module, "_ROWS_A_BLOCK", rows_a_block)
+        monkeypatch.setattr(pixels_module, "ROWS_WHITENED", rows_a_block)
         m, width, rank = 300, 6, 8
         factors = torch.randn(m, rank, dtype=torch.float64) * torch.linspace(3, 0.5, rank)
         basis = torch.linalg.qr(torch.randn(1024, rank, dtype=torch.float64)).Q
