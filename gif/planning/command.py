@@ -20,6 +20,7 @@ from gif.planning.rates import CARDS, Rates, measure_rates
 from gif.planning.stages import (
     encode_cost,
     head_costs,
+    pixels_cost,
     spread_cost,
     spread_memory,
     spread_step_seconds,
@@ -35,7 +36,8 @@ def plan(
     width: int = 512,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     device: Literal["cpu", "a100", "h100", "h200", "mi300x"] = "h100",
-    images: int = 20,
+    images: float = 20,
+    encoder: Literal["network", "pixels"] = "network",
     encoder_gflops: float = 8.8,
     batch: int = 2048,
     epochs: int = 3,
@@ -54,7 +56,8 @@ def plan(
         device: a card, planned with 0.6 of its data sheet's peaks; or this machine's CPU, which a calibration of a few
             seconds measures.
         images: of an identity, on average.
-        encoder_gflops: of the frozen encoder, an image; ViT-B/32 takes 8.8.
+        encoder: a frozen network, or the pixels of `gif vectors`, with --device cpu.
+        encoder_gflops: of the network, an image; ViT-B/32 takes 8.8.
         batch: code vectors in a step of spreading.
         epochs: of spreading.
         training_batch: images in a step of training.
@@ -76,11 +79,15 @@ def plan(
             f"measure times float32 tables on this CPU, and the plan is for {dtype} on {device}; give --device cpu "
             "--dtype float32"
         )
+    if encoder == "pixels" and device != "cpu":
+        raise InputError(f"pixels are encoded by a CPU, of which a plan for {device} knows nothing; give --device cpu")
     folder = None if output is None else output.parent
-    rates = measure_rates(width, batch, folder) if device == "cpu" else CARDS[device]
     shape = advise(m, slack)[0]
+    rates = measure_rates(width, batch, folder, shape.vocab_size) if device == "cpu" else CARDS[device]
     stages = [
-        encode_cost(m, width, rates, images=images, encoder_flops=1e9 * encoder_gflops),
+        pixels_cost(m, width, rates, images=images)
+        if encoder == "pixels"
+        else encode_cost(m, width, rates, images=images, encoder_flops=1e9 * encoder_gflops),
         spread_cost(m, width, itemsize, rates, batch=batch, epochs=epochs, in_file=in_file),
         tokenize_cost(
             m, width, itemsize, rates, vocab_size=shape.vocab_size, length=shape.length, mapped=device == "cpu"

@@ -9,9 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
+from gif.codes.clustering import split
+from gif.codes.config import TokenizeConfig
+from gif.codes.nodes import Nodes
+from gif.data.images import IdentityImages
+from gif.encoders.pixels import SIDE, PixelEncoder
 from gif.vectors.distributed_table import DistributedTable
+from gif.vectors.neighbors import neighbor_order
 from gif_kernels import uniformity_step_
 from gif_kernels.gaussian_potential.blocked import TILE
 from gif_kernels.precision import product
@@ -25,6 +33,9 @@ PAGE = 4096
 _COPY_BYTES = 1 << 27
 _SPARSE_BYTES = 1 << 34
 _SPARSE_ROWS = 2048
+_BATCHES, _IMAGES = 4, 1024
+_CUT_NODES, _ROWS_A_CHILD = 16, 16
+_SORTED_ROWS, _SORTED_LEVELS = 1 << 18, 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,9 @@ class Rates:
     A page is one that is read and written at random in a mapped file. ``overhead``: seconds of a step that does
     nothing; ``capacity``: bytes of memory, infinity where it is not looked at; ``roundings``: numbers rounded
     stochastically, infinity where the kernel that moves them does so.
+
+    ``images`` are those of pixels, read from memory, encoded and summed, and ``cuts`` rows of nodes that balanced
+    k-means cuts; infinity where they are not measured. ``sorts``: rows sorted by a level of random cuts, by a host.
     """
 
     products: float
@@ -43,6 +57,9 @@ class Rates:
     overhead: float
     capacity: float
     roundings: float = torch.inf
+    images: float = torch.inf
+    cuts: float = torch.inf
+    sorts: float = 6e6
 
 
 def _card(products: float, exponentials: float, memory: float, capacity: float) -> Rates:
@@ -58,8 +75,12 @@ CARDS = {
 }
 
 
-def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
-    """This machine's rates on CPU for steps of ``batch`` rows of ``width``, in a few seconds.
+def measure_rates(
+    width: int, batch: int, folder: Path | None = None, vocab_size: int = TokenizeConfig.vocab_size
+) -> Rates:
+    """This machine's rates on CPU for steps of ``batch`` rows of ``width`` and tokens of ``vocab_size`` values.
+
+    It takes a few seconds.
 
     Products and exponentials are timed in the tiles that the potential is computed in, pages in a sparse file in
     ``folder`` (a temporary one where it is not given), which is removed.
@@ -74,6 +95,7 @@ def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
     copy = seconds(lambda: target.copy_(source))
     two = torch.nn.functional.normalize(torch.randn(2, width), dim=1)
     overhead = seconds(lambda: uniformity_step_(two, torch.arange(2), lr=0.1))
+    sort = seconds(lambda: neighbor_order(torch.randn(_SORTED_ROWS, _SORTED_LEVELS)))
     return Rates(
         products=4 * size * size * width / products,
         exponentials=size * size / exponential,
@@ -82,7 +104,38 @@ def measure_rates(width: int, batch: int, folder: Path | None = None) -> Rates:
         overhead=overhead,
         capacity=torch.inf,
         roundings=rows.numel() / rounding,
+        images=_image_rate(),
+        cuts=_cut_rate(width, vocab_size),
+        sorts=_SORTED_ROWS * _SORTED_LEVELS / sort,
     )
+
+
+def _image_rate() -> float:
+    """Images a second in memory, of 32 x 32, that a loader gives to `PixelEncoder` and whose features are summed."""
+    images = torch.randint(256, (_BATCHES * _IMAGES, 1, SIDE, SIDE), dtype=torch.uint8)
+    data = IdentityImages(images, torch.arange(len(images)), [str(number) for number in range(len(images))])
+    encoder, sums = PixelEncoder(), torch.zeros(len(images), SIDE**2, dtype=torch.float64)
+    loader = DataLoader(data, _IMAGES, collate_fn=data.collate, generator=torch.Generator())
+
+    def read() -> None:
+        for some, labels in loader:
+            sums.index_add_(0, labels, encoder(some).double())
+
+    return len(images) / seconds(read)
+
+
+def _cut_rate(width: int, vocab_size: int) -> float:
+    """Rows a second that `split` cuts, of nodes so large that it takes all of their rows."""
+    rows, config = _ROWS_A_CHILD * vocab_size, TokenizeConfig()
+    index = torch.arange(_CUT_NODES * rows).view(_CUT_NODES, rows)
+    nodes = Nodes(torch.randn(index.numel(), width), index, torch.ones_like(index, dtype=torch.bool), full=True)
+    seeds = np.arange(_CUT_NODES, dtype=np.uint64)
+
+    def cut() -> None:
+        factor, rounds = config.capacity_factor, config.iterations
+        split(nodes, vocab_size, capacity_factor=factor, limit=rows, iterations=rounds, seeds=seeds)
+
+    return index.numel() / seconds(cut)
 
 
 def _page_rate(width: int, folder: Path | None) -> float:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gif.codes.blocks import BLOCK_FLOATS, DEVICE_BLOCKS
-from gif.codes.clustering import BALANCING_ROUNDS
+from gif.codes.clustering import BALANCING_ROUNDS, LLOYD_ROWS, RESTARTS
 from gif.codes.prices import FINAL_RATES, PRICE_RATES
+from gif.codes.quality import KMEANS_RESTARTS
 from gif.codes.tokenize import BLOCKS_HELD, BYTES_A_ROW
+from gif.encoders.pixels import ROWS_WHITENED, SIDE
 from gif.planning.heads import FLOAT, gif_cost, partial_fc_cost, softmax_cost
 from gif.planning.rates import Rates, pages_of_a_row
+from gif.vectors.config import SpreadConfig
+from gif.vectors.initial import FITTED
 from gif.vectors.mean_features import PART
+from gif.vectors.quality import SAMPLE
 from gif_kernels.gaussian_potential.blocked import TILE
 
 ROUNDING_BYTES = 16  # an int64 hash of stochastic rounding and what is shifted of it, an element of a step's rows
 LLOYD_ROUNDS = 8  # `tokenize`'s default
+DOUBLE = 8  # bytes of float64
+INDEX_BYTES = 8  # of the number of a row
+SORT_BYTES = 56  # a row, while a level of random cuts is sorted: two orders, keys and what sorts them
+SIMILARITY_BYTES = 16  # of a cosine that is written, scaled and looked through, where it leaves the caches
+MEAN_BYTES = 72  # of a feature whose sum is cleared, divided, narrowed, and centred and multiplied in float64
+LEVEL_PASSES = 60  # of a row through memory: a dozen times it is gathered, normalised and multiplied
 SUM_BYTES = 12  # of a feature: its sum in float64, and the mean in float32
 SAMPLE_RATE = 0.1  # of Partial FC's centres, as its authors recommend
 
@@ -33,11 +45,26 @@ class StageCost:
     note: str
 
 
-def encode_cost(m: int, width: int, rates: Rates, *, images: int, encoder_flops: float) -> StageCost:
+def encode_cost(m: int, width: int, rates: Rates, *, images: float, encoder_flops: float) -> StageCost:
     """The encoder makes a forward pass an image; the host holds the vectors, and sums of the features of a part."""
     count = m * images
     host = FLOAT * m * width + SUM_BYTES * min(m, PART) * width
-    return StageCost("encode", 0.0, host, count * encoder_flops / rates.products, f"{count:,} images")
+    return StageCost("encode", 0.0, host, count * encoder_flops / rates.products, f"{count:,.0f} images")
+
+
+def pixels_cost(m: int, width: int, rates: Rates, *, images: float) -> StageCost:
+    """Pixels take no network; what whitens them is fitted to some identities, whose images are read twice.
+
+    Fitting takes 2 e^2 FLOPs an identity and whitening 2 e d, in float64, of which there are half as many a second. The
+    host holds the means that are fitted to, and then the vectors.
+    """
+    features, fitted = SIDE**2, min(m, FITTED)
+    count = images * (m + (fitted if fitted < m else 0))
+    flops = 2 * features * (features * fitted + width * m)
+    seconds = count / rates.images + 2 * flops / rates.products + m * features * MEAN_BYTES / rates.memory
+    fit = FLOAT * fitted * features + DOUBLE * min(m, ROWS_WHITENED) * features
+    host = SUM_BYTES * min(m, PART) * features + max(fit, FLOAT * m * width + DOUBLE * min(m, PART) * features)
+    return StageCost("encode", 0.0, host, seconds, f"{count:,.0f} images of pixels")
 
 
 def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
@@ -62,30 +89,64 @@ def spread_step_seconds(width: int, itemsize: int, batch: int, rates: Rates, *, 
 def spread_cost(
     m: int, width: int, itemsize: int, rates: Rates, *, batch: int, epochs: int, in_file: bool
 ) -> StageCost:
-    """The cost of all epochs. The order of an epoch is on the host."""
+    """The cost of all epochs and the report. The order of an epoch is on the host, and what near-duplicates take."""
     steps = epochs * max(m // batch, 1)
     step = spread_step_seconds(width, itemsize, batch, rates, in_file=in_file)
     memory = spread_memory(0 if in_file else m, width, itemsize, batch)
-    return StageCost("spread", memory, 8 * m, steps * step, f"{steps:,} steps of {1e3 * step:.3g} ms")
+    host = m * (FLOAT * _neighbor_depth(m) + SORT_BYTES if m > SAMPLE else INDEX_BYTES)
+    seconds = steps * step + spread_report_seconds(m, width, rates)
+    return StageCost("spread", memory, host, seconds, f"{steps:,} steps of {1e3 * step:.3g} ms, and the report")
+
+
+def spread_report_seconds(m: int, width: int, rates: Rates) -> float:
+    """Seconds to judge the vectors before and after, and to look for the largest cosine, twice.
+
+    Of a sample of s vectors: three searches of the nearest, 2 s^2 d FLOPs each, whose similarities go through memory,
+    and two potentials of s^2 d and s^2 / 2 exponentials. The largest cosine is that of all pairs where all are judged,
+    and of more vectors that in the leaves of a tree of random cuts: a sort a level, and a small product a leaf.
+    """
+    s, depth = min(m, SAMPLE), _neighbor_depth(m)
+    judging = 8 * s * s * width / rates.products + s * s / rates.exponentials
+    judging += 3 * s * s * SIMILARITY_BYTES / rates.memory
+    leaves = 2**depth * rates.overhead + 2 * m * m / 2**depth * width / rates.products
+    largest = leaves + m * depth / rates.sorts if m > SAMPLE else 2 * s * s * width / rates.products
+    return judging + 2 * largest
+
+
+def _neighbor_depth(m: int) -> int:
+    """Levels of the tree in whose leaves near-duplicates are looked for."""
+    return max(0, math.ceil(math.log2(m / SpreadConfig.neighbors)))
 
 
 def tokenize_cost(
     m: int, width: int, itemsize: int, rates: Rates, *, vocab_size: int, length: int, mapped: bool = False
 ) -> StageCost:
-    """Each round of a level compares every row with v centroids and sums rows into them; prices sweep m x v cosines.
+    """Balanced k-means, of large nodes on samples and several times; passes over all rows; the report's own k-means.
 
-    Of the rounds on a sample of the rows, which the first levels have, as much is counted: an upper estimate there.
+    A round of k-means compares a row with v centroids and sums it into one; prices sweep its v cosines. On a CPU that
+    is many small steps, whose rate is measured.
     ``mapped``: the vectors stay in their file, as they do on a CPU; one process on a card copies them there.
     """
     rounds = LLOYD_ROUNDS + BALANCING_ROUNDS + 1
-    flops = length * rounds * 2 * 2 * m * vocab_size * width
-    sweeps = (BALANCING_ROUNDS * len(PRICE_RATES) + len(FINAL_RATES)) * 3 * FLOAT * m * vocab_size
-    moved = length * (rounds * m * width * itemsize + sweeps)
+    sweeps = BALANCING_ROUNDS * len(PRICE_RATES) + len(FINAL_RATES)
+    moved = rounds * width * itemsize + sweeps * 3 * FLOAT * vocab_size
+    row = max(1 / rates.cuts, rounds * 4 * vocab_size * width / rates.products + moved / rates.memory)
+    rows = kmeans_rows(m, vocab_size, length) + length * min(m, SAMPLE) * KMEANS_RESTARTS
+    seconds = rows * row + length * m * LEVEL_PASSES * FLOAT * width / rates.memory
     blocks = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
     memory = m * (BYTES_A_ROW + (0 if mapped else width * itemsize)) + blocks
-    seconds = flops / rates.products + moved / rates.memory
     vectors = "the vectors stay in their file" if mapped else "of several processes none copies the vectors"
     return StageCost("tokenize", memory, 0.0, seconds, f"{length} tokens of {vocab_size}; {vectors}")
+
+
+def kmeans_rows(m: int, vocab_size: int, length: int) -> float:
+    """Rows that go through k-means, of all levels: of a large node a sample, as often as it is tried."""
+    rows, sample = 0.0, LLOYD_ROWS * vocab_size
+    for depth in range(length):
+        size = m / vocab_size**depth
+        if size > vocab_size:  # of a smaller node each row is a child
+            rows += m / size * min(size, sample) * min(max(size // sample, 1), RESTARTS)
+    return rows
 
 
 def head_costs(m: int, width: int, rates: Rates, *, batch: int, vocab_size: int) -> list[StageCost]:

@@ -15,7 +15,16 @@ from gif.planning import command as command_module
 from gif.planning.heads import gif_cost, partial_fc_cost, softmax_cost
 from gif.planning.measured import StepMeasurement, measure_step, plot_spreading
 from gif.planning.rates import pages_of_a_row
-from gif.planning.stages import encode_cost, head_costs, spread_cost, spread_memory, tokenize_cost
+from gif.planning.stages import (
+    encode_cost,
+    head_costs,
+    kmeans_rows,
+    pixels_cost,
+    spread_cost,
+    spread_memory,
+    spread_report_seconds,
+    tokenize_cost,
+)
 from gif.progress import console
 from gif_kernels.gaussian_potential.blocked import TILE
 
@@ -25,10 +34,38 @@ RATES = Rates(products=1e12, exponentials=1e10, memory=1e11, pages=1e5, overhead
 
 class TestFormulas:
     def test_a_step_knows_the_subset_and_not_the_table(self):
-        small = spread_cost(10**6, 512, 2, RATES, batch=2000, epochs=3, in_file=False)
-        large = spread_cost(10**7, 512, 2, RATES, batch=2000, epochs=3, in_file=False)
-        assert large.seconds == pytest.approx(10 * small.seconds)
-        assert large.memory - small.memory == 9 * 10**6 * 512 * 2 and large.host == 8 * 10**7
+        small, large = (spread_cost(m, 512, 2, RATES, batch=2000, epochs=3, in_file=False) for m in (10**6, 10**7))
+        reports = [spread_report_seconds(m, 512, RATES) for m in (10**6, 10**7)]
+        assert large.seconds - reports[1] == pytest.approx(10 * (small.seconds - reports[0]))
+        assert large.memory - small.memory == 9 * 10**6 * 512 * 2
+
+    def test_a_report_sorts_where_not_all_are_judged(self):
+        judged = spread_report_seconds(20_000, 512, RATES)
+        products = 12 * 20_000**2 * 512 / 1e12  # five searches of the nearest, and two potentials
+        assert judged == pytest.approx(products + 20_000**2 / 1e10 + 3 * 20_000**2 * 16 / 1e11)
+        slow = replace(RATES, sorts=1e5)
+        depth = 13  # leaves of at most 128 of a million
+        assert spread_report_seconds(10**6, 512, slow) - spread_report_seconds(10**6, 512, RATES) == pytest.approx(
+            2 * 10**6 * depth * (1 / 1e5 - 1 / RATES.sorts)
+        )
+        host = [spread_cost(m, 512, 4, RATES, batch=2000, epochs=1, in_file=True).host for m in (20_000, 10**6)]
+        assert host == [8 * 20_000, 10**6 * (4 * depth + 56)]
+
+    def test_pixels_are_read_once_or_those_that_are_fitted_to_twice(self):
+        rates = replace(RATES, images=1e4, memory=torch.inf, products=torch.inf)
+        assert pixels_cost(60_000, 128, rates, images=3).seconds == pytest.approx(60_000 * 3 / 1e4)
+        assert pixels_cost(10**6, 128, rates, images=3).seconds == pytest.approx((10**6 + 65_536) * 3 / 1e4)
+        small, large = (pixels_cost(m, 128, RATES, images=3) for m in (10**6, 10**7))
+        assert large.host - small.host == 9 * 10**6 * 128 * 4
+        assert small.host == 10**6 * 128 * 4 + 4096 * 1024 * (12 + 8)
+
+    def test_rows_of_large_nodes_go_through_kmeans_by_samples(self):
+        sample = 256 * 20
+        assert kmeans_rows(10**6, 20, 5) == pytest.approx((1 + 20) * 8 * sample + 2 * 10**6)
+        assert kmeans_rows(20, 20, 2) == 0
+        cut = replace(RATES, cuts=1e3)
+        slower = [tokenize_cost(10**6, 512, 4, rates, vocab_size=20, length=5).seconds for rates in (cut, RATES)]
+        assert slower[0] > (kmeans_rows(10**6, 20, 5) + 5 * 20_000 * 3) / 1e3 > slower[1]
 
     def test_a_step_by_hand(self):
         n, d = 2048, 512
@@ -75,12 +112,9 @@ class TestFormulas:
         cost = spread_cost(64_000_000, 512, 2, CARDS["h100"], batch=2048, epochs=1, in_file=False)
         assert 64e6 * 512 * 2 < cost.memory < CARDS["h100"].capacity
 
-    def test_linear_in_the_identities(self):
-        for cost in (
-            lambda m: encode_cost(m, 512, RATES, images=20, encoder_flops=1e9).seconds,
-            lambda m: tokenize_cost(m, 512, 4, RATES, vocab_size=16, length=7).seconds,
-        ):
-            assert cost(2_000_000) == pytest.approx(2 * cost(1_000_000))
+    def test_encoding_is_linear_in_the_identities(self):
+        one, two = (encode_cost(m, 512, RATES, images=20, encoder_flops=1e9).seconds for m in (10**6, 2 * 10**6))
+        assert two == pytest.approx(2 * one)
 
 
 HEADS = {
@@ -121,6 +155,7 @@ def test_measured_rates_are_plausible():
     for rate, low, high in ((rates.products, 1e7, 1e13), (rates.exponentials, 1e6, 1e12), (rates.memory, 1e7, 1e12)):
         assert low < rate < high
     assert 1e2 < rates.pages < 1e8 and 0 < rates.overhead < 1
+    assert all(1e3 < rate < 1e9 for rate in (rates.images, rates.cuts, rates.sorts))
 
 
 def test_the_plan_foretells_a_step(tmp_path):
@@ -162,6 +197,8 @@ class TestCommand:
             plan(identities=1)
         with pytest.raises(ValueError, match="give --device cpu"):
             plan(measure=True)
+        with pytest.raises(ValueError, match="pixels are encoded by a CPU"):
+            plan(encoder="pixels")
 
 
 def test_picture_without_measurements(tmp_path):
