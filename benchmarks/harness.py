@@ -9,7 +9,6 @@ used again and again would otherwise be found in.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from benchmarks.memory import peak_bytes, process_bytes
 from benchmarks.results import Measurement, Subject
+from gif.devices import processor_name
 
 if TYPE_CHECKING:  # a run on a GPU does without it
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -147,13 +147,4 @@ def machine() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     used = torch.backends.cpu.get_cpu_capability() + ("" if torch.backends.mkldnn.enabled else " without oneDNN")
-    return f"{_processor()}, {used}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except FileNotFoundError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{processor_name()}, {used}, {torch.get_num_threads()} threads"

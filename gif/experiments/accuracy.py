@@ -50,6 +50,7 @@ def accuracy(
     validation: bool = False,
     jobs: int = 1,
     compile: bool = False,
+    records: Path | None = None,
     docs: Path | None = None,
 ) -> None:
     """Train every head with every seed, judge each on held-out identities, and write a table with mean and spread.
@@ -77,6 +78,8 @@ def accuracy(
         validation: judge on identities taken from those to train on, and leave the held-out ones alone: for choices.
         jobs: runs that go on at once, each in a process of its own with its share of the processors.
         compile: torch.compile the backbone: minutes at first, and less time a step.
+        records: with budgets or seconds, a folder of what runs scored, a file a head, such as this project's
+            docs/records/glyphs: what it knows is not trained again, and what is trained is added.
         docs: a document whose block "accuracy DATA", or "accuracy DATA IDENTITIES", gets the tables, with budgets
             "accuracy curves DATA"; the pictures go into its folder pictures.
     """
@@ -94,8 +97,10 @@ def accuracy(
     )
     machine = Machine(jobs, compile)
     if lengths := [*_lengths("epochs", budgets), *_lengths("seconds", seconds)]:
-        accuracy_curves(output, heads, budget, lengths, docs, machine)
+        accuracy_curves(output, heads, budget, lengths, docs, machine, records)
         return
+    if records is not None:
+        raise InputError("records are of runs with --budgets or --seconds; give one, or leave --records out")
     block = f"accuracy {budget.subject}"
     if docs is not None:
         require_block(docs, block)

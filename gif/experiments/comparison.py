@@ -12,6 +12,7 @@ import numpy as np
 
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, bench_settings, contender_settings, folder_name
+from gif.experiments.records import recorded
 from gif.experiments.runs import RESULT, ROC_FORMAT, Budget, Length, Machine, Run, train_missing
 from gif.files import load_tensors, read_json
 from gif.ownership import existing, hold
@@ -83,11 +84,13 @@ def compare_lengths(
     budget: Budget,
     lengths: Sequence[Length],
     machine: Machine = Machine(),  # noqa: B008 (frozen)
+    records: Path | None = None,
 ) -> dict[Length, Comparison]:
     """`compare` for each of ``lengths``: runs of their own, each with its whole schedule of learning rates.
 
     A head's runs are in a folder of its own, output/head/epochs-N/seed-S, with that head's settings: other heads, more
-    lengths and more seeds may join them later. The shortest are trained first.
+    lengths and more seeds may join them later. The shortest are trained first. Runs that ``records`` knows are not
+    trained, and those that were are added to it.
     """
     seeds = range(budget.seeds)
     ordered = sorted(set(lengths), key=lambda length: (length.unit, length.count))
@@ -99,10 +102,12 @@ def compare_lengths(
     ]
     with hold(output, existing(output / RECORD)):
         shared = settings_of("accuracy by epochs", budget, {})
-        claim_folder(output, {name: value for name, value in shared.items() if name not in ("epochs", "recipes")})
+        shared = {name: value for name, value in shared.items() if name not in ("epochs", "recipes")}
+        claim_folder(output, shared)
         for name, contender in contenders.items():
             claim_folder(output / folder_name(name), contender_settings(contender))
-        train_missing(output, budget, runs, machine)
+        with recorded(records, shared, runs):
+            train_missing(output, budget, runs, machine)
     return {
         length: Comparison(
             {name: [run.folder for run in runs if (run.name, run.length) == (name, length)] for name in contenders}

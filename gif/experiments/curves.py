@@ -62,13 +62,19 @@ Found = Mapping[Length, Comparison]
 
 
 def accuracy_curves(
-    output: Path, heads: Sequence[str], budget: Budget, lengths: Sequence[Length], docs: Path | None, machine: Machine
+    output: Path,
+    heads: Sequence[str],
+    budget: Budget,
+    lengths: Sequence[Length],
+    docs: Path | None,
+    machine: Machine,
+    records: Path | None = None,
 ) -> None:
     """Train every head for each of ``lengths``; write curves.md and draw accuracy against epochs and time."""
     block = f"accuracy curves {budget.subject}"
     if docs is not None:
         require_block(docs, block)
-    found = compare_lengths(output, {name: CONTENDERS[name] for name in heads}, budget, lengths, machine)
+    found = compare_lengths(output, {name: CONTENDERS[name] for name in heads}, budget, lengths, machine, records)
     measures = _measures(budget)
     judged = f"{'validation' if budget.validation else 'held-out'} identities of {budget.subject}, {budget.seeds} seeds"
     parts = []

@@ -160,3 +160,31 @@ def test_what_a_run_leaves_is_read_again(folder, gif, tmp_path):
     assert scores(tmp_path / "a") == scores(tmp_path / "b")
     record = json.loads((tmp_path / "a" / "settings.json").read_text())
     assert "jobs" not in record and "compile" not in record
+
+
+def test_records_let_other_machines_add_to_a_comparison(folder, gif, tmp_path, monkeypatch):
+    command = ["accuracy", "--data", folder, "--budgets=1", "--batch_size=16", '--heads=["GIF"]']
+    records = ["--records", tmp_path / "records"]
+    assert gif(*command, *records, "--seeds=1", "--output", tmp_path / "a")[0] == 0
+    first = read_json(tmp_path / "records" / "gif.json")["runs"]
+    assert list(first) == ["epochs-1/seed-0"] and first["epochs-1/seed-0"]["processor"]
+    code, printed = gif(*command, *records, "--seeds=2", "--output", tmp_path / "b")
+    assert code == 0 and "1 run known from" in printed
+    assert not (tmp_path / "b" / "gif" / "epochs-1" / "seed-0" / "backbone.safetensors").exists()  # not trained again
+    both = read_json(tmp_path / "records" / "gif.json")["runs"]
+    assert list(both) == ["epochs-1/seed-0", "epochs-1/seed-1"] and both["epochs-1/seed-0"] == first["epochs-1/seed-0"]
+    assert (tmp_path / "records" / "gif.json").read_text().count("\n") == 5  # a line a run
+    assert gif(*command, "--seeds=2", "--output", tmp_path / "c")[0] == 0
+    tables = [(tmp_path / name / "curves.md").read_text() for name in "bc"]
+    assert tables[0].split("Processor time")[0] == tables[1].split("Processor time")[0]
+
+    monkeypatch.setitem(glyph_bench.CONTENDERS, "GIF", glyph_bench.Contender(glyph_bench.HeadConfig(), lr=0.05))
+    code, printed = gif(*command, *records, "--seeds=1", "--output", tmp_path / "d")
+    assert code == 0 and printed.count("contender.lr is 0.1 there and 0.05 here") == 1
+    assert list(read_json(tmp_path / "records" / "gif.json")["runs"]) == ["epochs-1/seed-0"]
+
+    (tmp_path / "records" / "gif.json").write_text("[]")
+    code, printed = gif(*command, *records, "--seeds=1", "--output", tmp_path / "e")
+    assert code == 1 and "is no record of runs" in printed
+    code, printed = gif("accuracy", "--data", folder, *records, "--output", tmp_path / "f")
+    assert code == 1 and "--budgets or --seconds" in printed and not (tmp_path / "f").exists()
