@@ -3,7 +3,8 @@
 Steps of the live head with its rows asked for one step ahead, as training does, in memory, in a file that the system
 has in its cache, and in one of which it has nothing, after a backbone of so many seconds: their times, and the share in
 which they wait for rows. Then the memory of each of several processes that divide a table, beyond what it has where the
-table is in a file.
+table is in a file. Then steps at several numbers of identities, with the table in each place: time and memory over
+those at the fewest, which know nothing of the number.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import psutil
@@ -21,7 +24,8 @@ import torch.distributed as dist
 from jsonargparse import auto_cli
 from torch.multiprocessing import spawn
 
-from benchmarks.heads import BATCH, VOCAB, WIDTH, identity_codes
+from benchmarks.harness import DEVICE
+from benchmarks.heads import BATCH, VOCAB, WIDTH, identity_codes, label_batches
 from gif import CodeVectors, GIFLoss, IdentityCodes
 from gif.progress import say
 from gif.vectors.placement import Placement, place_code_vectors
@@ -29,6 +33,7 @@ from gif.vectors.staging import Staged
 
 CPU = torch.device("cpu")
 WARM = 5
+FILLED = 1 << 16  # rows
 MADV_DONTNEED = 4  # of Linux: of a shared mapping the pages are let go, not what is in them
 
 
@@ -40,8 +45,10 @@ def placement(
     rounds: int = 20,
     backbones: tuple[float, ...] = (0.0, 0.05, 0.5),
     negatives: tuple[int, ...] = (0, 4096),
+    scaled: tuple[int, ...] = (10_000, 1_000_000, 64_000_000),
+    scaled_width: int = 128,
 ) -> None:
-    """Measure and print both.
+    """Measure and print all three.
 
     Args:
         identities: of the table whose steps are timed.
@@ -50,6 +57,8 @@ def placement(
         rounds: steps that are timed, after five that are not.
         backbones: seconds that the network takes; the processor is free in them.
         negatives: of the recipe.
+        scaled: identities of the tables, in bfloat16, whose steps are compared.
+        scaled_width: and their width: 64 million of 128 take 16.4 GB.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -66,6 +75,9 @@ def placement(
         _write(folder, divided, divided_width)
         for processes in (1, 2, 3):
             spawn(_divided, (processes, folder, divided * divided_width * 4), nprocs=processes)
+        for where in ("device", "host", "file") if DEVICE == "cuda" else ("host", "file"):
+            for count in negatives:
+                _scale(folder, where, count, scaled, scaled_width, rounds)
 
 
 def _write(folder: Path, m: int, width: int) -> None:
@@ -117,6 +129,61 @@ def _steps(
     finally:
         Staged.wait = wait  # type: ignore[method-assign]
     return statistics.median(seconds[WARM:]) - backbone, waited[0] / sum(seconds[WARM:])
+
+
+def _scale(
+    folder: Path, where: Placement, negatives: int, identities: tuple[int, ...], width: int, rounds: int
+) -> None:
+    """Steps with tables of several sizes that take turns: print medians of their ratios to the smallest, and memory."""
+    steps, beside = [], []
+    for m in identities:
+        before = _own_bytes()
+        step, table_bytes = _step_of(folder / f"{m}.table", m, where, negatives, width)
+        for _ in range(WARM):
+            step()
+        steps.append(step)
+        beside.append(_own_bytes() - before - table_bytes)
+    ratios: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds):
+        seconds = [step() for step in steps]
+        for of_step, taken in zip(ratios, seconds, strict=True):
+            of_step.append(taken / seconds[0])
+    for m, of_step, more in zip(identities, ratios, beside, strict=True):
+        say(
+            f"table on {where}, {negatives} negatives, {m:,} x {width}: {statistics.median(of_step):.2f} x the time at "
+            f"{identities[0]:,}, {more / 1e6:.0f} MB beside the table"
+        )
+
+
+def _step_of(path: Path, m: int, where: Placement, negatives: int, width: int) -> tuple[Callable[[], float], int]:
+    """A training step of the live head that says its seconds, and what of its table is this process's own memory.
+
+    The table, in bfloat16, holds some random rows again and again.
+    """
+    device = torch.device(DEVICE)
+    if where == "file":
+        table = torch.from_file(str(path), shared=True, size=m * width, dtype=torch.bfloat16).view(m, width)
+    else:
+        table = torch.empty(m, width, dtype=torch.bfloat16, device=device if where == "device" else CPU)
+    some = torch.randn(min(m, FILLED), width).to(table)
+    for begin in range(0, m, FILLED):
+        part = table[begin : begin + FILLED]
+        part.copy_(some[: len(part)])
+    codes = IdentityCodes(identity_codes(m, table.device), VOCAB)
+    head = GIFLoss(codes, CodeVectors(table, normalized=True), width, negatives=negatives).to(device)
+    labels = cycle(label_batches(m, BATCH))
+
+    def step() -> float:
+        embeddings = torch.randn(BATCH, width, device=device).requires_grad_()
+        begin = time.perf_counter()
+        head(embeddings, head.prepare(next(labels), device)).backward()
+        head.zero_grad()
+        head.settle()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    return step, 0 if where == "file" else table.nbytes
 
 
 def _forget(table: torch.Tensor, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, get_args
 
@@ -21,6 +21,7 @@ from gif.progress import progress
 from gif_kernels import checks
 
 BrokenPolicy = Literal["skip", "raise"]
+BLOCK = 1 << 20  # images that are asked about at once
 ALL_BROKEN = 8  # images, none of which can be read: then it is not the images
 _BATCH = ALL_BROKEN - 1  # of more, being all broken is an error
 
@@ -209,7 +210,7 @@ def broken_report(data: IdentityDataset) -> str | None:
 
     None where there are none.
     """
-    found = data.broken(torch.arange(len(data)))
+    found = torch.cat([data.broken(block) for block in _indices(len(data))] or [torch.zeros(0, dtype=torch.bool)])
     if not found.any():
         return None
     places = Tally.of(
@@ -223,6 +224,11 @@ def broken_report(data: IdentityDataset) -> str | None:
         nobody = Tally.of(data.names[label] for label in gone.nonzero().flatten().tolist())
         report += f"\n{nobody.number:,} identities have no image that can be read: {nobody.names}"
     return report
+
+
+def _indices(count: int) -> Iterator[Tensor]:
+    """0 to ``count``, some at a time: all of 200 million would be 1.6 GB."""
+    return (torch.arange(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK))
 
 
 def left_out(data: IdentityDataset) -> str | None:

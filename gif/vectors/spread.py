@@ -86,8 +86,9 @@ def spread_code_vectors(
     together: epochs of neighbours do, whose subsets are the leaves of a tree of random cuts, another tree each epoch.
 
     The rows of a step are gathered while the one before runs, and nothing of the table's size is allocated but an index
-    of 8 bytes a row: the table may be in CPU memory or in a file larger than it (`CodeVectors.load` with ``mmap`` and
-    ``writable``), whatever the device that computes.
+    of 8 bytes a row, and 130 bytes a row on the host while an epoch of neighbours is put in order: the table may be in
+    CPU memory or in a file larger than it (`CodeVectors.load` with ``mmap`` and ``writable``), whatever the device that
+    computes.
 
     In a process group each process gives its own rows of the table, which is all of theirs in the order of the ranks.
     They step one subset each at a time, to the result of one process.
