@@ -59,14 +59,16 @@ def compare(
     budget: Budget,
     settings: dict[str, Any],
     machine: Machine = Machine(),  # noqa: B008 (frozen)
+    length: Length | None = None,
 ) -> Comparison:
     """Train every contender with every seed and judge it; runs that ``output`` holds already are not repeated.
 
-    ``settings`` is what else the folder belongs to. An interrupted run continues.
+    ``settings`` is what else the folder belongs to. ``length`` of a run: the budget's epochs where none is given. An
+    interrupted run continues.
     """
     seeds = range(budget.seeds)
     folders = {name: [output / folder_name(name) / f"seed-{seed}" for seed in seeds] for name in contenders}
-    length = Length("epochs", budget.epochs)
+    length = length or Length("epochs", budget.epochs)
     runs = [
         Run(name, contender, length, seed, folders[name][seed])
         for seed in seeds

@@ -17,7 +17,7 @@ from gif.documents import markdown_table, replace_block, require_block
 from gif.errors import InputError
 from gif.experiments.comparison import MEASURES, compare, settings_of, show
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender
-from gif.experiments.runs import Budget, Machine
+from gif.experiments.runs import Budget, Length, Machine
 from gif.files import write_text
 from gif.losses import RECIPES
 from gif.progress import say
@@ -35,7 +35,10 @@ KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
         "siblings": (2, 8),
     },
     "full softmax": SOFTMAX_KNOBS,
+    "full softmax from code vectors": SOFTMAX_KNOBS,
     "Partial FC 0.1": SOFTMAX_KNOBS,
+    "Partial FC 10,000": SOFTMAX_KNOBS,
+    "Partial FC 10,000 from code vectors": SOFTMAX_KNOBS,
     "Dynamic Class Queue": {**PEER_KNOBS, "momentum": (0.9, 0.99, 0.999)},
     "Faster Face Classification": {**PEER_KNOBS, "momentum": (0.9, 0.99, 0.999)},
     "Prototype Memory": {**PEER_KNOBS, "group_size": (2, 4, 8)},
@@ -54,6 +57,7 @@ def sweep(
     settings: Sequence[str] = SETTINGS,
     seeds: int = 2,
     epochs: int = 4,
+    seconds: int | None = None,
     batch_size: int = BATCH_SIZE,
     split: int = 1,
     jobs: int = 1,
@@ -73,6 +77,7 @@ def sweep(
         settings: which settings, all of them by default; a head's that it does not have are passed over.
         seeds: runs of each setting.
         epochs: passes over the training images in each run.
+        seconds: processor time of each run instead: as many steps as take so long, by the time of some.
         batch_size: images a step.
         split: seed of the split into training and held-out identities, the same as of `gif accuracy`.
         jobs: runs that go on at once, each in a process of its own with its share of the processors.
@@ -99,7 +104,9 @@ def sweep(
     trials = {head: dict(variations(head, settings)) for head in heads}
     everything = {name: contender for head in KNOBS for name, contender in variations(head)}
     chosen = {name: contender for found in trials.values() for name, contender in found.items()}
-    found = compare(output, chosen, budget, settings_of("sweep", budget, everything), Machine(jobs, compile))
+    length = Length("epochs", epochs) if seconds is None else Length("seconds", seconds)
+    claim = settings_of("sweep", budget, everything) | ({} if seconds is None else {"seconds": seconds})
+    found = compare(output, chosen, budget, claim, Machine(jobs, compile), length)
 
     def score(name: str) -> float:
         return float(np.mean([found.values(name, measure) for measure in CHOSEN_BY]))
@@ -107,7 +114,7 @@ def sweep(
     best = {max(names, key=score) for names in trials.values()}
     columns = ("head", *MEASURES.values(), "best")
     rows = [(*row, "best" if row[0] in best else "") for row in found.rows()]
-    title = f"validation identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs"
+    title = f"validation identities of {budget.subject}, mean ± deviation of {seeds} seeds, {length}"
     show(columns, rows, title)
     table = markdown_table(columns, rows)
     write_text(output / "sweep.md", table)

@@ -17,7 +17,7 @@ from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
-from gif.files import load_tensors
+from gif.files import load_tensors, read_json
 from gif.training import command as training_command
 from gif.vectors import CodeVectors
 from gif.vectors import commands as vectors_commands
@@ -221,6 +221,13 @@ def test_sweep_tries_settings_on_identities_it_keeps_from_training(tiny_bench, g
     assert all(set(part) == names - trained or set(part) <= trained for part in judged)
     code, printed = gif("sweep", "--output", tmp_path / "b", '--heads=["GIF, no tokens"]')
     assert code == 1 and "GIF, no tokens" in printed
+
+    monkeypatch.setattr(glyph_bench.GlyphBench, "steps_within", lambda self, contender, training, seconds: seconds)
+    code, printed = gif(*command[:2], tmp_path / "t", *command[3:], "--batch_size=16", "--seconds=2")
+    assert code == 0 and "2 s" in printed
+    assert read_json(tmp_path / "t" / "full-softmax" / "seed-0" / "result.json")["steps"] == 2
+    code, printed = gif(*command[:2], tmp_path / "u", *command[3:], "--seconds=0")
+    assert code == 1 and "at least one" in printed and not (tmp_path / "u").exists()
 
 
 @pytest.mark.parametrize("head", list(sweep_module.KNOBS))
