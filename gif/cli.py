@@ -2,67 +2,112 @@
 
 from __future__ import annotations
 
+import ast
 import faulthandler
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from gif.codes.commands import export_codes, extend_codes, inspect_codes, tokenize_command
-from gif.data.convert import convert
-from gif.data.glyphs.report import glyph_report
-from gif.data.inspection import inspect
-from gif.doctor import doctor
 from gif.errors import InputError, Interrupted
-from gif.evaluation.command import evaluate
-from gif.experiments.accuracy import accuracy
-from gif.experiments.quickstart import quickstart
-from gif.experiments.sweep import sweep
-from gif.export import export_command
 from gif.faults import BUG_CODE, MENDABLE_CODE, bug, mendable, printable
 from gif.packages import needs
-from gif.planning import plan
 from gif.progress import say
-from gif.training.command import train_command
-from gif.vectors.commands import spread_command, vectors_command
 
 DEBUG = "--debug"
 DESCRIPTION = (
     "Train recognition models with millions of identities: identity codes instead of a softmax. "
     f"{DEBUG}, anywhere in a command, shows where an error comes from."
 )
+HELP = "_help"
+"""The key of what a group of commands is for, as jsonargparse has it."""
 ALIASES = {"--closed_form": "--start"}  # which torchrun takes for a short form of its own --start-method
 
 
+CONFIGS = Path(__file__).parent / "configs"
+"""Recipes that come with the package; `--config` takes one by its name."""
+
 COMMANDS: dict[str, Any] = {
-    "quickstart": quickstart,
+    "quickstart": "gif.experiments.quickstart:quickstart",
     "data": {
         "_help": "Say what is in a data set, convert it, render glyphs.",
-        "inspect": inspect,
-        "convert": convert,
-        "glyphs": glyph_report,
+        "inspect": "gif.data.inspection:inspect",
+        "convert": "gif.data.convert:convert",
+        "glyphs": "gif.data.glyphs.report:glyph_report",
     },
-    "vectors": vectors_command,
-    "spread": spread_command,
-    "plan": plan,
-    "tokenize": tokenize_command,
+    "vectors": "gif.vectors.commands:vectors_command",
+    "spread": "gif.vectors.commands:spread_command",
+    "plan": "gif.planning.command:plan",
+    "tokenize": "gif.codes.commands:tokenize_command",
     "codes": {
         "_help": "Look into identity codes, export them, and give codes to identities that come later.",
-        "inspect": inspect_codes,
-        "export": export_codes,
-        "extend": extend_codes,
+        "inspect": "gif.codes.commands:inspect_codes",
+        "export": "gif.codes.commands:export_codes",
+        "extend": "gif.codes.commands:extend_codes",
     },
-    "train": train_command,
-    "evaluate": evaluate,
-    "export": export_command,
-    "accuracy": accuracy,
-    "sweep": sweep,
-    "doctor": doctor,
+    "train": "gif.training.command:train_command",
+    "evaluate": "gif.evaluation.command:evaluate",
+    "export": "gif.export:export_command",
+    "accuracy": "gif.experiments.accuracy:accuracy",
+    "sweep": "gif.experiments.sweep:sweep",
+    "doctor": "gif.doctor:doctor",
 }
+"""Each command as "module:function", where the function is defined: of a command line, only its own is imported."""
+
+
+def _components(arguments: Sequence[str]) -> dict[str, Any]:
+    """Of `COMMANDS` what ``arguments`` need: the command that they begin with; else what each is for."""
+    level: Any = COMMANDS
+    path: list[str] = []
+    for word in arguments:
+        if not isinstance(level, dict) or word not in level or word == HELP:
+            break
+        path.append(word)
+        level = level[word]
+    if isinstance(level, str):
+        return _only(COMMANDS, path)
+    asked_for_more = bool(arguments) and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")
+    return _each(COMMANDS, _function if asked_for_more else _description)
+
+
+def _only(level: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """``level`` with nothing but the command at ``path``."""
+    first, *rest = path
+    kept = _only(level[first], rest) if rest else _function(level[first])
+    return {**{key: text for key, text in level.items() if key == HELP}, first: kept}
+
+
+def _each(level: Mapping[str, Any], make: Callable[[str], Any]) -> dict[str, Any]:
+    """``level`` with what ``make`` makes of every command."""
+    return {
+        key: value if key == HELP else _each(value, make) if isinstance(value, dict) else make(value)
+        for key, value in level.items()
+    }
+
+
+def _function(target: str) -> Callable[..., Any]:
+    module, name = target.split(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
+
+
+def _description(target: str) -> Callable[[], None]:
+    """A function with the docstring of ``target`` and nothing else, read without importing what it needs."""
+    module, name = target.split(":")
+    source = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+    body = ast.parse(source.read_text(encoding="utf-8")).body
+    (definition,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+    def described() -> None: ...
+
+    described.__doc__ = ast.get_docstring(definition)
+    return described
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -85,9 +130,10 @@ def _run(arguments: Sequence[str]) -> None:
             except UnicodeDecodeError as error:
                 raise InputError(f"{cfg_path} is no UTF-8 text ({error}); write the config as UTF-8") from error
 
+    arguments = _arguments(arguments)
     auto_cli(
-        COMMANDS,
-        args=_arguments(arguments),
+        _components(arguments),
+        args=arguments,
         as_positional=False,
         prog="gif",
         description=DESCRIPTION,
@@ -105,12 +151,29 @@ def _option(key: str) -> str:
 
 
 def _arguments(given: Sequence[str]) -> list[str]:
-    """The command line with options by their first names, and without --debug, which may stand anywhere."""
-    arguments = []
+    """The command line with options by their first names, configs by their path, and without --debug, from anywhere."""
+    arguments: list[str] = []
     for argument in given:
         name, sign, value = argument.partition("=")
-        arguments.append(f"{ALIASES.get(name, name)}{sign}{value}")
+        if arguments[-1:] == ["--config"]:
+            argument = _config(argument)
+        elif sign:
+            argument = f"{ALIASES.get(name, name)}={_config(value) if name == '--config' else value}"
+        else:
+            argument = ALIASES.get(name, name)
+        arguments.append(argument)
     return [argument for argument in arguments if argument != DEBUG]
+
+
+def _config(given: str) -> str:
+    """The path of a config: that of a recipe of this package where ``given`` is its name and no file."""
+    if Path(given).suffix or Path(given).name != given or Path(given).exists():
+        return given
+    found = CONFIGS / f"{given}.yaml"
+    if not found.exists():
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise InputError(f"--config {given}: no such file, and no recipe that comes with gif; those are {names}")
+    return str(found)
 
 
 def main() -> None:

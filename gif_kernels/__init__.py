@@ -28,9 +28,13 @@ from gif_kernels.token_margin.op import token_margin_loss
 from gif_kernels.uniformity_step.op import uniformity_step_
 from gif_kernels.vector_step.op import vector_step_
 
+__version__ = "0.1.0"
+"""Of both packages, which are released together."""
+
 __all__ = [
     "AngularMargin",
     "CodeRegression",
+    "__version__",
     "code_contrast_gradients",
     "code_contrast_loss",
     "code_regression_loss",

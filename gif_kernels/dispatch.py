@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import platform
@@ -20,6 +19,7 @@ __all__ = [
     "INTERPRETING",
     "TRITON_INSTALLED",
     "Impl",
+    "Implementation",
     "choose",
     "full_precision",
     "implementation",
@@ -32,32 +32,31 @@ __all__ = [
 ]
 
 Impl = Literal["auto", "triton", "blocked", "reference"]
+Implementation = Callable[..., Any]
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "blocked", "reference")
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 """Whether Triton runs its kernels in NumPy, on CPU tensors: slow, and how they are tested without a GPU."""
 
-_OPS: dict[str, dict[str, Callable[..., Any]]] = {}
-_TRITON_OPS: set[str] = set()
+_OPS: dict[str, dict[str, Implementation]] = {}
+_TRITON_OPS: dict[str, Callable[[], Implementation]] = {}
 
 
-def register(op: str, *, triton: str | None = None, **implementations: Callable[..., Any]) -> None:
+def register(op: str, *, triton: Callable[[], Implementation] | None = None, **implementations: Implementation) -> None:
     """Declare the implementations of ``op`` by name: reference, blocked and, where it exists, triton.
 
-    ``triton`` is "module:function", imported only where Triton is installed.
+    ``triton`` imports the implementation and returns it. It is called when that runs for the first time, so that
+    importing this package does not import Triton; an import statement in it is one that `torch.compile` traces through.
     """
     _OPS[op] = implementations
     if triton is not None:
-        _TRITON_OPS.add(op)
-        if TRITON_INSTALLED:
-            module, function = triton.split(":")
-            implementations["triton"] = getattr(importlib.import_module(module), function)
+        _TRITON_OPS[op] = triton
 
 
 def select(
     op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32, *, obstacle: str = ""
-) -> Callable[..., Any]:
+) -> Implementation:
     """The implementation of ``op`` that runs for ``impl``: see `resolve`."""
     return implementation(op, resolve(op, impl, device, dtype, obstacle=obstacle))
 
@@ -86,9 +85,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype = torch.float32, *,
     return ("blocked", reason) if reason else ("triton", f"Triton runs on {device.type}")
 
 
-def implementation(op: str, name: str) -> Callable[..., Any]:
+def implementation(op: str, name: str) -> Implementation:
     """The implementation of ``op`` by the name that `resolve` gave."""
-    return _OPS[op][name]
+    return _TRITON_OPS[op]() if name == "triton" else _OPS[op][name]
 
 
 def triton_unavailable(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -110,8 +109,8 @@ def ops() -> tuple[str, ...]:
 
 
 def triton_packages() -> tuple[str, ...]:
-    """The packages of the ops that have Triton kernels, where Triton is installed."""
-    return tuple(sorted({op["triton"].__module__.rpartition(".")[0] for op in _OPS.values() if "triton" in op}))
+    """The packages of the ops that have Triton kernels."""
+    return tuple(sorted({load.__module__.rpartition(".")[0] for load in _TRITON_OPS.values()}))
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:

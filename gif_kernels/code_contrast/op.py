@@ -17,17 +17,31 @@ from gif_kernels.reduction import REDUCTIONS, Reduction
 from gif_kernels.runs import runs
 
 OP, GRADIENTS = "code_contrast_loss", "code_contrast_gradients"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.code_contrast.function import code_contrast
+
+    return code_contrast
+
+
+def _triton_gradients() -> dispatch.Implementation:
+    from gif_kernels.code_contrast.function import code_contrast_gradients
+
+    return code_contrast_gradients
+
+
 dispatch.register(
     OP,
     reference=reference.code_contrast,
     blocked=blocked.code_contrast,
-    triton="gif_kernels.code_contrast.function:code_contrast",
+    triton=_triton,
 )
 dispatch.register(
     GRADIENTS,
     reference=reference.code_contrast_gradients,
     blocked=blocked.code_contrast_gradients,
-    triton="gif_kernels.code_contrast.function:code_contrast_gradients",
+    triton=_triton_gradients,
 )
 
 

@@ -14,11 +14,19 @@ from gif_kernels.precision import compute_dtype
 from gif_kernels.reduction import REDUCTIONS, Reduction
 
 OP = "code_regression_loss"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.code_regression.function import code_regression
+
+    return code_regression
+
+
 dispatch.register(
     OP,
     reference=reference.code_regression,
     blocked=blocked.code_regression,
-    triton="gif_kernels.code_regression.function:code_regression",
+    triton=_triton,
 )
 
 

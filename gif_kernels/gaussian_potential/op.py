@@ -13,11 +13,19 @@ from gif_kernels.gaussian_potential.options import GaussianPotentialOptions
 from gif_kernels.precision import compute_dtype
 
 OP = "gaussian_potential"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.gaussian_potential.kernels import gaussian_potential
+
+    return gaussian_potential
+
+
 dispatch.register(
     OP,
     reference=reference.gaussian_potential,
     blocked=blocked.gaussian_potential,
-    triton="gif_kernels.gaussian_potential.kernels:gaussian_potential",
+    triton=_triton,
 )
 
 

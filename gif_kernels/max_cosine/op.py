@@ -12,11 +12,19 @@ from gif_kernels.max_cosine import blocked, reference
 from gif_kernels.precision import compute_dtype
 
 OP = "max_cosine"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.max_cosine.kernels import max_cosine
+
+    return max_cosine
+
+
 dispatch.register(
     OP,
     reference=reference.max_cosine,
     blocked=blocked.max_cosine,
-    triton="gif_kernels.max_cosine.kernels:max_cosine",
+    triton=_triton,
 )
 
 

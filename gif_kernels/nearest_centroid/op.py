@@ -11,11 +11,19 @@ from gif_kernels.nearest_centroid import blocked, reference
 from gif_kernels.precision import compute_dtype
 
 OP = "nearest_centroid"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.nearest_centroid.kernels import nearest_centroid
+
+    return nearest_centroid
+
+
 dispatch.register(
     OP,
     reference=reference.nearest_centroid,
     blocked=blocked.nearest_centroid,
-    triton="gif_kernels.nearest_centroid.kernels:nearest_centroid",
+    triton=_triton,
 )
 
 

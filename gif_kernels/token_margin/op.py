@@ -16,11 +16,19 @@ from gif_kernels.token_margin import blocked, reference
 from gif_kernels.token_margin.options import TokenMarginOptions
 
 OP = "token_margin_loss"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.token_margin.function import token_margin
+
+    return token_margin
+
+
 dispatch.register(
     OP,
     reference=reference.token_margin,
     blocked=blocked.token_margin,
-    triton="gif_kernels.token_margin.function:token_margin",
+    triton=_triton,
 )
 
 

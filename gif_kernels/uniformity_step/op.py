@@ -13,11 +13,19 @@ from gif_kernels.uniformity_step import blocked, reference
 from gif_kernels.uniformity_step.options import UniformityStepOptions
 
 OP = "uniformity_step_"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.uniformity_step.kernels import step_
+
+    return step_
+
+
 dispatch.register(
     OP,
     reference=reference.step_,
     blocked=blocked.step_,
-    triton="gif_kernels.uniformity_step.kernels:step_",
+    triton=_triton,
 )
 
 

@@ -13,11 +13,19 @@ from gif_kernels.rounding import seed_on
 from gif_kernels.vector_step import blocked, reference
 
 OP = "vector_step_"
+
+
+def _triton() -> dispatch.Implementation:
+    from gif_kernels.vector_step.kernels import step_
+
+    return step_
+
+
 dispatch.register(
     OP,
     reference=reference.step_,
     blocked=blocked.step_,
-    triton="gif_kernels.vector_step.kernels:step_",
+    triton=_triton,
 )
 
 _ANY = torch.iinfo(torch.int64)

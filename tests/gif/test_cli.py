@@ -277,6 +277,52 @@ def test_help(gif, command, capsys):
     assert command == "doctor" or ("--config" in printed and len(printed) > 900)
 
 
+def test_help_says_what_each_command_is_for(gif, capsys):
+    """Read from its docstring, without importing it."""
+    assert gif("--help")[0] == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert gif("codes", "--help")[0] == 0
+    printed += " ".join(capsys.readouterr().out.split())
+    functions = cli._each(cli.COMMANDS, cli._function)
+    for function in [*functions.values(), *functions["codes"].values()]:
+        if callable(function):
+            assert function.__doc__.splitlines()[0] in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["train", "--help"], {"train": "train_command"}),
+        (["codes", "inspect"], {"codes": {"inspect": "inspect_codes"}}),
+    ],
+)
+def test_only_the_command_of_a_line_is_imported(arguments, names):
+    found = cli._components(arguments)
+
+    def named(level):
+        if not isinstance(level, dict):
+            return level.__name__
+        return {key: named(value) for key, value in level.items() if key != cli.HELP}
+
+    assert named(found) == names
+    assert named(cli._components(["--config", "x", *arguments])).keys() == cli.COMMANDS.keys()
+
+
+def test_an_unknown_command(gif, capsys):
+    assert gif("trian")[0] == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_recipes_have_names(gif, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli._arguments(["train", "--config", "glyphs"]) == ["train", "--config", str(cli.CONFIGS / "glyphs.yaml")]
+    assert cli._arguments(["train", "--config=glyphs"])[1] == f"--config={cli.CONFIGS / 'glyphs.yaml'}"
+    code, printed = gif("train", "--config", "glyhps")
+    assert code == 1 and "--config glyhps: no such file" in printed and "glyphs, ms1mv2_r100" in printed
+    (tmp_path / "glyphs").write_text("head: {kind: gif}")
+    assert cli._arguments(["train", "--config", "glyphs"])[2] == "glyphs"  # a file of that name comes first
+
+
 class TestErrorsAreOneLine:
     def test_missing_file(self, gif, tmp_path):
         code, printed = gif("spread", "--vectors", tmp_path / "none", "--output", tmp_path / "x")

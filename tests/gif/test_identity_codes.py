@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from jsonargparse import auto_cli
 from safetensors.torch import save_file
 
 from gif import files
-from gif.cli import COMMANDS
+from gif.cli import _run
 from gif.codes import IdentityCodes, TokenizeConfig, code_length, picture, tokenize
 from gif.vectors.store import CodeVectors
 
@@ -167,7 +166,7 @@ def test_code_length_leaves_slack():
 
 
 def run(*arguments: object) -> None:
-    auto_cli(COMMANDS, as_positional=False, args=list(map(str, arguments)))
+    _run(list(map(str, arguments)))
 
 
 def test_commands_inspect_export_and_extend(tmp_path, capsys):

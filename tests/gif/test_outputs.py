@@ -602,7 +602,7 @@ cli.main()
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setitem(cli.COMMANDS, "doctor", interrupted)
+        monkeypatch.setattr("gif.doctor.doctor", interrupted)
         code, printed = gif("doctor")
         assert code == 130 and "keeps nothing" in printed
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gif
+import gif_kernels
 from gif.errors import InputError
 from gif.packages import needs
 
@@ -121,13 +123,42 @@ def test_the_command_line_says_what_is_missing_in_a_line():
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_import_is_light():
-    """What is slow to import, and not used by a training step, is imported where it is used."""
-    heavy = ("scipy", "matplotlib", "sklearn", "rich", "fontTools", "joblib", "PIL", "torchvision", "timm", "open_clip")
-    code = f"import gif, sys\nprint([name for name in {heavy!r} if name in sys.modules])"
+HEAVY = (
+    "scipy",
+    "matplotlib",
+    "sklearn",
+    "fontTools",
+    "joblib",
+    "PIL",
+    "torchvision",
+    "timm",
+    "open_clip",
+    "lightning",
+)
+COMPILERS = ("triton", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.run", "torch.utils.tensorboard")
+STARTS = {
+    "import gif_kernels": ("gif", "rich", "jsonargparse", *HEAVY, *COMPILERS),
+    "import gif": ("torch", "numpy", "rich", "jsonargparse", *HEAVY, *COMPILERS),
+    "import gif; [getattr(gif, name) for name in gif.__all__]": ("rich", "jsonargparse", *HEAVY, *COMPILERS),
+    "from gif import cli; cli._run(['--help'])": ("gif.training", "gif.vectors", "gif.data", *HEAVY, *COMPILERS),
+}
+"""What is started, and what may not be imported by it: all that a user would wait for and not use."""
+
+
+@pytest.mark.parametrize("code", STARTS)
+def test_import_is_light(code):
+    run = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n"
+    run += f"print([name for name in {STARTS[code]!r} if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", run], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_names_that_are_imported_late():
+    assert set(gif._MODULE_OF) == set(gif.__all__) <= set(dir(gif))
+    assert gif.__version__ == gif_kernels.__version__
+    with pytest.raises(AttributeError, match="module 'gif' has no attribute 'nothing'"):
+        gif.nothing  # noqa: B018
 
 
 def test_other_errors_of_an_import_are_not_hidden():

@@ -3,7 +3,6 @@
 import math
 import re
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from gif.training.monitor import summary
 from gif.training.order import EpochOrder, begin_epoch
 from gif_kernels import checks
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+CONFIGS = sorted(cli.CONFIGS.glob("*.yaml"))
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
 
 
