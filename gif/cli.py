@@ -56,6 +56,11 @@ COMMANDS: dict[str, Any] = {
     "export": "gif.export:export_command",
     "accuracy": "gif.experiments.accuracy:accuracy",
     "sweep": "gif.experiments.sweep:sweep",
+    "experiments": {
+        "_help": "Repeat the experiments of the paper's supplement, each with a quick form (docs/paper.md).",
+        "forces": "gif.experiments.paper.forces:forces",
+        "lambda": "gif.experiments.paper.token_lambda:token_lambda",
+    },
     "doctor": "gif.doctor:doctor",
 }
 """Each command as "module:function", where the function is defined: of a command line, only its own is imported."""

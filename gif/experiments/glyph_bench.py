@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gif.head import as_head, own_rows
 from gif.losses import RECIPES, GIFLoss, HeadConfig, MarginSoftmax, PartialFC
 from gif.progress import say
 from gif.resume import claim_folder
-from gif.training import TrainingConfig, TrainingLog, train
+from gif.training import TrainingConfig, TrainingLog, Validate, train
 from gif.vectors import CodeVectors, SpreadConfig, SpreadReport, initial_code_vectors, spread_code_vectors
 from gif_kernels import AngularMargin
 
@@ -105,13 +105,15 @@ class HeadResult:
 class GlyphBench:
     """Glyphs, split by identity, with the training identities' code vectors and codes.
 
-    ``spread`` is how the vectors were spread, None where they were read from where an earlier run kept them.
+    ``spread`` is how the vectors were spread, None where they were read from where an earlier run kept them, or were
+    not spread. ``backbone`` is what is trained; its embeddings are as wide as the vectors.
     """
 
     data: IdentitySplit
     vectors: CodeVectors
     spread: SpreadReport | None
     codes: IdentityCodes
+    backbone: BackboneConfig = field(default_factory=lambda: BACKBONE)
 
     @classmethod
     def prepare(
@@ -152,19 +154,8 @@ class GlyphBench:
 
     def run(self, name: str, contender: Contender, training: TrainingConfig, folder: Path) -> HeadResult:
         """Train a backbone with a head, keep it in ``folder``, judge it; continues a run that was interrupted."""
-        torch.manual_seed(training.seed)
-        backbone = BACKBONE.build()
-        who = self.data.train.identities
-        loss_fn = self._head(contender, backbone)
-        log = train(
-            backbone,
-            loss_fn,
-            self.data.train,
-            replace(training, lr=contender.lr),
-            checkpoints=folder / "checkpoints",
-            description=f"training with {name}",
-        )
-        save_backbone(folder / "backbone.safetensors", backbone, BACKBONE, trained_on=who)
+        backbone, loss_fn, log = self.fit(name, contender, training, folder)
+        save_backbone(folder / "backbone.safetensors", backbone, self.backbone, trained_on=self.data.train.identities)
         embeddings = embed(backbone, self.data.held_out)
         judgement = judge(embeddings, self.data.held_out.labels)
         sets = {name: judge(embed(backbone, part), part.labels, fars=FARS) for name, part in self.data.sets.items()}
@@ -172,16 +163,46 @@ class GlyphBench:
         rarity = self.rarity(backbone, embeddings, _centers(loss_fn))
         return HeadResult(log, judgement, sets, parameters, _kept_bytes(loss_fn), rarity)
 
+    def fit(
+        self,
+        name: str,
+        contender: Contender,
+        training: TrainingConfig,
+        folder: Path,
+        *,
+        watch: Callable[[nn.Module], Validate] | None = None,
+        watch_every: int | None = None,
+    ) -> tuple[nn.Module, nn.Module, TrainingLog]:
+        """Train a backbone with a head, with checkpoints in ``folder``; continues a run that was interrupted.
+
+        ``watch`` makes of the head what `gif.training.train` takes as ``validate``, every so many steps. Returns the
+        backbone, the head and the log.
+        """
+        torch.manual_seed(training.seed)
+        backbone = self.backbone.build()
+        loss_fn = self._head(contender, backbone)
+        log = train(
+            backbone,
+            loss_fn,
+            self.data.train,
+            replace(training, lr=contender.lr),
+            validate=watch and watch(loss_fn),
+            validate_every=watch_every,
+            checkpoints=folder / "checkpoints",
+            description=f"training with {name}",
+        )
+        return backbone, loss_fn, log
+
     def _head(self, contender: Contender, backbone: nn.Module) -> nn.Module:
         """A fresh head; it may move its own copy of the code vectors."""
         own = CodeVectors(self.vectors.table.clone(), normalized=True)
         m = self.data.train.num_identities
-        return contender.head.build(m, BACKBONE.embedding_size, self.codes, own, backbone=backbone)
+        return contender.head.build(m, self.backbone.embedding_size, self.codes, own, backbone=backbone)
 
     def steps_within(self, contender: Contender, training: TrainingConfig, seconds: float) -> int:
         """How many steps of training take so many ``seconds`` of processor time, by the time that some take here."""
         for steps in TRIED:  # the first ones warm up: what is compiled, allocated or read is there afterwards
-            backbone = BACKBONE.build()
+            backbone = self.backbone.build()
             tried = replace(training, steps=steps, lr=contender.lr)
             log = train(backbone, self._head(contender, backbone), self.data.train, tried, description="timing a step")
         return max(1, round(seconds * steps / log.processor_seconds))

@@ -1,6 +1,7 @@
 """Losses with one contract: ``loss_fn(embeddings, labels) -> scalar``."""
 
 from gif.losses.config import HeadConfig
+from gif.losses.forces import Forces, pull_and_push
 from gif.losses.gif_loss import GIFLoss
 from gif.losses.partial_fc import PartialFC
 from gif.losses.peers import DynamicClassPool, DynamicClassQueue, PrototypeMemory, VirtualFC
@@ -12,6 +13,7 @@ __all__ = [
     "RECIPES",
     "DynamicClassPool",
     "DynamicClassQueue",
+    "Forces",
     "GIFLoss",
     "HeadConfig",
     "MarginSoftmax",
@@ -20,5 +22,6 @@ __all__ = [
     "Recipe",
     "TokenWeights",
     "VirtualFC",
+    "pull_and_push",
     "token_weights",
 ]
