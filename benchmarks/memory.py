@@ -6,23 +6,14 @@ import gc
 import os
 from collections.abc import Callable
 
-import psutil
 import pynvml
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.resident import ResidentMemory
+from gif.planning.memory import free_bytes, kept_bytes, peak_bytes
 
-
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Largest number of bytes that ``call`` held at once: the caching allocator's count on CUDA, its record on CPU."""
-    return _bytes(call, device)[0]
-
-
-def kept_bytes(call: Callable[[], object], device: str) -> int:
-    """Bytes that ``call`` took and did not give back; it must keep what it made alive."""
-    return _bytes(call, device)[1]
+__all__ = ["free_bytes", "kept_bytes", "nvml_bytes", "peak_bytes", "process_bytes", "skip_unless_it_fits"]
 
 
 def process_bytes(call: Callable[[], object], device: str) -> int | None:
@@ -59,31 +50,8 @@ def nvml_bytes() -> int | None:
     return next((process.usedGpuMemory for process in processes if process.pid == os.getpid()), None)
 
 
-def free_bytes(device: str) -> int:
-    """Memory that is free for a call."""
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-
-
 def skip_unless_it_fits(what: str, needed: float, device: str) -> None:
     """Skip the test, saying what ``what`` needs, unless ``needed`` bytes and a quarter more are free."""
     free = free_bytes(device)
     if needed > 0.8 * free:
         pytest.skip(f"{what} needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
-
-
-def _bytes(call: Callable[[], object], device: str) -> tuple[int, int]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak, held

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from benchmarks import heads, spreading
+from benchmarks import heads
 from benchmarks.results import Measurement
+from gif.planning.curves import Curve, draw_card, draw_curves, draw_legend
 from gif.plotting import COLORS, figure, save_figure
 
 Picture = Callable[[Sequence[Measurement], Path], None]
 
-CARD_BYTES = 80e9
-"""Memory of a large GPU, to compare with."""
-SPREAD_SIZES = (1_000_000, 4_000_000, 16_000_000, 64_000_000, 256_000_000)
-POINTS = (7.5, 4.0)
-"""Sizes of the first provider's points and of the last's: equal values stay visible."""
-SHORT_AXIS = 50
-"""Largest over smallest value of a logarithmic axis whose powers of ten would be too few labels."""
-LEGEND_COLUMN = 2.3
-"""Inches of a provider's name in a legend."""
 BAR, MARGINS = 0.17, 1.3
 """Inches of a bar, and of what surrounds them all."""
-
-
-LABELS: dict[str, Callable[..., str]] = {
-    "s": lambda value, place: f"{value:,.0f} s" if value >= 1 else EngFormatter("s")(value),
-    "B": EngFormatter("B"),
-    "": lambda value, place: f"{value:g}",
-}
-"""How an axis writes values of a unit."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Values of one provider by the number of identities: ``measured``, and by formula."""
-
-    measured: Mapping[int, float]
-    formula: Mapping[int, float] = field(default_factory=dict)
 
 
 def pictures(found: Sequence[Measurement]) -> dict[str, Picture]:
@@ -74,10 +46,10 @@ def draw_heads(found: Sequence[Measurement], path: Path) -> None:
         times[name] = Curve(taken, {m: taken[largest] * share for m, share in work.items()} if beyond else {})
         needed = {m: costs[m].bytes for m in beyond}
         memories[name] = Curve(held, {largest: held[largest], **needed} if beyond else {})
-    _draw(time, times, "s", "One training step of the head")
-    _draw(memory, memories, "B", "Memory of the head")
-    _draw_card(memory)
-    _legend(drawing, times, formula=any(curve.formula for curve in times.values()))
+    draw_curves(time, times, "s", "One training step of the head")
+    draw_curves(memory, memories, "B", "Memory of the head")
+    draw_card(memory)
+    draw_legend(drawing, times, formula=any(curve.formula for curve in times.values()))
     save_figure(drawing, path)
 
 
@@ -90,30 +62,9 @@ def draw_whole_steps(found: Sequence[Measurement], path: Path) -> None:
         here = [m for m in found if m.mode == mode]
         names = _named(here, [heads.BACKBONE_ALONE, *heads.HEADS])
         curves = {name: Curve(_seconds(_by_identities(here, name), found)) for name in names}
-        _draw(axes, curves, "s", f"One whole step, {mode}")
+        draw_curves(axes, curves, "s", f"One whole step, {mode}", heads.BACKBONE_ALONE)
         shown |= curves
-    _legend(drawing, shown, formula=False)
-    save_figure(drawing, path)
-
-
-def draw_spreading(found: Sequence[Measurement], path: Path) -> None:
-    """Memory and speed of optimising code vectors, as in the supplement's Fig. 7, measured and planned."""
-    drawing, (memory, speed) = figure(11.0, 4.6, columns=2)
-    sizes = sorted({*SPREAD_SIZES, *_identities(found)})
-    memories, speeds = {}, {}
-    rates = [(m.provider, m.rates) for m in found if m.rates is not None]
-    for name, spreader in spreading.SPREADERS.items():
-        mine = _by_identities(found, name)
-        planned = {m: spreader.memory(m) for m in sizes}
-        memories[name] = Curve({m: float(point.held_bytes) for m, point in mine.items()}, planned)
-        beside = [known for provider, known in rates if provider == name]  # calibrated right before it was timed
-        known = next(iter([*beside, *(known for _, known in rates)]), None)
-        steps = {} if known is None else {m: 1 / spreader.seconds(m, known) for m in sizes}
-        speeds[name] = Curve({m: 1 / point.seconds for m, point in mine.items()}, steps)
-    _draw(memory, memories, "B", "(a) Memory of optimising code vectors")
-    _draw(speed, speeds, "", "(b) Steps a second")
-    _draw_card(memory)
-    _legend(drawing, memories, formula=True)
+    draw_legend(drawing, shown, formula=False, grey=heads.BACKBONE_ALONE)
     save_figure(drawing, path)
 
 
@@ -125,11 +76,11 @@ def draw_potential(found: Sequence[Measurement], path: Path) -> None:
     points = {name: _by_identities(shown, name) for name in names}
     times = {name: Curve({m: point.seconds for m, point in points[name].items()}) for name in names}
     memories = {name: Curve({m: float(point.held_bytes) for m, point in points[name].items()}) for name in names}
-    _draw(time, times, "s", f"Potential and gradient, {shown[0].dtype}")
-    _draw(memory, memories, "B", "Memory beyond the vectors")
+    draw_curves(time, times, "s", f"Potential and gradient, {shown[0].dtype}")
+    draw_curves(memory, memories, "B", "Memory beyond the vectors")
     for axes in (time, memory):
         axes.set_xlabel("vectors")
-    _legend(drawing, times, formula=False)
+    draw_legend(drawing, times, formula=False)
     save_figure(drawing, path)
 
 
@@ -160,10 +111,9 @@ def draw_roofline(found: Sequence[Measurement], path: Path) -> None:
 AGAINST_IDENTITIES: dict[str, Picture] = {
     "head": draw_heads,
     "whole_step": draw_whole_steps,
-    "uniformity_step": draw_spreading,
     "gaussian_potential": draw_potential,
 }
-PLANNED = ("head", "uniformity_step")
+PLANNED = ("head",)
 """Whose pictures formulas complete: one size is enough."""
 
 
@@ -185,54 +135,3 @@ def _seconds(points: Mapping[int, Measurement], found: Sequence[Measurement]) ->
     """Times as the quietest hour of a run would have had them: ratios, times the fastest of its reference products."""
     fastest = min(m.seconds / m.ratio for m in found)
     return {m: point.ratio * fastest for m, point in points.items()}
-
-
-def _draw(axes: Any, curves: Mapping[str, Curve], unit: str, title: str) -> None:
-    points = np.linspace(*POINTS, len(curves))
-    for (name, color), size in zip(_colors(curves).items(), points, strict=True):
-        measured, formula = curves[name].measured, curves[name].formula
-        axes.plot(measured.keys(), measured.values(), "o-", color=color, markersize=size)
-        axes.plot(formula.keys(), formula.values(), "--", color=color, linewidth=1)
-        hollow = {m: value for m, value in formula.items() if m not in measured}
-        axes.plot(hollow.keys(), hollow.values(), "o", color=color, markersize=size, fillstyle="none")
-    axes.set(xscale="log", yscale="log", xlabel="identities", title=title)
-    sizes = sorted({m for curve in curves.values() for m in (*curve.measured, *curve.formula)})
-    axes.set_xticks(sizes, [_short(m) for m in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(LABELS[unit])
-    axes.yaxis.set_minor_formatter("")
-    low, high = axes.get_ylim()
-    if high / low < SHORT_AXIS:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-
-
-def _draw_card(axes: Any) -> None:
-    axes.axhline(CARD_BYTES, color=COLORS[6], linestyle=":", linewidth=1)
-    axes.annotate("an 80 GB GPU", (0.01, CARD_BYTES), (0, 3), ("axes fraction", "data"), "offset points", fontsize=8)
-
-
-def _colors(names: Mapping[str, Any]) -> dict[str, str]:
-    """A colour a provider; grey for the backbone, to which the others are compared."""
-    others = (name for name in names if name != heads.BACKBONE_ALONE)
-    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(others)}
-    return {name: colors.get(name, COLORS[6]) for name in names}
-
-
-def _legend(drawing: Figure, curves: Mapping[str, Curve], *, formula: bool) -> None:
-    handles = [Line2D([], [], marker="o", color=color, label=name) for name, color in _colors(curves).items()]
-    if formula:
-        handles.append(Line2D([], [], marker="o", linestyle="", color="black", label="measured"))
-        handles.append(
-            Line2D(
-                [], [], marker="o", fillstyle="none", linestyle="--", linewidth=1.0, color="black", label="by formula"
-            )
-        )
-    columns = int(drawing.get_figwidth() // LEGEND_COLUMN)
-    drawing.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def _short(count: int) -> str:
-    for unit, size in (("M", 1_000_000), ("K", 1_000)):
-        if count % size == 0:
-            return f"{count // size}{unit}"
-    return f"{count:,}"

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.harness import DEVICE, measure
 from benchmarks.memory import skip_unless_it_fits
 from benchmarks.results import Subject
-from benchmarks.spreading import PAIRS_HELD, T, dense_potential
+from gif.experiments.paper.spreaders import PAIRS_HELD, T, dense_potential
 from gif.planning.heads import FLOAT
 from gif_kernels import gaussian_potential
 

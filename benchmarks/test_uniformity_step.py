@@ -18,13 +18,14 @@ from torch import Tensor
 from benchmarks.harness import DEVICE, measure
 from benchmarks.memory import skip_unless_it_fits
 from benchmarks.results import Subject
-from benchmarks.spreading import LR, SPREADERS, D, N, Spreading, rates
+from gif.experiments.paper.spreaders import LR, SPREADERS, Shape, Spreading
 from gif_kernels import uniformity_step_
 
 if TYPE_CHECKING:  # what a run on a GPU imports does without it
     from pytest_benchmark.fixture import BenchmarkFixture
 
 MILLION = 1_000_000
+SHAPE = Shape(device=DEVICE)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -43,13 +44,15 @@ def check(found: Spreading, index: Tensor) -> None:
 
 @pytest.mark.parametrize("provider", SPREADERS)
 def test_uniformity_step(benchmark: BenchmarkFixture, millions: int, provider: str, tmp_path: Path) -> None:
-    m, spreader = millions * MILLION, SPREADERS[provider]
-    skip_unless_it_fits(f"{spreader.name}, {m:,} rows,", spreader.memory(m), DEVICE)
-    spreading = spreader.build(m, tmp_path)
+    m, n, spreader = millions * MILLION, SHAPE.batch, SPREADERS[provider]
+    skip_unless_it_fits(f"{spreader.name}, {m:,} rows,", spreader.memory(m, SHAPE), DEVICE)
+    spreading = spreader.build(m, SHAPE, tmp_path)
     generator = torch.Generator().manual_seed(0)
-    subsets = [torch.randperm(m, generator=generator)[:N].to(spreading.table.device) for _ in range(2)]
+    subsets = [torch.randperm(m, generator=generator)[:n].to(spreading.table.device) for _ in range(2)]
     for index in subsets:
-        spreading.table[index] = F.normalize(torch.randn(N, D, generator=generator).add(0.5)).to(spreading.table)
+        spreading.table[index] = F.normalize(torch.randn(n, SHAPE.width, generator=generator).add(0.5)).to(
+            spreading.table
+        )
     check(spreading, subsets[0])
     seeds = itertools.count(1)
 
@@ -60,13 +63,13 @@ def test_uniformity_step(benchmark: BenchmarkFixture, millions: int, provider: s
     subject = Subject(
         kernel="uniformity_step",
         provider=spreader.name,
-        mode=f"step of {N} rows",
-        shape=f"m{m}-d{D}",
+        mode=f"step of {n} rows",
+        shape=f"m{m}-d{SHAPE.width}",
         dtype="bfloat16",
         identities=m,
-        flops=spreader.flops,
-        bytes=spreader.traffic(m),
+        flops=spreader.flops(SHAPE),
+        bytes=spreader.traffic(m, SHAPE),
         kept_bytes=spreading.held,
-        rates=rates(),
+        rates=SHAPE.rates(),
     )
     measure(benchmark, step, subject, rounds=5 if spreader.slow else 15, warmup_rounds=1 if spreader.slow else 2)

@@ -60,6 +60,7 @@ COMMANDS: dict[str, Any] = {
         "_help": "Repeat the experiments of the paper's supplement, each with a quick form (docs/paper.md).",
         "forces": "gif.experiments.paper.forces:forces",
         "lambda": "gif.experiments.paper.token_lambda:token_lambda",
+        "cost": "gif.experiments.paper.cost:cost",
     },
     "doctor": "gif.doctor:doctor",
 }

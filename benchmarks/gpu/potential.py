@@ -17,7 +17,7 @@ from benchmarks.gpu.device import rotated
 from benchmarks.gpu.internals import fused_tile, fused_up_to, potential_design
 from benchmarks.gpu.records import at_least
 from benchmarks.gpu.stage import Run
-from benchmarks.spreading import PAIRS_HELD, T, dense_potential
+from gif.experiments.paper.spreaders import PAIRS_HELD, T, dense_potential
 from gif.planning.heads import FLOAT
 from gif_kernels import gaussian_potential
 from gif_kernels.device.tuning import Tile

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from benchmarks.gpu import ceilings
 from benchmarks.gpu.records import at_most
 from benchmarks.gpu.stage import Run
-from benchmarks.spreading import LR, ON_ROWS, ON_TABLE, OURS, D, N, Spreader, Spreading
+from gif.experiments.paper.spreaders import LR, ON_ROWS, ON_TABLE, OURS, Shape, Spreader, Spreading
 from gif_kernels import uniformity_step_
 
 LARGEST = 64_000_000
 FULL = (LARGEST, 10_000, 100_000, 1_000_000, 4_000_000, 16_000_000)
-TINY = (2 * N,)
+SHAPE = Shape()
+TINY = (2 * SHAPE.batch,)
 SUBSETS = 16
 """How many sets of rows take turns."""
 ALLOWED, BASELINE_ALLOWED = 2.0**-7, 0.1
@@ -47,11 +49,11 @@ def run(run: Run) -> None:
 
 def _point(run: Run, spreader: Spreader, m: int, taken: dict[int, float]) -> None:
     what = f"{m:,} rows: {spreader.name}"
-    if not run.fits(what, spreader.memory(m)):
+    if not run.fits(what, spreader.memory(m, SHAPE)):
         return
     ours = spreader is OURS
     with tempfile.TemporaryDirectory() as folder:
-        spreading = spreader.build(m, Path(folder))
+        spreading = spreader.build(m, replace(SHAPE, device=run.device.name), Path(folder))
     run.device.reset_peak()
     subsets = _subsets(run, spreading.table, m)
     if not _correct(run, what, spreading, subsets[0], ours):
@@ -60,8 +62,8 @@ def _point(run: Run, spreader: Spreader, m: int, taken: dict[int, float]) -> Non
     steps = [_stepped(spreading, index, next(seeds)) for index in subsets]
     if ours:
         floor = max(
-            spreader.flops / ceilings.ceiling(run, ceilings.LOW),
-            spreader.traffic(m) / ceilings.ceiling(run, ceilings.COPY),
+            spreader.flops(SHAPE) / ceilings.ceiling(run, ceilings.LOW),
+            spreader.traffic(m, SHAPE) / ceilings.ceiling(run, ceilings.COPY),
         )
         taken[m] = run.timed(what, steps)
         run.record(f"{what}: a step", taken[m] * 1e6, "us", floor=floor * 1e6)
@@ -75,12 +77,12 @@ def _point(run: Run, spreader: Spreader, m: int, taken: dict[int, float]) -> Non
 
 def _subsets(run: Run, table: Tensor, m: int) -> list[Tensor]:
     """Distinct random rows, to which random directions about a common one are given."""
-    n = min(N, m // 2)
+    n = min(SHAPE.batch, m // 2)
     found = []
     for _ in range(run.pick(SUBSETS, 2)):
         rows = torch.randint(m, (2 * n,), device=table.device).unique() if m > 4 * n else torch.arange(m)
         rows = rows[torch.randperm(len(rows))[:n].to(rows.device)].to(table.device)
-        table[rows] = F.normalize(torch.randn(len(rows), D, device=table.device).add(0.5)).to(table)
+        table[rows] = F.normalize(torch.randn(len(rows), SHAPE.width, device=table.device).add(0.5)).to(table)
         found.append(rows)
     return found
 

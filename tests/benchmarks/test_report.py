@@ -4,18 +4,15 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
 from benchmarks import pictures as pictures_module
 from benchmarks.compare import compare
 from benchmarks.heads import BATCH, FULL_SOFTMAX
-from benchmarks.pictures import SPREAD_SIZES, draw_heads, draw_spreading, pictures
+from benchmarks.pictures import draw_heads, pictures
 from benchmarks.report import report
 from benchmarks.results import Measurement, read_results
-from benchmarks.spreading import OURS
-from gif.planning import CARDS
 
 
 def entry(provider, ratio, *, kernel="head", shape="m10000", **facts):
@@ -152,15 +149,6 @@ class TestPictures:
         beyond, softmax = self.lines(time, "o", "none")
         assert beyond == {} and softmax[64_000_000] == pytest.approx(0.04 * 6400)  # in proportion to its products
         assert self.lines(memory, "o", "none")[1][10**7] == FULL_SOFTMAX.cost(10**7, BATCH).bytes
-
-    def test_spreading(self, monkeypatch, tmp_path):
-        found = [replace(m, rates=CARDS["h100"]) for m in self.measured("uniformity_step", ("ours", 10**6, 50.0))]
-        memory, speed = self.panels(draw_spreading, found, monkeypatch, tmp_path)
-        assert self.lines(speed, "o", "full") == [{10**6: 20.0}, {}, {}, {}]
-        ours, *others = self.lines(memory, "o", "none")
-        assert ours == {m: OURS.memory(m) for m in SPREAD_SIZES if m > 10**6}
-        assert all(set(other) == set(SPREAD_SIZES) for other in others)
-        assert [set(line) for line in self.lines(speed, "o", "none")] == [set(ours), *map(set, others)]
 
     def test_only_what_the_measurements_are_enough_for(self):
         one = self.measured("whole_step", ("GIF", 10_000, 1.0))
