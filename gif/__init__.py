@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gif.codes import IdentityCodes, TokenizeConfig, tokenize
     from gif.head import Head
     from gif.losses import GIFLoss, MarginSoftmax, PartialFC
+    from gif.recognition import load_model
     from gif.vectors import CodeVectors, SpreadConfig, initial_code_vectors, spread_code_vectors
     from gif_kernels import AngularMargin, __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "TokenizeConfig",
     "__version__",
     "initial_code_vectors",
+    "load_model",
     "spread_code_vectors",
     "tokenize",
 ]
@@ -33,6 +35,7 @@ _MODULES = {
     "gif.codes": ("IdentityCodes", "TokenizeConfig", "tokenize"),
     "gif.head": ("Head",),
     "gif.losses": ("GIFLoss", "MarginSoftmax", "PartialFC"),
+    "gif.recognition": ("load_model",),
     "gif.vectors": ("CodeVectors", "SpreadConfig", "initial_code_vectors", "spread_code_vectors"),
     "gif_kernels": ("AngularMargin", "__version__"),
 }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import faulthandler
+import json
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from contextlib import suppress
+from importlib import import_module, metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,6 +29,10 @@ DESCRIPTION = (
 )
 HELP = "_help"
 """The key of what a group of commands is for, as jsonargparse has it."""
+DISTRIBUTION = "gif-recognition"
+IMAGES = "images"
+POSITIONAL = ("embed_command", "verify_command")
+"""Functions of commands whose images stand by themselves, without an option's name."""
 ALIASES = {"--closed_form": "--start"}  # which torchrun takes for a short form of its own --start-method
 
 
@@ -53,6 +59,9 @@ COMMANDS: dict[str, Any] = {
     },
     "train": "gif.training.command:train_command",
     "evaluate": "gif.evaluation.command:evaluate",
+    "embed": "gif.recognition.commands:embed_command",
+    "verify": "gif.recognition.commands:verify_command",
+    "search": "gif.recognition.commands:search_command",
     "export": "gif.export:export_command",
     "accuracy": "gif.experiments.accuracy:accuracy",
     "sweep": "gif.experiments.sweep:sweep",
@@ -119,10 +128,23 @@ def _description(target: str) -> Callable[[], None]:
 def _run(arguments: Sequence[str]) -> None:
     """The command line, by jsonargparse, which it alone needs."""
     with needs("jsonargparse[signatures]", "the command line"):
-        from jsonargparse import ArgumentParser, auto_cli
+        from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+    with suppress(ModuleNotFoundError):
+        import shtab  # noqa: F401 (which makes the completion)
+
+        set_parsing_settings(add_print_completion_argument=True)
 
     class Parser(ArgumentParser):
         """Names what is missing as it is given on the command line: --output, not train.output."""
+
+        def add_function_arguments(self, function: Any, *arguments: Any, **options: Any) -> Any:
+            if function.__name__ in POSITIONAL:
+                options["as_positional"] = True
+            added = super().add_function_arguments(function, *arguments, **options)
+            for action in self._actions:
+                if action.dest == IMAGES:
+                    action.metavar = "IMAGE ..."
+            return added
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             begin, required, keys = message.partition("arguments are required: ")
@@ -144,6 +166,7 @@ def _run(arguments: Sequence[str]) -> None:
         prog="gif",
         description=DESCRIPTION,
         parser_class=Parser,
+        version=f"{metadata.version(DISTRIBUTION)}",
     )
 
 
@@ -168,7 +191,21 @@ def _arguments(given: Sequence[str]) -> list[str]:
         else:
             argument = ALIASES.get(name, name)
         arguments.append(argument)
-    return [argument for argument in arguments if argument != DEBUG]
+    return _images_as_list([argument for argument in arguments if argument != DEBUG])
+
+
+def _images_as_list(arguments: list[str]) -> list[str]:
+    """The images of `gif embed`, which are given as words, as the one list that they are."""
+    if arguments[:1] != ["embed"]:
+        return arguments
+    images, others, expects_value = [], ["embed"], False
+    for argument in arguments[1:]:
+        is_option = argument.startswith("-")
+        (others if is_option or expects_value else images).append(argument)
+        expects_value = is_option and "=" not in argument and argument not in ("-h", "--help", "--print_config")
+    if len(images) == 1 and images[0].startswith("["):
+        return [*others, *images]
+    return [*others, json.dumps(images)] if images else others
 
 
 def _config(given: str) -> str:

@@ -1,4 +1,4 @@
-"""Tensors on their way to a device, and what the processor is called."""
+"""Devices by name, tensors on their way to one, and what the processor is called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import platform
 
 import torch
 from torch import Tensor
+
+from gif.errors import InputError
+
+AUTO = "auto"
+"""The device that is a GPU if there is one, and else the CPU."""
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -23,3 +28,27 @@ def processor_name() -> str:
     except FileNotFoundError:  # not Linux
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is a name of PyTorch's, and what it names is there and can be used."""
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f'unknown device "{device}"; give "cpu", "cuda" or "auto"') from error
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f'device "{device}" was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs; look at the driver '
+            'and at CUDA_VISIBLE_DEVICES, or give "cpu"'
+        )
+    try:
+        torch.empty(1, device=kind)
+    except (RuntimeError, AssertionError) as error:  # of another kind, or torch was built without
+        raise InputError(f'device "{device}" cannot be used ({error}); gif doctor says which there are') from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a name is of, "auto" among them. Errors are those of `check_device`."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == AUTO else device
+    check_device(name)
+    return torch.device(name)

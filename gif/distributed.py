@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gif.devices import resolve_device
 from gif.errors import InputError
 
 T = TypeVar("T")
@@ -156,31 +157,14 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError unless ``device`` is a name of PyTorch's, and what it names is there and can be used."""
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f'unknown device "{device}"; give "cpu" or "cuda"') from error
-    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f'device "{device}" was asked for, and PyTorch sees {torch.cuda.device_count()} GPUs; look at the driver '
-            'and at CUDA_VISIBLE_DEVICES, or give "cpu"'
-        )
-    try:
-        torch.empty(1, device=kind)
-    except (RuntimeError, AssertionError) as error:  # of another kind, or torch was built without
-        raise InputError(f'device "{device}" cannot be used ({error}); gif doctor says which there are') from error
-
-
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """Join the processes that torchrun announces, if it does, and leave them in the end; yields this one's device.
 
-    ``device``: "cpu" joins by gloo; "cuda" by nccl, and the device is the process's own. Raises ValueError where it is
-    not there.
+    ``device``: "cpu" joins by gloo; "cuda" by nccl, and the device is the process's own; "auto" is a GPU if there is
+    one. Raises ValueError where it is not there.
     """
-    check_device(device)
+    device = str(resolve_device(device))
     if not dist.is_torchelastic_launched():
         yield torch.device(device)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from gif.backbones import BackboneConfig, load_backbone
+from gif.backbones import BackboneConfig, TrainedOn, fingerprint, load_backbone, load_trained_on
+from gif.data import ImageDecoder
 from gif.errors import InputError, in_short
+from gif.evaluation.calibration import load_calibration
 from gif.files import atomic_path
 from gif.packages import needs
 from gif.progress import say
 
 INPUT, OUTPUT = "images", "embeddings"
 CONFIG_KEY = "gif.backbone"
+PREPROCESSING_KEY = "gif.preprocessing"
+THRESHOLDS_KEY = "gif.thresholds"
+FINGERPRINT_KEY = "gif.fingerprint"
 OPSET = 18
 BATCHES = (1, 2, 5)  # that are compared
 TOLERANCE = 1e-4
@@ -34,23 +39,48 @@ def export_command(model: Path, output: Path) -> None:
 
     The file takes any number of images at once: input "images" (B, channels, height, width) float32, RGB, in [-1, 1],
     that is (x / 255 - 0.5) / 0.5; output "embeddings" (B, d) float32, not normalised. Its metadata say which backbone
-    it is. Needs onnx, onnxscript and onnxruntime: pip install 'gif-recognition[export]'.
+    it is, how an image becomes its input (gif.preprocessing, JSON), and the thresholds that `gif evaluate` has found:
+    gif verify, gif search, gif embed and gif.load_model take the file by itself. Needs onnx, onnxscript and
+    onnxruntime: pip install 'gif-recognition[export]'.
 
     Args:
         model: backbone.safetensors, as `gif train` writes it, or an IResNet's state dict (.pt), as insightface does.
         output: where to write the ONNX file.
     """
     backbone, config = load_backbone(model)
-    difference = export_onnx(backbone, config, output)
+    trained_on = load_trained_on(model)
+    mark = fingerprint(backbone)
+    told = {PREPROCESSING_KEY: json.dumps(preprocessing(config, trained_on)), FINGERPRINT_KEY: mark}
+    if (thresholds := load_calibration(model, mark)) is not None:
+        told[THRESHOLDS_KEY] = thresholds.to_json()
+    difference = export_onnx(backbone, config, output, metadata=told)
     say(f"wrote {config.name} to {output}; unit embeddings differ from PyTorch's by at most {difference:.1e}")
 
 
-def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -> float:
+def preprocessing(config: BackboneConfig, trained_on: TrainedOn | None = None) -> dict[str, Any]:
+    """How an image file becomes the backbone's input, fit for JSON: in the order of the keys."""
+    fit = ImageDecoder.fit if trained_on is None else trained_on.images.get("fit", ImageDecoder.fit)
+    return {
+        "color": "RGB" if config.channels == 3 else "grey",
+        "size": [config.image_size, config.image_size],
+        "fit": fit,
+        "resize": "bilinear, antialiased",
+        "mean": [127.5] * config.channels,
+        "std": [127.5] * config.channels,
+        "layout": "NCHW",
+        "dtype": "float32",
+        "output": "embeddings, not normalised; compared by cosine",
+    }
+
+
+def export_onnx(
+    backbone: nn.Module, config: BackboneConfig, path: str | Path, *, metadata: Mapping[str, str] | None = None
+) -> float:
     """Write ``backbone`` as it evaluates to ``path`` as ONNX, and compare it with ONNX Runtime before it is kept.
 
     Input "images" (B, channels, image_size, image_size) float32 in [-1, 1], RGB, any B; output "embeddings" (B, d)
-    float32, not normalised. The metadata key "gif.backbone" holds the configuration. The backbone is left in eval mode
-    on the CPU.
+    float32, not normalised. The metadata key "gif.backbone" holds the configuration, and ``metadata`` what else the
+    file says. The backbone is left in eval mode on the CPU.
 
     Returns the largest difference to PyTorch of an entry of a unit embedding. Raises ValueError, and leaves no file, if
     it is above `TOLERANCE` or the network cannot be translated; and where the libraries are missing.
@@ -82,7 +112,7 @@ def export_onnx(backbone: nn.Module, config: BackboneConfig, path: str | Path) -
         ) from error
     assert program is not None  # it is for dynamo=False
     proto = program.model_proto
-    onnx.helper.set_model_props(proto, {CONFIG_KEY: json.dumps(asdict(config))})
+    onnx.helper.set_model_props(proto, {CONFIG_KEY: json.dumps(asdict(config)), **(metadata or {})})
     with atomic_path(path) as temporary:
         onnx.save(proto, temporary)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])

@@ -1,7 +1,7 @@
 """Backbones: images to embeddings. A saved backbone names itself, so that it can be loaded by its path alone."""
 
 from gif.backbones.config import BackboneConfig, BackboneName
-from gif.backbones.files import TrainedOn, load_backbone, load_insightface, load_trained_on, save_backbone
+from gif.backbones.files import TrainedOn, fingerprint, load_backbone, load_insightface, load_trained_on, save_backbone
 from gif.backbones.iresnet import IResNet
 from gif.backbones.mobilefacenet import MobileFaceNet
 from gif.backbones.small import SmallConvNet
@@ -13,6 +13,7 @@ __all__ = [
     "MobileFaceNet",
     "SmallConvNet",
     "TrainedOn",
+    "fingerprint",
     "load_backbone",
     "load_insightface",
     "load_trained_on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -69,6 +70,15 @@ def save_backbone(
         state[_TRAINED_ON] = trained_on.names.digests()
         metadata |= trained_on.metadata()
     save_tensors(path, state, format=FORMAT, **metadata)
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """32 hexadecimal digits that follow from all weights and their names: the same in whichever file they are."""
+    digest = hashlib.sha256()
+    for name, values in sorted(_plain(_unwrapped(backbone).state_dict()).items()):
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
+        digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def load_trained_on(path: str | Path) -> TrainedOn | None:

@@ -14,7 +14,8 @@ from gif.codes.code_table import CodeTable
 from gif.codes.config import TokenizeConfig
 from gif.codes.identity_codes import IdentityCodes
 from gif.codes.tree import Cutting, Level, root
-from gif.distributed import check_device, first_decides, least_of_processes, rank, wait_for_all, world_size
+from gif.devices import check_device
+from gif.distributed import first_decides, least_of_processes, rank, wait_for_all, world_size
 from gif.errors import InputError
 from gif.files import Blocks
 from gif.progress import progress

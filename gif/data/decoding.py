@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Literal, get_args
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gif.errors import InputError
+from gif.errors import InputError, in_short
 from gif.packages import needs
 from gif_kernels import checks
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Fit = Literal["squash", "crop", "exact"]
+Pixels = NDArray[np.uint8]
+Align = Callable[[Pixels], Pixels | None]
+"""A hook that finds what an image is to be judged by, such as a face, and brings it into its place: pixels (h, w, 3),
+RGB, to others (k, l, 3); None where there is nothing to find."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # a photograph of today's telephones; 150 MB in RGB
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
@@ -56,6 +61,8 @@ class ImageDecoder:
             and antialiased, by torchvision.
         max_pixels: an image whose file declares more counts as broken, before anything is decoded: a file of a hundred
             kilobytes can declare gigabytes. At most what Pillow opens, twice its ``Image.MAX_IMAGE_PIXELS``.
+        align: called with the pixels of the whole image, in colours, before they are resized. An image in which it
+            finds nothing, or that it fails at, counts as broken.
 
     Raises ValueError for other values.
     """
@@ -64,6 +71,7 @@ class ImageDecoder:
     channels: int = 3
     fit: Fit = "squash"
     max_pixels: int = MAX_PIXELS
+    align: Align | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.channels not in (1, 3):
@@ -73,10 +81,32 @@ class ImageDecoder:
 
     def __call__(self, encoded: bytes) -> Tensor:
         """Pixels (channels, size, size) uint8. Raises BrokenImageError."""
-        image = decode(encoded, "RGB" if self.channels == 3 else "L", max_pixels=self.max_pixels)
-        return self._resize(torch.from_numpy(image).view(*image.shape[:2], self.channels).permute(2, 0, 1))
+        if self.align is not None:
+            return self.prepare(decode(encoded, "RGB", max_pixels=self.max_pixels))
+        return self._resize(decode(encoded, self._mode, max_pixels=self.max_pixels))
 
-    def _resize(self, image: Tensor) -> Tensor:
+    def prepare(self, pixels: Pixels) -> Tensor:
+        """What `__call__` makes of an image whose pixels (h, w) or (h, w, 3), RGB, are known: (channels, size, size).
+
+        Raises BrokenImageError, TypeError for another dtype, ValueError for another shape.
+        """
+        if pixels.dtype != np.uint8:
+            raise TypeError(f"pixels must be uint8, 0 to 255, got {pixels.dtype}; convert them")
+        if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)) or not pixels.size:
+            raise InputError(f"pixels must be (h, w) or (h, w, 3) in RGB, got {pixels.shape}")
+        with needs("pillow", "reading images"):
+            from PIL import Image
+
+        if self.align is not None:
+            pixels = _aligned(self.align, np.asarray(Image.fromarray(pixels).convert("RGB")))
+        return self._resize(np.array(Image.fromarray(pixels).convert(self._mode)))
+
+    @property
+    def _mode(self) -> Literal["RGB", "L"]:
+        return "RGB" if self.channels == 3 else "L"
+
+    def _resize(self, pixels: Pixels) -> Tensor:
+        image = torch.from_numpy(pixels).view(*pixels.shape[:2], self.channels).permute(2, 0, 1)
         if image.shape[1:] == (self.size, self.size):
             return image
         if self.fit == "exact":
@@ -87,6 +117,21 @@ class ImageDecoder:
         if self.fit == "squash":
             return F.resize(image, [self.size, self.size], antialias=True)
         return F.center_crop(F.resize(image, [self.size], antialias=True), [self.size, self.size])
+
+
+def _aligned(align: Align, pixels: Pixels) -> Pixels:
+    """What the hook finds. Raises BrokenImageError where that is nothing, or no image."""
+    name = getattr(align, "__name__", type(align).__name__)
+    try:
+        found = align(pixels)
+    except Exception as error:  # it is another's code
+        raise BrokenImageError(f"{name} failed at it ({type(error).__name__}: {in_short(error)})") from error
+    if found is None:
+        raise BrokenImageError(f"{name} finds nothing in it")
+    if not isinstance(found, np.ndarray) or found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:
+        what = f"{found.shape} {found.dtype}" if isinstance(found, np.ndarray) else type(found).__name__
+        raise BrokenImageError(f"{name} returned {what}, wanted an array (h, w, 3) uint8, or None")
+    return found
 
 
 def decode(

@@ -130,7 +130,8 @@ class EncodedImages(ImageTable):
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        return {"channels": self.decoder.channels, "size": self.decoder.size, "fit": self.decoder.fit}
+        settings = {"channels": self.decoder.channels, "size": self.decoder.size, "fit": self.decoder.fit}
+        return settings if self.decoder.align is None else settings | {"align": self.decoder.align.__qualname__}
 
     def _stored(self, index: int) -> bytes:
         return stored(self.source, int(self._rows[index]))

@@ -16,6 +16,7 @@ from gif.evaluation.templates import (
     template_features,
     verify_templates,
 )
+from gif.evaluation.thresholds import Threshold, Thresholds, thresholds_of
 from gif.evaluation.verification import PairAccuracy, Roc, roc, tar_at_far, verify_pairs
 
 __all__ = [
@@ -36,6 +37,8 @@ __all__ = [
     "TemplateSums",
     "TemplateVerification",
     "Templates",
+    "Threshold",
+    "Thresholds",
     "align_face",
     "embed",
     "embed_images",
@@ -54,6 +57,7 @@ __all__ = [
     "spread_of_centers",
     "tar_at_far",
     "template_features",
+    "thresholds_of",
     "verification_table",
     "verify_pairs",
     "verify_templates",

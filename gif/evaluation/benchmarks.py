@@ -25,6 +25,7 @@ from gif.evaluation.identification import Identification
 from gif.evaluation.ijb import TITLES, Ijb, evaluate_ijb
 from gif.evaluation.open_set import judge
 from gif.evaluation.tables import identification_table, pairs_table, verification_table
+from gif.evaluation.thresholds import Thresholds, thresholds_of
 from gif.evaluation.verification import (
     FOLDS,
     PairAccuracy,
@@ -62,6 +63,8 @@ class Outcome:
         curves: verification, by name.
         identification: by name.
         notes: what keeps a number from being what it seems, a line each.
+        thresholds: of the cosine of two images, by name.
+        flip: whether these cosines are of embeddings with the mirrored image's added.
     """
 
     kind: str
@@ -71,6 +74,8 @@ class Outcome:
     curves: dict[str, Verified]
     identification: dict[str, Identification] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    thresholds: dict[str, Thresholds] = field(default_factory=dict)
+    flip: bool = False
 
 
 class Benchmark(ABC):
@@ -113,6 +118,7 @@ class PairFiles(Benchmark):
         numbers: dict[str, Any] = {}
         curves: dict[str, Verified] = {}
         notes: list[str] = []
+        thresholds: dict[str, Thresholds] = {}
         for name, pairs in self.pairs.items():
             _, embeddings = embedder.all_shares(backbone, _PairImages(pairs, self.decoder), name)
             with warnings.catch_warnings():
@@ -122,6 +128,7 @@ class PairFiles(Benchmark):
             genuine, impostor = int(pairs.issame.sum()), int((~pairs.issame).sum())
             curve = roc(scores_of_pairs, pairs.issame)
             curves[name] = thin(curve, impostor)
+            thresholds[name] = thresholds_of(curve, genuine, impostor)
             tar = tar_at(turns(curve, genuine, impostor), PAIRS_FAR)
             if low := unresolved([PAIRS_FAR], impostor):
                 notes.append(f"{name}: {resolution(low, impostor)}")
@@ -131,9 +138,11 @@ class PairFiles(Benchmark):
                 **results[name].to_dict(),
                 "tar": {f"{PAIRS_FAR:g}": tar},
                 "pairs": len(pairs.issame),
+                "thresholds": thresholds[name].to_dict(),
             }
         scores = {name: result.accuracy for name, result in results.items()}
-        return Outcome("pairs", numbers, scores, [pairs_table(results)], curves, notes=notes)
+        tables = [pairs_table(results), *(found.table(f"{name}: thresholds") for name, found in thresholds.items())]
+        return Outcome("pairs", numbers, scores, tables, curves, notes=notes, thresholds=thresholds, flip=embedder.flip)
 
 
 class IjbFolders(Benchmark):
@@ -204,7 +213,8 @@ class HeldOutIdentities(Benchmark):
         numbers, embeddings = embedder.all_shares(backbone, ReadableImages(self.images), "embedding")
         found = judge(embeddings.to(embedder.device), self.images.labels[numbers])
         scores = {f"held-out TAR@{HELD_OUT_FAR:g}": found.tar[HELD_OUT_FAR]}
-        return Outcome("held_out", found.to_dict(), scores, [found.table()], {"held-out identities": found})
+        tables, name = [found.table(), found.thresholds.table()], "held-out identities"
+        return Outcome("held_out", found.to_dict(), scores, tables, {name: found}, thresholds={name: found.thresholds})
 
 
 class HeldOutSets(Benchmark):
@@ -230,6 +240,7 @@ class HeldOutSets(Benchmark):
             next(iter(outcomes.values())).scores,
             [table for outcome in outcomes.values() for table in outcome.tables],
             {name: curve for name, outcome in outcomes.items() for curve in outcome.curves.values()},
+            thresholds={name: found for name, outcome in outcomes.items() for found in outcome.thresholds.values()},
         )
 
 

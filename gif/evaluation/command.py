@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from gif.backbones import TrainedOn, load_backbone, load_trained_on
+from gif.backbones import TrainedOn, fingerprint, load_backbone, load_trained_on
 from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, left_out, load_data
 from gif.data.decoding import MAX_PIXELS
 from gif.data.identities import quote_some
 from gif.distributed import process_group, rank
-from gif.errors import InputError
+from gif.errors import InputError, OutputError
 from gif.evaluation.benchmarks import Benchmark, HeldOutIdentities, HeldOutSets, IjbFolders, Outcome, PairFiles
+from gif.evaluation.calibration import Calibrated, Calibration, add_calibration
 from gif.evaluation.curves import plot_det, plot_identification, plot_roc
 from gif.evaluation.embedding import Embedder
 from gif.files import write_text
@@ -40,7 +41,7 @@ def evaluate(
     batch_size: int = 256,
     workers: int = 0,
     max_pixels: int = MAX_PIXELS,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Judge a trained backbone: on pairs (LFW, CFP-FP, AgeDB, ...), on IJB, on identities that training never saw.
 
@@ -64,7 +65,7 @@ def evaluate(
         batch_size: images embedded at once.
         workers: processes that read images, for each process that embeds.
         max_pixels: an image whose file declares more counts as broken, before it is decoded.
-        device: where to compute, "cpu" or "cuda".
+        device: where to compute, "cpu", "cuda", or "auto": a GPU if there is one.
     """
     if data is None and not pairs and not ijb:
         raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
@@ -91,6 +92,7 @@ def evaluate(
         if ijb:
             benchmarks.append(IjbFolders(ijb, decoder))
         check_folder(output or model.parent)
+        mark = fingerprint(network)
         outcomes = [benchmark.judge(network, embedder) for benchmark in benchmarks]
         if images is not None and (report := left_out(images)):
             say(report)
@@ -99,6 +101,7 @@ def evaluate(
             if images is not None:
                 settings |= {"identities": judged, "of them trained on": known if trained_on else None}
             write_outcomes(outcomes, output or model.parent, settings)
+            _store_thresholds(model, mark, outcomes, str(data))
 
 
 def _unseen(
@@ -134,6 +137,21 @@ def _unseen(
         )
     say_once(f"{told}: unless they are others, this is no judgement of identities never seen")
     return images, count
+
+
+def _store_thresholds(model: Path, mark: str, outcomes: Sequence[Outcome], data: str) -> None:
+    """Keep the thresholds beside the model. Where nothing can be written there, that is said: the rest is done."""
+    sets = {
+        name: Calibrated(thresholds, outcome.flip, data if outcome.kind == "held_out" else "its pairs")
+        for outcome in outcomes
+        for name, thresholds in outcome.thresholds.items()
+    }
+    if not sets:
+        return
+    try:
+        say(f"stored the thresholds for gif verify in {add_calibration(model, Calibration(mark, sets))}")
+    except OutputError as error:
+        say(f"the thresholds are not stored for gif verify: {error}")
 
 
 def write_outcomes(outcomes: Sequence[Outcome], folder: Path, settings: Mapping[str, Any]) -> None:

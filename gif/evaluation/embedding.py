@@ -55,9 +55,11 @@ class Embedder:
 
     @torch.inference_mode()
     def own_share(
-        self, backbone: nn.Module, images: NumberedImages, description: str
+        self, backbone: nn.Module, images: NumberedImages, description: str, *, done: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share, batch by batch: numbers (b,) on the CPU, and embeddings (b, d) on the device.
+
+        ``done``: so many of the share's images, the first ones, are left out: they have been embedded before.
 
         ``backbone`` takes images (B, c, h, w) in [-1, 1]. torch's default generator is left as it is.
 
@@ -67,7 +69,7 @@ class Embedder:
         check_workers(self.workers, self.batch_size, images.image_shape)
         if len(images) < world_size():
             raise InputError(f"{description}: {len(images)} images for {world_size()} processes; start fewer")
-        own, read = range(rank(), len(images), world_size()), 0
+        own, read = range(rank(), len(images), world_size())[done:], 0
         loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             images,  # type: ignore[arg-type]  # a Dataset in all but name
             self.batch_size,
@@ -77,13 +79,16 @@ class Embedder:
             worker_init_fn=leave_signals_to_the_command,
             generator=torch.Generator(),
         )
-        with evaluating(backbone, self.device) as network, progress(description, len(own), "images") as advance:
+        with (
+            evaluating(backbone, self.device) as network,
+            progress(description, done + len(own), "images", done=done) as advance,
+        ):
             for batch, numbers in batches_of(loader):
                 if len(numbers):
                     yield numbers, embed_batch(network, batch.to(self.device), flip=self.flip)
                     advance(len(numbers))
                     read += len(numbers)
-        if not read:
+        if not read and not done:
             raise InputError(f"{description}: none of {len(own):,} images can be read; replace them")
 
     def all_shares(self, backbone: nn.Module, images: NumberedImages, description: str) -> tuple[Tensor, Tensor]:

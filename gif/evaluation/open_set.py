@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 
 from gif.errors import InputError
 from gif.evaluation.identification import labelled, rank1
+from gif.evaluation.thresholds import Thresholds, thresholds_of
 from gif.evaluation.verification import (
     FOLDS,
     Roc,
@@ -57,7 +58,8 @@ class Judgement:
     false-accept rate, over all pairs, by `tar_at_far`: no more than a guess below 1 / ``impostor``; ``pair_accuracy``
     and ``pair_std`` the ten folds' mean and standard deviation on balanced pairs, NaN with fewer than ten of a kind;
     ``genuine`` and ``impostor`` how many pairs there are; ``roc`` at most 2,000 points of the curve, evenly spaced in
-    log FAR.
+    log FAR; ``thresholds`` the cosines that accept at FARs from 1e-2 to 1e-6, and at the EER: exact up to FAR
+    2 max(fars), and to 1e-4 above it.
     """
 
     rank1: float
@@ -67,6 +69,7 @@ class Judgement:
     genuine: int
     impostor: int
     roc: Roc
+    thresholds: Thresholds
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curve, fit for JSON: NaN, and TAR at a FAR that nobody can know, become None."""
@@ -77,6 +80,7 @@ class Judgement:
             "pair_std": None if math.isnan(self.pair_std) else self.pair_std,
             "genuine": self.genuine,
             "impostor": self.impostor,
+            "thresholds": self.thresholds.to_dict(),
         }
 
     def tar_in_words(self, far: float, digits: int = 4) -> str:
@@ -150,6 +154,7 @@ def judge(
         chosen = torch.from_numpy(np.concatenate(partners, axis=1).ravel())  # each fold: genuine, then impostor pairs
         result = verify_pairs(unit_rows[chosen.to(vectors.device)], np.tile(np.repeat([True, False], half), FOLDS))
         accuracy, std = result.accuracy, result.std
+    curve = _joined(exact, kept.binned_roc())
     return Judgement(
         rank1=rank1(vectors, labels),
         tar={far: tar_at(turning, far) for far in fars},
@@ -157,7 +162,8 @@ def judge(
         pair_std=std,
         genuine=genuine,
         impostor=impostor,
-        roc=thin(_joined(exact, kept.binned_roc()), impostor),
+        roc=thin(curve, impostor),
+        thresholds=thresholds_of(curve, genuine, impostor),
     )
 
 

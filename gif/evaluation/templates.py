@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from gif.distributed import sum_over_processes
 from gif.errors import InputError
 from gif.evaluation.identification import whole_numbers
+from gif.evaluation.thresholds import Thresholds, thresholds_of
 from gif.evaluation.verification import Roc, check_fars, known, roc, tar_at, thin, truth_values, turns
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -166,16 +167,23 @@ def template_features(
 
 @dataclass(frozen=True, eq=False)
 class TemplateVerification:
-    """``tar``: true-accept rate at each false-accept rate; how many pairs; at most 2,000 points of the ROC curve."""
+    """``tar``: true-accept rate at each false-accept rate; how many pairs; at most 2,000 points of the ROC curve;
+    the cosines of templates that accept at FARs from 1e-2 to 1e-6, and at the EER."""
 
     tar: dict[float, float]
     genuine: int
     impostor: int
     roc: Roc
+    thresholds: Thresholds
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the curve, fit for JSON: None is the TAR at a FAR that the impostor pairs do not resolve."""
-        return {"tar": known(self.tar, self.impostor), "genuine": self.genuine, "impostor": self.impostor}
+        return {
+            "tar": known(self.tar, self.impostor),
+            "genuine": self.genuine,
+            "impostor": self.impostor,
+            "thresholds": self.thresholds.to_dict(),
+        }
 
 
 def verify_templates(
@@ -204,4 +212,10 @@ def verify_templates(
     genuine = int(same_person.sum())
     impostor = len(same_person) - genuine
     kept = turns(curve, genuine, impostor)
-    return TemplateVerification({far: tar_at(kept, far) for far in fars}, genuine, impostor, thin(curve, impostor))
+    return TemplateVerification(
+        {far: tar_at(kept, far) for far in fars},
+        genuine,
+        impostor,
+        thin(curve, impostor),
+        thresholds_of(curve, genuine, impostor),
+    )

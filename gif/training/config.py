@@ -31,7 +31,7 @@ class TrainingConfig:
         warmup: share of the steps in which the rate rises linearly from 0.
         clip: largest gradient norm of the backbone; .inf does not clip.
         seed: of initial values, order of images and augmentation.
-        device: where to train, "cpu" or "cuda".
+        device: where to train, "cpu", "cuda", or "auto": a GPU if there is one.
         optimizer: "sgd" with momentum, or "adamw".
         schedule: from the peak to zero, "cosine" or "polynomial" (of power 2).
         precision: "fp32", or autocast to "bf16" or "fp16": of the backbone, and of the operands of the products in
@@ -58,7 +58,7 @@ class TrainingConfig:
     warmup: float = 0.1
     clip: float = 5.0
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["cosine", "polynomial"] = "cosine"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader
 from gif.data.images import IdentityDataset, normalize_pixels
 from gif.data.shared_memory import check_workers
 from gif.data.workers import batches_of, leave_signals_to_the_command
-from gif.devices import to_device
+from gif.devices import resolve_device, to_device
 from gif.distributed import (
     broadcast_buffers,
-    check_device,
     least_of_processes,
     mean_over_processes,
     rank,
@@ -104,7 +103,8 @@ def train(
     Raises ValueError where data, batch, processes and packages do not fit, or another process writes to
     ``checkpoints``; FloatingPointError when the loss is no longer finite.
     """
-    device = torch.device(config.device)
+    device = resolve_device(config.device)
+    config = replace(config, device=str(device))
     keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), config.keep)
     check_training(head, dataset, config, tensorboard=tensorboard)
 
@@ -343,7 +343,7 @@ def check_training(
     head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, *, tensorboard: str | Path | None = None
 ) -> None:
     """Raise ValueError where data, device, batch, processes and packages do not fit, as `train` does, before work."""
-    check_device(config.device)
+    resolve_device(config.device)
     if len(dataset) < config.batch_size:
         raise InputError(f"the data set has {len(dataset)} images, fewer than a batch of {config.batch_size}")
     processes = world_size()

@@ -38,7 +38,7 @@ def vectors_command(
     batch_size: int = 256,
     workers: int = 0,
     precision: Precision = "fp32",
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Make code vectors: each identity's mean image feature under a frozen encoder.
 
@@ -61,7 +61,7 @@ def vectors_command(
         batch_size: images encoded at once.
         workers: processes that read images, for each process that encodes.
         precision: of a network; "bf16" is for GPUs.
-        device: where to encode, "cpu" or "cuda".
+        device: where to encode, "cpu", "cuda", or "auto": a GPU if there is one.
     """
     partial = output.with_suffix(".partial")
     check_output(output, [partial])
@@ -91,7 +91,7 @@ def spread_command(
     output: Path,
     *,
     config: SpreadConfig,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: str = "auto",
     in_file: bool = False,
 ) -> None:
     """Spread code vectors evenly over the sphere, and say how even they became and what it cost.
@@ -103,7 +103,7 @@ def spread_command(
         vectors: the code vectors to start from, as `gif vectors` writes them.
         output: where to write the spread ones, and beside it the report (.json), a histogram (.png), the gap over
             epochs (-gap.png).
-        device: where to compute.
+        device: where to compute, "cpu", "cuda", or "auto": a GPU if there is one.
         in_file: leave the vectors in a file, which may be larger than memory, and step them there; several processes
             always do.
     """

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gif.distributed import check_device
+from gif.devices import check_device
 from gif.errors import InputError
 from gif.experiments.paper.report import Findings, Table, chosen, experiment, once, place, publish
 from gif.experiments.paper.spreaders import IN_FILE, LR, OURS, SPREADERS, Shape, Spreader, Spreading
