@@ -21,6 +21,7 @@ from gif.errors import InputError, Interrupted
 from gif.faults import BUG_CODE, MENDABLE_CODE, bug, mendable, printable
 from gif.packages import needs
 from gif.progress import say
+from gif.settings import section_of
 
 DEBUG = "--debug"
 DESCRIPTION = (
@@ -33,13 +34,17 @@ DISTRIBUTION = "gif-recognition"
 IMAGES = "images"
 POSITIONAL = ("embed_command", "verify_command")
 """Functions of commands whose images stand by themselves, without an option's name."""
-ALIASES = {"--closed_form": "--start"}  # which torchrun takes for a short form of its own --start-method
+ALIASES = {
+    "--closed_form": "--start",  # which torchrun takes for a short form of its own --start-method
+    "--input": "--data",  # as it was called in `gif data`
+}
 
 
 CONFIGS = Path(__file__).parent / "configs"
 """Recipes that come with the package; `--config` takes one by its name."""
 
 COMMANDS: dict[str, Any] = {
+    "run": "gif.run.command:run_command",
     "quickstart": "gif.experiments.quickstart:quickstart",
     "data": {
         "_help": "Say what is in a data set, convert it, render glyphs.",
@@ -153,10 +158,16 @@ def _run(arguments: Sequence[str]) -> None:
             super().error(message, ex)
 
         def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> Any:
+            path = Path(cfg_path)
+            command = " ".join(word for word in self.prog.split()[1:] if not word.startswith("["))  # [options] between
             try:
-                return super().parse_path(cfg_path, *arguments, **options)
+                text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{cfg_path} is no UTF-8 text ({error}); write the config as UTF-8") from error
+            own = section_of(path, text, command, COMMANDS)
+            if own is not text:
+                return self.parse_string(own, *arguments, **options)
+            return super().parse_path(cfg_path, *arguments, **options)
 
     arguments = _arguments(arguments)
     auto_cli(

@@ -9,6 +9,7 @@ import torch
 
 from gif.codes.identity_codes import IdentityCodes
 from gif.data.images import IdentityDataset
+from gif.data.pictures import Pictures
 from gif.plotting import canvas, save_figure
 
 ROOTS, CHILDREN, MEMBERS = 4, 3, 14
@@ -22,17 +23,17 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | P
     """
     first_image = _first_images(dataset)
     rows = _fullest_prefixes(codes.codes, min(2, codes.length))
-    size = dataset[0][0].shape[-1]
+    pictures = Pictures(dataset)
+    height, width = dataset.image_shape[1:]
     drawing = canvas(9.5, 0.52 * len(rows) + 0.9)
     drawing.suptitle("Identities that share a code prefix look alike", fontsize=12)
     grid = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (prefix, members) in zip(grid, rows, strict=True):
-        strip = np.zeros((size, MEMBERS * (size + GAP)))
+        strip = np.full((height, MEMBERS * (width + GAP), 3), 255, np.uint8)
         for place, identity in enumerate(members.tolist()):
             if identity in first_image:
-                image = dataset[first_image[identity]][0].float().mean(0).numpy()
-                strip[:, place * (size + GAP) :][:, :size] = image
-        axes.imshow(strip, cmap="gray_r", vmin=0, vmax=255)
+                strip[:, place * (width + GAP) :][:, :width] = pictures[first_image[identity]]
+        axes.imshow(strip)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(" ".join(map(str, prefix)) + " …", rotation=0, ha="right", va="center", family="monospace")
         axes.spines[:].set_visible(False)

@@ -47,15 +47,30 @@ class CodeQuality:
     neighbor_prefix: float
     random_prefix: float
 
-    def __str__(self) -> str:
-        def listed(values: tuple[float, ...]) -> str:
-            return " ".join(f"{value:.3f}" for value in values)
+    def measures(self) -> list[tuple[str, tuple[float, ...], str]]:
+        """Each measure of the tokens: its name, its value for each token, and how to read it."""
+        return [
+            (
+                "cosine to centroid",
+                self.cosine,
+                "to the mean of those with the same first tokens; 1 in the end",
+            ),
+            (
+                "of free k-means",
+                self.kmeans_share,
+                "that cosine over k-means' without room for codes; 1: as good",
+            ),
+            ("token entropy", self.entropy, "1: all values are used alike"),
+            ("linear read-out", self.readout, "share of new identities whose token a linear map finds"),
+        ]
 
-        return (
-            f"cosine to centroids {listed(self.cosine)} ({listed(self.kmeans_share)} of free k-means), "
-            f"token entropy {listed(self.entropy)}, linear read-out {listed(self.readout)}, "
-            f"prefix shared {self.neighbor_prefix:.2f} by neighbours, {self.random_prefix:.2f} by random pairs"
-        )
+    def __str__(self) -> str:
+        lines = [
+            f"{name:<18} {' '.join(f'{value:.3f}' for value in values)}  ({meaning})"
+            for name, values, meaning in self.measures()
+        ]
+        shared = f"{self.neighbor_prefix:.2f} by nearest neighbours, {self.random_prefix:.2f} by random pairs"
+        return "\n".join(["codes, token by token:", *lines, f"first tokens shared: {shared}"])
 
 
 def token_entropy(codes: IdentityCodes) -> tuple[float, ...]:

@@ -37,7 +37,7 @@ _FACE_SIZE = 112  # what `property` says, as insightface's files do
 
 
 def convert(
-    input: str,
+    data: str,
     output: Path,
     *,
     to: Format = "folder",
@@ -52,7 +52,7 @@ def convert(
     continues when the same command is given again, and the output appears when it is whole.
 
     Args:
-        input: the data set: a path or a name, as --data takes it; with --pairs, a folder of images.
+        data: the data set, a name or a path (docs/data.md); with --pairs, a folder of images.
         output: the folder to make; with --pairs, the .bin file.
         to: "folder" has a folder an identity; "rec" train.rec, train.idx and property, as insightface lays them out;
             "tar" shards 000000.tar, ... for webdataset. Beside the last two, identities.txt names the labels, a line
@@ -65,7 +65,7 @@ def convert(
     """
     if pairs is not None:
         check_output(output, inputs=[pairs])
-        named = read_pairs(pairs, Path(input))
+        named = read_pairs(pairs, Path(data))
         write_bin(output, named, len(named))
         say(f"wrote {len(named):,} pairs to {output}")
         return
@@ -75,7 +75,7 @@ def convert(
         raise InputError(f"shard_size must be at least 1, got {shard_size}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not empty; give another --output")
-    found = _find(input, identities)
+    found = _find(data, identities)
     staging = output.with_name(f".{output.name}.partial")
     with hold(output, existing(staging / "journal")):
         written, broken, nobody = _write(found, staging, to, shard_size, on_broken)
@@ -91,15 +91,15 @@ def convert(
         say(line)
 
 
-def _find(input: str, identities: float | None) -> Labelled:
+def _find(data: str, identities: float | None) -> Labelled:
     """The encoded images of a data set, or of some of its identities."""
-    if input in NAMES or input in WORDS:
-        return PngImages.of(open_data(input, identities=identities))
+    if data in NAMES or data in WORDS:
+        return PngImages.of(open_data(data, identities=identities))
     if identities is not None:
         raise InputError(
-            f"identities is for data sets that are made here; {input} is converted as a whole: leave it out"
+            f"identities is for data sets that are made here; {data} is converted as a whole: leave it out"
         )
-    return find_data(input)
+    return find_data(data)
 
 
 class PngImages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, get_args
@@ -91,6 +92,19 @@ class EncodedImages(ImageTable):
         self.passed_over = tuple(passed_over)
         # A flag an image needs no lock: whoever finds it broken writes the same byte.
         self._notes = shared_flags(len(source)) if notes is None else notes
+        self._kept: Tensor | None = None
+        self._is_kept = torch.empty(0, dtype=torch.bool)
+
+    def keep(self, most: int) -> bool:
+        """Keep each image once it is decoded, in this process's memory, where all take ``most`` bytes together at most.
+
+        For who reads them again and again. Returns whether they are kept.
+        """
+        if len(self) * math.prod(self.image_shape) > most:
+            return False
+        self._kept = torch.empty(len(self), *self.image_shape, dtype=torch.uint8)
+        self._is_kept = torch.zeros(len(self), dtype=torch.bool)
+        return True
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -98,6 +112,8 @@ class EncodedImages(ImageTable):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         row = int(self._rows[index])
+        if self._kept is not None and self._is_kept[index]:
+            return self._kept[index], self.labels[index]
         try:
             image = self.decoder(self.source.read(row))
         except (ValueError, OSError) as error:
@@ -106,6 +122,8 @@ class EncodedImages(ImageTable):
                 f"{self.source.place(row)} is a broken image: {error}; remove or replace it"
             ) from error
         self._notes[row] = False
+        if self._kept is not None:
+            self._kept[index], self._is_kept[index] = image, True
         return image, self.labels[index]
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -123,6 +141,10 @@ class EncodedImages(ImageTable):
 
     def broken(self, indices: Tensor) -> Tensor:
         return self._notes[self._rows[indices]]
+
+    def encoded(self, index: int) -> bytes:
+        """Image ``index`` as it is stored. Raises ValueError or OSError where that is damaged."""
+        return self.source.read(int(self._rows[index]))
 
     def place(self, index: int) -> str:
         """Where image ``index`` lies."""

@@ -12,6 +12,7 @@ from gif.data.decoding import MAX_PIXELS, ImageDecoder
 from gif.data.encoded import EncodedImages, left_out, read_all
 from gif.data.images import IdentityDataset
 from gif.data.loading import open_data
+from gif.data.pictures import Pictures
 from gif.files import write_text
 from gif.ownership import check_folder
 from gif.plotting import COLORS, canvas, figure, save_figure
@@ -20,12 +21,13 @@ from gif.progress import new_table, print_table, say
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHEET_ROWS, SHEET_COLUMNS = 12, 12
+SHEET_ROWS, SHEET_COLUMNS = 10, 12
+SHEET_WIDTH = 7.0  # inches
 GAP = 2  # pixels between images
 
 
 def inspect(
-    input: str,
+    data: str,
     *,
     identities: float | None = None,
     output: Path | None = None,
@@ -37,36 +39,49 @@ def inspect(
     there and is passed over.
 
     Args:
-        input: the data set: a path or a name, as --data takes it.
+        data: the data set, a name or a path (docs/data.md).
         identities: how many of the data set's, at random, such as 1e6; all where it is not given, a million of
             glyph-words.
-        output: folder for a picture, long-tail.png, and of images on disk for broken.txt, a line for each broken image;
-            of those that are made here for identities.png, images of the first identities.
+        output: folder for two pictures, long-tail.png and identities.png, which has images of identities with many and
+            with few; and of images on disk for broken.txt, a line for each broken image.
         decode: decode every image, to find the broken ones.
         workers: processes that read images.
         max_pixels: an image whose file declares more counts as broken, before it is decoded.
     """
-    data = open_data(input, identities=identities, decoder=ImageDecoder(max_pixels=max_pixels))
+    images = open_data(data, identities=identities, decoder=ImageDecoder(max_pixels=max_pixels))
     if output is not None:
         check_folder(output)
-    print_table(describe(data))
-    if isinstance(data, EncodedImages) and decode:
-        read_all(data, torch.arange(len(data)), workers, "decoding")
-        if not data.broken(torch.arange(len(data))).any():
-            say("every image can be decoded")
-    if report := left_out(data):
+    print_table(describe(images))
+    if isinstance(images, EncodedImages) and decode:
+        look_through(images, workers)
+    if report := left_out(images):
         say(report)
-    if output is None:
-        return
-    plot_long_tail(data, output / "long-tail.png")
-    say(f"drew {output / 'long-tail.png'}")
-    if not isinstance(data, EncodedImages):
-        plot_identities(data, output / "identities.png")
-        say(f"drew {output / 'identities.png'}")
-    elif decode:
-        broken = data.broken(torch.arange(len(data))).nonzero().flatten().tolist()
-        write_text(output / "broken.txt", "".join(f"{data.place(index)}\n" for index in broken))
-        say(f"wrote {output / 'broken.txt'}")
+    if output is not None:
+        draw_data(images, output)
+        say(f"drew {output / 'long-tail.png'} and {output / 'identities.png'}")
+        if isinstance(images, EncodedImages) and decode:
+            write_broken(images, output / "broken.txt")
+            say(f"wrote {output / 'broken.txt'}")
+
+
+def look_through(images: EncodedImages, workers: int = 0) -> None:
+    """Decode every image, so that the broken ones are known, and say so where there are none."""
+    every = torch.arange(len(images))
+    read_all(images, every, workers, "decoding")
+    if not images.broken(every).any():
+        say("every image can be decoded")
+
+
+def write_broken(images: EncodedImages, path: Path) -> None:
+    """Write where each image lies that was found broken, a line each."""
+    broken = images.broken(torch.arange(len(images))).nonzero().flatten().tolist()
+    write_text(path, "".join(f"{images.place(index)}\n" for index in broken))
+
+
+def draw_data(images: IdentityDataset, folder: Path) -> None:
+    """Draw long-tail.png and identities.png into ``folder``."""
+    plot_long_tail(images, folder / "long-tail.png")
+    plot_identities(images, folder / "identities.png")
 
 
 def describe(data: IdentityDataset) -> Table:
@@ -98,19 +113,22 @@ def plot_long_tail(data: IdentityDataset, path: str | Path) -> None:
 
 
 def plot_identities(data: IdentityDataset, path: str | Path) -> None:
-    """Draw images of the first identities, a row each."""
-    shown = data.of_identities(torch.arange(min(SHEET_ROWS, data.num_identities)))
-    order, counts = shown.labels.argsort(stable=True), shown.image_counts()
-    columns = min(int(counts.max()), SHEET_COLUMNS)
-    height, width = (side + GAP for side in shown.image_shape[1:])
-    sheet = np.zeros((len(counts) * height, columns * width), np.uint8)
-    for row, places in enumerate(order.split(counts.tolist())):
-        for column, image in enumerate(shown.batch(places[:columns].tolist())[0].numpy()):
-            cell = sheet[row * height :, column * width :]
-            cell[: image.shape[1], : image.shape[2]] = image.mean(0)
-    drawing = canvas(4, 4 * sheet.shape[0] / sheet.shape[1] + 0.4)
+    """Draw images of identities, a row each: of those with most images, with fewest, and evenly between."""
+    counts = data.image_counts()
+    order = counts.argsort(descending=True, stable=True)
+    ranks = torch.linspace(0, len(order) - 1, min(SHEET_ROWS, len(order))).long()
+    rows = [data.images_between(label, label + 1) for label in order[ranks].tolist()]
+    shown = [list(row)[:SHEET_COLUMNS] if isinstance(row, range) else row[:SHEET_COLUMNS].tolist() for row in rows]
+    sheet = Pictures(data).sheet(shown, GAP)
+    drawing = canvas(SHEET_WIDTH, SHEET_WIDTH * sheet.shape[0] / sheet.shape[1] + 0.5)
     axes = drawing.subplots()
-    axes.imshow(sheet, cmap="gray_r", vmin=0, vmax=255)
-    axes.set(xticks=[], yticks=[], xlabel="images", ylabel="identities", title=data.origin)
+    axes.imshow(sheet)
+    axes.set(xticks=[], yticks=[], xlabel="images", ylabel="identities, from most images to fewest")
+    axes.set_title(shorten_path(data.origin), parse_math=False)
     axes.spines[:].set_visible(False)
     save_figure(drawing, path)
+
+
+def shorten_path(origin: str) -> str:
+    """The last two parts of a data set's path, or its name: for a title."""
+    return "/".join(Path(origin).parts[-2:])

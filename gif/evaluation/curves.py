@@ -28,15 +28,16 @@ Verified = Judgement | TemplateVerification | Roc
 
 
 def plot_roc(curves: Mapping[str, Verified], path: str | Path) -> None:
-    """Draw TAR against FAR, from 1e-6 on a logarithmic axis, for each named judgement or ROC, with its TAR@FAR=1e-4.
+    """Draw TAR against FAR on a logarithmic axis, for each named judgement or ROC, with its TAR@FAR=1e-4.
 
-    A curve begins at the smallest FAR its impostor pairs can show; where that is more than 1e-4, the legend has the TAR
-    at the next power of ten. Raises ValueError without a curve.
+    A curve begins at the smallest FAR its impostor pairs can show, and the axis at the power of ten below the first of
+    them, 1e-6 at least. Where a curve begins above 1e-4, the legend has the TAR at the next power of ten. Raises
+    ValueError without a curve.
     """
     far = _legend_far(curves)
     drawing, axes = _draw({name: _roc_of(curve) for name, curve in curves.items()}, _legend_tars(curves, far))
     axes.set(xlabel="false-accept rate (FAR)", ylabel="true-accept rate (TAR)", title="Verification")
-    axes.set(xscale="log", xlim=(LOWEST_FAR, 1), ylim=(0, 1.01))
+    axes.set(xscale="log", xlim=(_lowest_far(curves), 1), ylim=(0, 1.01))
     drawing.legend(frameon=False, loc="outside right upper", title=_tar_title(far), alignment="left")
     save_figure(drawing, path)
 
@@ -47,7 +48,7 @@ def plot_det(curves: Mapping[str, Verified], path: str | Path) -> None:
     rocs = {name: _roc_of(curve) for name, curve in curves.items()}
     drawing, axes = _draw(rocs, _legend_tars(curves, far), missed=True)
     axes.set(xlabel="false-accept rate (FAR)", ylabel="false-reject rate (1 - TAR)", title="Verification")
-    axes.set(xscale="log", yscale="log", xlim=(LOWEST_FAR, 1), ylim=(LOWEST_MISS, 1))
+    axes.set(xscale="log", yscale="log", xlim=(_lowest_far(curves), 1), ylim=(_lowest_miss(rocs), 1))
     drawing.legend(frameon=False, loc="outside right upper", title=_tar_title(far), alignment="left")
     save_figure(drawing, path)
 
@@ -94,6 +95,23 @@ def _legend_far(curves: Mapping[str, Verified]) -> float:
     """`LEGEND_FAR`, or the smallest power of ten at which every curve has begun."""
     begin = max((_smallest(_roc_of(curve).fpr) for curve in curves.values()), default=0.0)
     return max(LEGEND_FAR, 10.0 ** math.ceil(round(math.log10(begin), 9))) if begin else LEGEND_FAR
+
+
+def _lowest_far(curves: Mapping[str, Verified]) -> float:
+    """Where the axis of FAR begins: the power of ten at or below the smallest that any curve has, `LOWEST_FAR` at
+    least."""
+    begin = min((_smallest(_roc_of(curve).fpr) for curve in curves.values()), default=LOWEST_FAR)
+    return min(max(LOWEST_FAR, _power_below(begin)), 0.1)
+
+
+def _lowest_miss(rocs: Mapping[str, Roc]) -> float:
+    """Where the axis of the false-reject rate begins, likewise, `LOWEST_MISS` at least."""
+    begin = min((_smallest(1 - curve.tpr) for curve in rocs.values()), default=LOWEST_MISS)
+    return min(max(LOWEST_MISS, _power_below(begin)), 0.1)
+
+
+def _power_below(rate: float) -> float:
+    return float(10.0 ** math.floor(round(math.log10(rate), 9)))
 
 
 def _smallest(fpr: NDArray[np.float64]) -> float:

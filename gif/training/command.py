@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from gif.backbones import BackboneConfig, save_backbone
 from gif.codes import IdentityCodes
-from gif.data import HELD_OUT, ImageDecoder, left_out, load_data
+from gif.data import HELD_OUT, EncodedImages, ImageDecoder, left_out, load_data
 from gif.data.decoding import MAX_PIXELS
 from gif.data.identities import Identities, require_same_names
-from gif.data.images import SPLIT_BY
+from gif.data.images import SPLIT_BY, IdentityDataset, normalize_pixels
 from gif.distributed import process_group, rank, wait_for_all
 from gif.errors import InputError
 from gif.files import save_tensors, write_text
@@ -28,8 +30,12 @@ from gif.training.checkpoint import Checkpoints
 from gif.training.config import TrainingConfig
 from gif.training.curves import plot_losses, plot_validations
 from gif.training.loop import check_training, train
+from gif.training.statistics import recompute_statistics
 from gif.training.validation import ValidationConfig
 from gif.vectors.store import CodeVectors
+
+MOST_KEPT = 1 << 30  # bytes of decoded images that the training process keeps, where it reads them itself
+STATISTICS_IMAGES = 20_000  # that batch normalisation's statistics are taken anew of
 
 
 def train_command(
@@ -47,6 +53,7 @@ def train_command(
     augmentation: AugmentationName = "affine",
     max_pixels: int = MAX_PIXELS,
     placement: Placement = "auto",
+    statistics: Literal["running", "recomputed"] = "running",
     tensorboard: bool = False,
     resume: Literal["auto", "never"] = "auto",
 ) -> None:
@@ -70,11 +77,13 @@ def train_command(
         backbone: which network.
         training: optimizer and schedule.
         validation: what the backbone is judged by while it trains, and how often. The best one is kept.
-        augmentation: "affine" for glyphs, "mirror" for aligned faces, or "none".
+        augmentation: "affine" for glyphs, "mirror" for aligned faces, "photo" for other photographs, or "none".
         max_pixels: an image whose file declares more counts as broken, before it is decoded.
         placement: where the code vectors lie: in the memory of the "device", on the "host" or in a "file", whose rows
             are read and written while steps run; "auto" is the first of these that they fit. Several processes divide
             those that move.
+        statistics: means and variances of batch normalisation in the backbone that is written: "running", as the steps
+            left them, or "recomputed" with its weights, of up to 20,000 training images: where there were few steps.
         tensorboard: log to output/tensorboard.
         resume: "auto" continues the run that output holds, if it does; "never" refuses it.
     """
@@ -87,6 +96,8 @@ def train_command(
         split = load_data(data, identities=identities, held_out=held_out, decoder=decoder)
         images = split.train
         who = images.identities
+        if isinstance(images, EncodedImages) and training.workers == 0:
+            images.keep(MOST_KEPT)
         if (before := output / WHO).exists():
             require_same_names(f"the run in {output}", Identities.load(before), "the data set", who)
         validate = validation.open(split.held_out, decoder, workers=training.workers, device=own)
@@ -111,6 +122,8 @@ def train_command(
                 "training": training.settings(),
                 "augmentation": augmentation,
             }
+            if statistics != "running":  # which records of earlier versions do not name
+                settings["statistics"] = statistics
             claim_folder(output, settings)
             who.save(output / WHO)
         wait_for_all()
@@ -132,6 +145,8 @@ def train_command(
         as_head(loss_fn).save_tables(output)
         if rank() > 0:
             return
+        if statistics == "recomputed":
+            recompute_statistics(network, _training_batches(images, training, augmentation, own))
         save_backbone(output / "backbone.safetensors", network, backbone, trained_on=who)
         save_tensors(output / "head.safetensors", loss_fn.state_dict(), format=HEAD_FORMAT, **who.metadata())
         save_tensors(output / "losses.safetensors", {"losses": log.losses}, format="gif.losses/1")
@@ -143,3 +158,17 @@ def train_command(
             write_text(output / "validations.json", json.dumps(log.validations, indent=2))
             plot_validations(log.validations, output / "validations.png")
             say(f"wrote the best one, after {best:,} steps, to {output / 'best.safetensors'}")
+
+
+def _training_batches(
+    images: IdentityDataset, training: TrainingConfig, augmentation: AugmentationName, device: torch.device
+) -> Iterator[Tensor]:
+    """Batches of training images, at random and augmented, as steps take them: the same for the same seed."""
+    generator = torch.Generator().manual_seed(training.seed)
+    order = torch.randperm(len(images), generator=generator)[:STATISTICS_IMAGES]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(training.seed)
+        for places in order.split(training.batch_size):
+            batch = images.batch(places.tolist())[0]
+            if len(batch) > 1:
+                yield AUGMENTATIONS[augmentation](normalize_pixels(batch.to(device)))

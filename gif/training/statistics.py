@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,29 @@ class RunningStatistics:
         if not self._buffers:
             return torch.empty(0)
         return torch.cat([buffer.detach().flatten() for buffer in self._buffers])
+
+
+@torch.no_grad()
+def recompute_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Take the means and variances of batch normalisation anew: of ``batches`` alone, each with the same weight.
+
+    Running ones are of the weights of the last steps, the latest counting most. Where a run has few steps, they are
+    behind the weights that it ends with; these are not. The network stays in the mode it was in.
+
+    Args:
+        network: whose weights are done.
+        batches: of images (B, c, h, w) as they were trained on, on the network's device, each of 2 or more.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    layers = [layer for layer in layers if layer.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    was_training = network.training
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean of all batches
+    network.train()
+    for batch in batches:
+        network(batch)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    network.train(was_training)

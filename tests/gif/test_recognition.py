@@ -77,7 +77,7 @@ class TestThresholds:
         assert found.at[1e-4] is None and found.at[1e-6] is None
         with pytest.raises(InputError, match=r"no threshold is known for FAR 0.0001: the 1,000 impostor pairs"):
             found.require(1e-4)
-        with pytest.raises(InputError, match="there are 0.01, 0.001"):
+        with pytest.raises(InputError, match=r"there are 0\.01, 0\.001"):
             found.require(0.5)
         assert found.at[1e-2].is_firm is False and "fewer than the 30" in found.support(1e-2)
 
