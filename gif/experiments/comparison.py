@@ -13,7 +13,7 @@ import numpy as np
 from gif.evaluation import Roc
 from gif.experiments.glyph_bench import Contender, bench_settings, contender_settings, folder_name
 from gif.experiments.records import recorded
-from gif.experiments.runs import RESULT, ROC_FORMAT, Budget, Length, Machine, Run, train_missing
+from gif.experiments.runs import PACE, RESULT, ROC_FORMAT, Budget, Length, Machine, Run, train_missing
 from gif.files import load_tensors, read_json
 from gif.ownership import existing, hold
 from gif.progress import new_table, print_table
@@ -60,17 +60,20 @@ def compare(
     settings: dict[str, Any],
     machine: Machine = Machine(),  # noqa: B008 (frozen)
     length: Length | None = None,
+    paced_by: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Train every contender with every seed and judge it; runs that ``output`` holds already are not repeated.
 
-    ``settings`` is what else the folder belongs to. ``length`` of a run: the budget's epochs where none is given. An
-    interrupted run continues.
+    ``settings`` is what else the folder belongs to. ``length`` of a run: the budget's epochs where none is given. A
+    contender takes the steps of the one that it is ``paced_by``, where a run is so many seconds. An interrupted run
+    continues.
     """
+    paced_by = paced_by or {}
     seeds = range(budget.seeds)
     folders = {name: [output / folder_name(name) / f"seed-{seed}" for seed in seeds] for name in contenders}
     length = length or Length("epochs", budget.epochs)
     runs = [
-        Run(name, contender, length, seed, folders[name][seed])
+        Run(name, contender, length, seed, folders[name][seed], output / folder_name(paced_by.get(name, name)) / PACE)
         for seed in seeds
         for name, contender in contenders.items()
     ]
@@ -97,7 +100,14 @@ def compare_lengths(
     seeds = range(budget.seeds)
     ordered = sorted(set(lengths), key=lambda length: (length.unit, length.count))
     runs = [
-        Run(name, contender, length, seed, output / folder_name(name) / length.folder / f"seed-{seed}")
+        Run(
+            name,
+            contender,
+            length,
+            seed,
+            output / folder_name(name) / length.folder / f"seed-{seed}",
+            output / folder_name(name) / PACE,
+        )
         for length in ordered
         for seed in seeds
         for name, contender in contenders.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ POOL_SIZE = 2048  # class weights of the heads that hold some identities' at a t
 ENCODER_MOMENTUM = 0.99  # of runs of thousands of steps; the class queue's own, 0.999, is for a hundred times as many
 VALIDATION = 0.2  # of the training identities
 FARS = (1e-3, 1e-4, 1e-5)  # of sets that judge: of 12,000 images, in 72 million pairs
-TRIED = (16, 48)  # steps, to time one
+WARMING, TIMED, ROUNDS = 16, 24, 5  # steps, to time one
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,20 @@ class GlyphBench:
         m = self.data.train.num_identities
         return contender.head.build(m, self.backbone.embedding_size, self.codes, own, backbone=backbone)
 
-    def steps_within(self, contender: Contender, training: TrainingConfig, seconds: float) -> int:
-        """How many steps of training take so many ``seconds`` of processor time, by the time that some take here."""
-        for steps in TRIED:  # the first ones warm up: what is compiled, allocated or read is there afterwards
-            backbone = self.backbone.build()
-            tried = replace(training, steps=steps, lr=contender.lr)
-            log = train(backbone, self._head(contender, backbone), self.data.train, tried, description="timing a step")
-        return max(1, round(seconds * steps / log.processor_seconds))
+    def seconds_a_step(self, contenders: Sequence[Contender], training: TrainingConfig) -> list[float]:
+        """Processor time of a step of each of ``contenders``, the median of rounds in which they take turns.
+
+        So what else the machine does falls on all alike.
+        """
+        seconds: list[list[float]] = [[] for _ in contenders]
+        for steps in (WARMING, *[TIMED] * ROUNDS):  # the first warm up: what is compiled or read is there afterwards
+            for contender, found in zip(contenders, seconds, strict=True):
+                backbone = self.backbone.build()
+                tried = replace(training, steps=steps, lr=contender.lr)
+                head = self._head(contender, backbone)
+                log = train(backbone, head, self.data.train, tried, description="timing a step")
+                found.append(log.processor_seconds / steps)
+        return [statistics.median(found[1:]) for found in seconds]
 
     def rarity(
         self, backbone: nn.Module, embeddings: Tensor, centers: Tensor | None

@@ -26,6 +26,8 @@ from gif.training import TrainingConfig
 ROC_FORMAT = "gif.roc/1"
 PROCESSOR_SECONDS = "processor_seconds"
 HEAD_BYTES = "head_bytes"
+SECONDS_A_STEP = "processor_seconds_a_step"
+PACE = "pace.json"
 RESULT = "result.json"
 LOG = "log.txt"  # of a run in a process of its own: what it would have said
 HELD_BACK = 5  # of a log's last lines, that an error tells
@@ -105,13 +107,18 @@ class Length:
 
 @dataclass(frozen=True)
 class Run:
-    """One contender, by its name, trained so long with one seed, in a folder of its own."""
+    """One contender, by its name, trained so long with one seed, in a folder of its own.
+
+    ``pace`` is where it is kept how long a step takes, by which a run of some seconds counts its steps. Runs that share
+    it take as many steps as each other: those of other seeds, and those that try another setting.
+    """
 
     name: str
     contender: Contender
     length: Length
     seed: int
     folder: Path
+    pace: Path
 
     @property
     def done(self) -> bool:
@@ -125,7 +132,7 @@ class Run:
 
     def train(self, bench: GlyphBench, batch_size: int, compile: bool) -> str:
         """Train, judge and keep it; returns what to say of it. An interrupted run continues."""
-        training = self._timed(bench, TrainingConfig(batch_size=batch_size, seed=self.seed, compile=compile))
+        training = self._for_its_length(TrainingConfig(batch_size=batch_size, seed=self.seed, compile=compile))
         result = bench.run(self.name, self.contender, training, self.folder)
         judged, seconds = result.judgement, result.log.processor_seconds
         save_tensors(self.folder / "roc.safetensors", _curve(judged.roc), format=ROC_FORMAT)
@@ -140,14 +147,11 @@ class Run:
         write_text(self.folder / RESULT, json.dumps(found, indent=2))
         return f"{self.in_words}: {_in_words(judged)}"
 
-    def _timed(self, bench: GlyphBench, training: TrainingConfig) -> TrainingConfig:
-        """``training`` for as long as this run's; how many steps a time has is measured once, and kept."""
+    def _for_its_length(self, training: TrainingConfig) -> TrainingConfig:
+        """``training`` for as long as this run's."""
         if self.length.unit == "epochs":
             return replace(training, epochs=self.length.count)
-        kept = self.folder / "steps.json"
-        if not kept.exists():
-            write_text(kept, json.dumps({"steps": bench.steps_within(self.contender, training, self.length.count)}))
-        return replace(training, steps=read_json(kept)["steps"])
+        return replace(training, steps=max(1, round(self.length.count / read_json(self.pace)[SECONDS_A_STEP])))
 
 
 def train_missing(output: Path, budget: Budget, runs: Sequence[Run], machine: Machine) -> None:
@@ -160,6 +164,7 @@ def train_missing(output: Path, budget: Budget, runs: Sequence[Run], machine: Ma
     if not missing:
         return
     bench = budget.prepare(output / "data")
+    _find_paces(bench, missing, TrainingConfig(batch_size=budget.batch_size, compile=machine.compile))
     if machine.jobs == 1 or len(missing) == 1:
         for number, run in enumerate(missing, 1):
             say(f"run {number} of {len(missing)}: {run.in_words}")
@@ -173,6 +178,15 @@ def train_missing(output: Path, budget: Budget, runs: Sequence[Run], machine: Ma
         for future in as_completed(told):
             say(_outcome(future, told[future], jobs))
             advance(told[future].length.count)
+
+
+def _find_paces(bench: GlyphBench, runs: Sequence[Run], training: TrainingConfig) -> None:
+    """Time a step of each head that some run trains for so many seconds, in turns; kept, so that it is done once."""
+    unknown = {run.pace: run for run in reversed(runs) if run.length.unit == "seconds" and not run.pace.exists()}
+    found = bench.seconds_a_step([run.contender for run in unknown.values()], training)
+    for (path, run), seconds in zip(unknown.items(), found, strict=True):
+        write_text(path, json.dumps({SECONDS_A_STEP: seconds}))
+        say(f"{run.name}: {1e3 * seconds:.1f} ms of processor time a step")
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def sweep(
         settings: which settings, all of them by default; a head's that it does not have are passed over.
         seeds: runs of each setting.
         epochs: passes over the training images in each run.
-        seconds: processor time of each run instead: as many steps as take so long, by the time of some.
+        seconds: processor time of each run instead: a head's trials take as many steps as it takes in that time.
         batch_size: images a step.
         split: seed of the split into training and held-out identities, the same as of `gif accuracy`.
         jobs: runs that go on at once, each in a process of its own with its share of the processors.
@@ -104,9 +104,10 @@ def sweep(
     trials = {head: dict(variations(head, settings)) for head in heads}
     everything = {name: contender for head in KNOBS for name, contender in variations(head)}
     chosen = {name: contender for found in trials.values() for name, contender in found.items()}
+    paced_by = {name: head for head, found in trials.items() for name in found}
     length = Length("epochs", epochs) if seconds is None else Length("seconds", seconds)
     claim = settings_of("sweep", budget, everything) | ({} if seconds is None else {"seconds": seconds})
-    found = compare(output, chosen, budget, claim, Machine(jobs, compile), length)
+    found = compare(output, chosen, budget, claim, Machine(jobs, compile), length, paced_by)
 
     def score(name: str) -> float:
         return float(np.mean([found.values(name, measure) for measure in CHOSEN_BY]))

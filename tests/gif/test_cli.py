@@ -222,10 +222,12 @@ def test_sweep_tries_settings_on_identities_it_keeps_from_training(tiny_bench, g
     code, printed = gif("sweep", "--output", tmp_path / "b", '--heads=["GIF, no tokens"]')
     assert code == 1 and "GIF, no tokens" in printed
 
-    monkeypatch.setattr(glyph_bench.GlyphBench, "steps_within", lambda self, contender, training, seconds: seconds)
+    monkeypatch.setattr(glyph_bench.GlyphBench, "seconds_a_step", lambda self, heads, training: [0.7 for _ in heads])
     code, printed = gif(*command[:2], tmp_path / "t", *command[3:], "--batch_size=16", "--seconds=2")
     assert code == 0 and "2 s" in printed
-    assert read_json(tmp_path / "t" / "full-softmax" / "seed-0" / "result.json")["steps"] == 2
+    results = list((tmp_path / "t").rglob("result.json"))
+    assert len(results) == 3 and all(read_json(path)["steps"] == 3 for path in results)  # all as the head's own
+    assert read_json(tmp_path / "t" / "full-softmax" / "pace.json") == {"processor_seconds_a_step": 0.7}
     code, printed = gif(*command[:2], tmp_path / "u", *command[3:], "--seconds=0")
     assert code == 1 and "at least one" in printed and not (tmp_path / "u").exists()
 
@@ -280,13 +282,13 @@ def test_help(gif, command, capsys):
 def test_help_says_what_each_command_is_for(gif, capsys):
     """Read from its docstring, without importing it."""
     assert gif("--help")[0] == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens too
     assert gif("codes", "--help")[0] == 0
-    printed += " ".join(capsys.readouterr().out.split())
+    printed += "".join(capsys.readouterr().out.split())
     functions = cli._each(cli.COMMANDS, cli._function)
     for function in [*functions.values(), *functions["codes"].values()]:
         if callable(function):
-            assert function.__doc__.splitlines()[0] in printed
+            assert "".join(function.__doc__.splitlines()[0].split()) in printed
 
 
 @pytest.mark.parametrize(
@@ -430,7 +432,11 @@ class TestWhatIsNotAUsersFault:
         assert "MissingFileError" in capsys.readouterr().err
 
     def test_what_is_missing_is_named_as_it_is_given(self, gif, capsys):
-        for command, options in (("train", "--output"), ("spread", "--vectors, --output"), ("data convert", "--input")):
+        for command, options in (
+            ("train", "--output"),
+            ("spread", "--vectors, --output"),
+            ("data convert", "--data, --output"),
+        ):
             code, _ = gif(*command.split())
             assert code == 2 and f"arguments are required: {options}" in capsys.readouterr().err
 
