@@ -75,6 +75,7 @@ COMMANDS: dict[str, Any] = {
         "forces": "gif.experiments.paper.forces:forces",
         "lambda": "gif.experiments.paper.token_lambda:token_lambda",
         "cost": "gif.experiments.paper.cost:cost",
+        "encoders": "gif.experiments.paper.encoders:encoders",
     },
     "doctor": "gif.doctor:doctor",
 }

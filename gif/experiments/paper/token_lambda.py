@@ -222,12 +222,8 @@ def _draw_accuracy(shapes: Sequence[CodeShape], runs: Sequence[Mapping[str, Any]
         for number, name in enumerate(CODES_ALONE):
             scores = _scores(runs, name, shape.length, JUDGED_BY)
             color = line_style(number)["color"]
-            axes.bar(number, np.mean(scores), color=color, alpha=0.35)
-            axes.errorbar(number, np.mean(scores), np.std(scores), color=color, capsize=3)
-            axes.plot([number] * len(scores), scores, "o", color=color, markersize=3)
+            axes.errorbar(number, np.mean(scores), np.std(scores), marker="o", markersize=8, color=color, capsize=4)
         axes.set_xticks(range(len(CODES_ALONE)), list(CODES_ALONE), rotation=25, ha="right")
-        lowest = min(min(_scores(runs, name, shape.length, JUDGED_BY)) for name in CODES_ALONE)
-        axes.set_ylim(0.8 * lowest, None)
         axes.set_title(f"l = {shape.length}, v = {shape.vocab_size}")
     np.atleast_1d(panels)[0].set_ylabel(f"TAR@{JUDGED_BY}, held-out identities")
     save_figure(drawing, path)
