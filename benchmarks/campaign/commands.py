@@ -39,6 +39,10 @@ COMMANDS: dict[str, str] = {
     "tokenize": "tokenize --vectors=VECTORS --vocab_size=3 --output=o.safetensors",
     "train a softmax": f"{_TRAIN} --data=DATA --head.kind=softmax --output=o",
     "train with codes": f"{_TRAIN} --data=DATA --codes=CODES --vectors=VECTORS --output=o",
+    "an experiment of the paper": (
+        'experiments encoders --quick=true --data=DATA --encoders=["random"] --heads=["GIF"] --vocab_size=5 '
+        "--training.batch_size=8 --backbone.image_size=16 --backbone.width=4 --backbone.embedding_size=8 --output=o"
+    ),
     "convert to rec": "data convert --input=DATA --to=rec --output=o",
     "convert to tar": "data convert --input=DATA --to=tar --shard_size=16 --output=o",
     "convert to folder": "data convert --input=DATA --to=folder --output=o",

@@ -51,7 +51,7 @@ class Size:
     model: LayerPeeled = field(default_factory=LayerPeeled)
 
 
-FULL = Size(seeds=3, steps=1500, identities=2000, epochs=4, looks=6)
+FULL = Size(seeds=3, steps=1500, identities=2000, epochs=2, looks=4)
 QUICK = Size(seeds=1, steps=500, identities=400, epochs=1, looks=2, ratios=(1, 10, 30, 1000))
 
 
@@ -82,7 +82,7 @@ def forces(
         bound: E of the layer-peeled model, of the squared norms of features and of centres; 3.
         data: the data set to train on.
         identities: how many of it, at random, before a fifth is held out; 2,000, or 400.
-        epochs: of training; 4, or 1.
+        epochs: of training; 2, or 1.
         docs: a document whose block "experiments forces" gets the results; pictures go into its folder pictures.
     """
     size = chosen(QUICK if quick else FULL, seeds=seeds, steps=steps, identities=identities, epochs=epochs)
