@@ -25,9 +25,8 @@ from gif.training import TrainingConfig, Validate
 NAME = "forces"
 TRAINED = ("full softmax", "Partial FC 0.1", "GIF")
 COLLAPSED = 0.99  # cosine from which minority centres count as one
-BOUNDS = (2.0, 3.0, 5.0)  # whose thresholds are told beside the model's own
 SHOWN_RATIOS = (1, 10, 20, 50, 100, 1000)
-FINE = 60  # points of the theory's curve
+FINE = 40  # points of the theory's curve
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,9 @@ class Size:
         identities: of the data set, in training and held out.
         epochs: of training.
         looks: at the forces, at equal distances, in training.
+        bounds: E of models whose thresholds are told too.
+        ratios: R of the descents.
+        model: the layer-peeled one.
     """
 
     seeds: int
@@ -47,12 +49,13 @@ class Size:
     identities: int
     epochs: int
     looks: int
+    bounds: tuple[float, ...]
     ratios: tuple[float, ...] = (1, 2, 5, 10, 15, 20, 25, 30, 50, 100, 200, 500, 1000)
     model: LayerPeeled = field(default_factory=LayerPeeled)
 
 
-FULL = Size(seeds=3, steps=1500, identities=2000, epochs=2, looks=4)
-QUICK = Size(seeds=1, steps=500, identities=400, epochs=1, looks=2, ratios=(1, 10, 30, 1000))
+FULL = Size(seeds=3, steps=1500, identities=2000, epochs=2, looks=4, bounds=(2.0, 3.0, 5.0))
+QUICK = Size(seeds=1, steps=500, identities=400, epochs=1, looks=2, bounds=(3.0,), ratios=(1, 10, 30, 1000))
 
 
 def forces(
@@ -109,7 +112,7 @@ def _peeled(size: Size, folder: Path) -> dict[str, Any]:
             "threshold": threshold(model),
             "ratios": fine,
             "cosines": [solve(model, ratio).cosine for ratio in fine],
-            "thresholds": {f"{bound:g}": threshold(LayerPeeled(bound=bound)) for bound in BOUNDS},
+            "thresholds": {f"{bound:g}": threshold(LayerPeeled(bound=bound)) for bound in size.bounds},
         }
 
     say("layer-peeled model: the exact optimum")
