@@ -67,7 +67,7 @@ class Size:
     encoder_epochs: int
 
 
-FULL = Size(seeds=3, identities=2000, epochs=2, encoder_epochs=30)
+FULL = Size(seeds=3, identities=2000, epochs=2, encoder_epochs=10)
 QUICK = Size(seeds=1, identities=400, epochs=1, encoder_epochs=2)
 
 
@@ -130,7 +130,7 @@ def encoders(
         identities: how many of it, at random, before a fifth is held out; 2,000 glyphs, or 400 where quick, else all.
         seeds: runs of each; 3, or 1.
         epochs: passes over the training images; 2, or 1.
-        encoder_epochs: those of the encoder without labels over its own; 30, or 2.
+        encoder_epochs: those of the encoder without labels over its own; 10, or 2.
         backbone: what is trained; its embedding_size is the width of "pixels", "distilled" and "random".
         training: everything else about training: batch size, device, precision.
         vocab_size: values of a token.
