@@ -1,5 +1,7 @@
 """Pull and push at each centre, against autograd in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ MARGINS = {
     "sphereface": AngularMargin(m1=1.7, m2=0.0),
     "straight through": AngularMargin(m2=0.5, gradient="straight_through"),
 }
-EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 through a softmax
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # float64 through a softmax
 
 
 @pytest.fixture

@@ -92,7 +92,11 @@ def cost(
                 path = folder / "points" / f"{spreader.name.replace(', ', '-').replace(' ', '-')}-{m}.json"
                 needed = spreader.memory(m, shape)
                 if path.exists() or needed <= room:
-                    found[spreader.name][m] = once(path, lambda of=spreader, rows=m: _measure(of, rows, shape))
+
+                    def measure(of: Spreader = spreader, rows: int = m) -> dict[str, Any]:
+                        return _measure(of, rows, shape)
+
+                    found[spreader.name][m] = once(path, measure)
                 else:
                     say(f"{spreader.name}, {m:,} rows: needs {needed / GIB:.3g} GiB, {room / GIB:.3g} may be taken")
                 advance(1)

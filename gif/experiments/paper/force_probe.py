@@ -53,7 +53,7 @@ class ForceProbe:
     @torch.no_grad()
     def __call__(self, backbone: nn.Module) -> dict[str, float]:
         forces = self.forces(backbone)
-        found = {}
+        found: dict[str, float] = {}
         for group in self._groups:
             pull, push = (force[group.identities] for force in forces)
             total, k = normalize(push, dim=1).sum(0), len(push)
@@ -92,14 +92,14 @@ class ForceProbe:
             assert self._head.vectors is not None  # its recipe has a contrast
             self._head.settle()
             return self._head.vectors.table.detach().cpu()
-        return self._head.weight.detach().cpu()  # type: ignore[union-attr, operator, return-value]
+        return self._head.weight.detach().cpu()
 
     def _softmax(self) -> tuple[AngularMargin, float, float]:
         """Margin, scale and weight of the cross entropy over identities."""
         if isinstance(self._head, GIFLoss):
             recipe = self._head.recipe
             return recipe.contrast_margin, recipe.contrast_scale, recipe.contrast_weight
-        return self._head.margin, self._head.scale, 1.0  # type: ignore[return-value]
+        return self._head.margin, self._head.scale, 1.0
 
     def _candidates(self, labels: Tensor, number: int) -> Tensor:
         """Identities that the batch of this ``number`` is contrasted with, on the CPU; some may stand there twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,10 +110,10 @@ def _peeled(size: Size, folder: Path) -> dict[str, Any]:
     def exact() -> dict[str, Any]:
         fine = np.geomspace(1, max(size.ratios), FINE).tolist()
         return {
-            "threshold": threshold(model),
+            "threshold": _finite(threshold(model)),
             "ratios": fine,
             "cosines": [solve(model, ratio).cosine for ratio in fine],
-            "thresholds": {f"{bound:g}": threshold(LayerPeeled(bound=bound)) for bound in size.bounds},
+            "thresholds": {f"{bound:g}": _finite(threshold(LayerPeeled(bound=bound))) for bound in size.bounds},
         }
 
     say("layer-peeled model: the exact optimum")
@@ -122,7 +123,11 @@ def _peeled(size: Size, folder: Path) -> dict[str, Any]:
         for seed in range(size.seeds):
             descent = Descent(model, size.ratios, seed, size.steps)
             path = folder / f"{folder_name(head)}-seed-{seed}.json"
-            rows.append(once(path, lambda own=descent, of=head: minority_cosine(own.centers(of), own.model).tolist()))
+
+            def cosines(own: Descent = descent, of: str = head) -> list[float]:
+                return minority_cosine(own.centers(of), model).tolist()
+
+            rows.append(once(path, cosines))
         found["heads"][head] = rows
     return found
 
@@ -174,7 +179,7 @@ def _findings(
     thresholds = Table(
         "R from which minority centres are one vector, by the convex program",
         ("E", *exact["thresholds"]),
-        [("R_0", *(f"{value:,.1f}" for value in exact["thresholds"].values()))],
+        [("R_0", *map(_ratio, exact["thresholds"].values()))],
     )
     last = {name: [list(run.values())[-1] for run in runs] for name, runs in training.items()}
     groups = [key.removeprefix("pull ") for key in next(iter(last.values()))[0] if key.startswith("pull ")]
@@ -221,9 +226,17 @@ MEASURES = {
 }
 
 
+def _finite(ratio: float) -> float | None:
+    """What JSON can hold."""
+    return ratio if math.isfinite(ratio) else None
+
+
+def _ratio(ratio: float | None) -> str:
+    return f"more than {layer_peeled.LARGEST_RATIO:,.0f}" if ratio is None else f"{ratio:,.1f}"
+
+
 def _of_collapse(size: Size, peeled: Mapping[str, Any]) -> list[str]:
-    exact = peeled["exact"]["threshold"]
-    told = [f"The optimum's minority centres are one vector from R = {exact:,.1f} on."]
+    told = [f"The optimum's minority centres are one vector from R = {_ratio(peeled['exact']['threshold'])} on."]
     for name, found in peeled["heads"].items():
         means = np.mean(found, 0)
         reached = [ratio for ratio, mean in zip(size.ratios, means, strict=True) if mean > COLLAPSED]
@@ -252,7 +265,7 @@ def _draw_collapse(size: Size, peeled: Mapping[str, Any], path: Path) -> None:
     drawing, axes = figure(7.6, 4.6)
     exact = peeled["exact"]
     axes.plot(exact["ratios"], exact["cosines"], color=COLORS[6], linewidth=1, label="optimum, by the convex program")
-    if exact["threshold"] < max(size.ratios):
+    if exact["threshold"] is not None and exact["threshold"] < max(size.ratios):
         axes.axvline(exact["threshold"], color=COLORS[6], linestyle=":", linewidth=1)
         place_of = (exact["threshold"], 0.02)
         text = f" R_0 = {exact['threshold']:.1f}"

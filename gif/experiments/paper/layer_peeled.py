@@ -38,6 +38,7 @@ from gif.packages import needs
 from gif.progress import progress
 from gif.vectors import CodeVectors, SpreadConfig, spread_code_vectors
 
+SMALL_ODDS = -30.0  # logarithm, below which -log p is the odds within rounding
 LARGEST_RATIO = 1e6  # up to which the threshold is looked for
 SPREAD_EPOCHS = 100  # of a table of a few rows, one step each
 PEAK = 0.05  # of Adam's rate, which falls to 0 by a cosine
@@ -88,7 +89,7 @@ def solve(model: LayerPeeled, ratio: float, *, collapsed: bool = False) -> Solut
     with needs("scipy", "the layer-peeled model"):
         from scipy.optimize import minimize
     ka, kb, k = model.majority, model.minority, model.classes
-    share_a, share_b = ka * model.shares(ratio)[0], kb * model.shares(ratio)[-1]
+    log_share_a, log_share_b = np.log(ka * model.shares(ratio)[0]), np.log(kb * model.shares(ratio)[-1])
     total = k * model.bound
 
     def logits(x: NDArray[np.float64]) -> tuple[float, float, float, float]:
@@ -97,16 +98,15 @@ def solve(model: LayerPeeled, ratio: float, *, collapsed: bool = False) -> Solut
         mean_a, mean_b = -kb * c / ka, -ka * e / kb
         return mean_a + (ka - 1) / ka * alpha, mean_a - alpha / ka, mean_b + (kb - 1) / kb * beta, mean_b - beta / kb
 
-    def log_sums(x: NDArray[np.float64]) -> tuple[float, float]:
+    def log_odds(x: NDArray[np.float64]) -> tuple[float, float]:
+        """Logarithm of (1 - p) / p of a majority sample's own class, and of a minority sample's."""
         a, b, f, g = logits(x)
-        return (
-            float(np.logaddexp.reduce([a, math.log(ka - 1) + b, math.log(kb) + x[2]])),
-            float(np.logaddexp.reduce([f, math.log(kb - 1) + g, math.log(ka) + x[3]])),
-        )
+        others_a = np.logaddexp(math.log(ka - 1) + b - a, math.log(kb) + x[2] - a)
+        return float(others_a), float(np.logaddexp(math.log(kb - 1) + g - f, math.log(ka) + x[3] - f))
 
     def log_loss(x: NDArray[np.float64]) -> float:  # the loss itself is tiny where the bound is large
-        (a, _, f, _), (sum_a, sum_b) = logits(x), log_sums(x)
-        return math.log(share_a * (sum_a - a) + share_b * (sum_b - f))
+        odds_a, odds_b = log_odds(x)
+        return float(np.logaddexp(log_share_a + _log_loss(odds_a), log_share_b + _log_loss(odds_b)))
 
     def trivial(x: NDArray[np.float64]) -> float:
         return math.sqrt(k * (kb * x[2] ** 2 + ka * x[3] ** 2))
@@ -122,9 +122,15 @@ def solve(model: LayerPeeled, ratio: float, *, collapsed: bool = False) -> Solut
     ).x
     # centres W W^T ~ (Z Z^T)^(1/2), whose minority block has beta on what differs, trivial(x) on what is shared
     shared, beta = trivial(found) * ka / k, float(found[1])
-    (a, b, *_), (sum_a, _) = logits(found), log_sums(found)
-    pull = 1 - math.exp(a - sum_a) + math.exp(b - sum_a)
+    a, b, *_ = logits(found)
+    odds = math.exp(log_odds(found)[0])
+    pull = (odds + math.exp(b - a)) / (1 + odds)  # 1 - p_a + p_b
     return Solution((shared - beta) / (shared + (kb - 1) * beta), ratio * pull)
+
+
+def _log_loss(log_odds: float) -> float:
+    """Logarithm of -log p, of the logarithm of (1 - p) / p."""
+    return log_odds if log_odds < SMALL_ODDS else math.log(math.log1p(math.exp(log_odds)))
 
 
 def threshold(model: LayerPeeled) -> float:
