@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from gif.backbones.insightface_mobile import VARIANTS, InsightFaceMobileNet, MobileName
+from gif.backbones.insightface_vit import TRANSFORMERS, InsightFaceTransformer, TransformerName
 from gif.backbones.iresnet import BLOCKS, IResNet, IResNetName
 from gif.backbones.mobilefacenet import MobileFaceNet
 from gif.backbones.small import SmallConvNet
 from gif.backbones.vit import vision_transformer
 from gif.errors import InputError
 
-BackboneName = Literal["small", IResNetName, "mobilefacenet", "vit"]
+BackboneName = Literal["small", IResNetName, "mobilefacenet", MobileName, "vit", TransformerName]
 Color = Literal["rgb", "bgr"]
 
 
@@ -26,8 +28,9 @@ class BackboneConfig:
     channels 3 and image_size 112; the defaults are for glyphs.
 
     Args:
-        name: "small" is for small images; "iresnet18" to "iresnet200" are insightface's R18 to R200; "mobilefacenet"
-            is for phones; "vit" is a vision transformer of timm.
+        name: "small" is for small images; "iresnet18" to "iresnet2060" are insightface's R18 to R2060, "mbf" and
+            "mbf_large" its MobileFaceNets, "vit_t" to "vit_h" its vision transformers, by its names; "mobilefacenet" is
+            the published one, for phones; "vit" is a vision transformer of timm.
         embedding_size: d of its output.
         channels: of its input images.
         image_size: height and width of its input images.
@@ -52,7 +55,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for option, owner in (("width", "small"), ("model", "vit"), ("dropout", "iresnet")):
             default = next(entry.default for entry in fields(self) if entry.name == option)
-            if not self.name.startswith(owner) and getattr(self, option) != default:
+            owns = self.name.startswith(owner) if owner == "iresnet" else self.name == owner
+            if not owns and getattr(self, option) != default:
                 raise InputError(f"backbone {self.name} does not use {option}; it is for {owner}")
         if self.color not in ("rgb", "bgr") or (self.color == "bgr" and self.channels != 3):
             raise InputError(f'color must be "rgb", or "bgr" with 3 channels, got {self.color!r} with {self.channels}')
@@ -72,11 +76,18 @@ class BackboneConfig:
             return SmallConvNet(self.embedding_size, self.channels, self.image_size, self.width)
         if self.name == "mobilefacenet":
             return MobileFaceNet(self.embedding_size, self.channels, self.image_size)
+        if self.name in VARIANTS:
+            blocks, scale = VARIANTS[self.name]
+            return InsightFaceMobileNet(blocks, scale, self.embedding_size, self.channels, self.image_size)
+        if self.name in TRANSFORMERS:
+            kind = TRANSFORMERS[self.name]
+            return InsightFaceTransformer(kind, self.embedding_size, self.channels, self.image_size)
         if self.name == "vit":
             return vision_transformer(self.model, self.embedding_size, self.channels, self.image_size)
         if self.name in BLOCKS:
             return IResNet(BLOCKS[self.name], self.embedding_size, self.channels, self.image_size, self.dropout)
-        raise InputError(f"unknown backbone {self.name!r}; there are: small, {', '.join(BLOCKS)}, mobilefacenet, vit")
+        known = ("small", *BLOCKS, "mobilefacenet", *VARIANTS, "vit", *TRANSFORMERS)
+        raise InputError(f"unknown backbone {self.name!r}; there are: {', '.join(known)}")
 
 
 def _turn_channels(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gif.backbones.config import BackboneConfig
-from gif.backbones.iresnet import BLOCKS, WIDTHS
-from gif.backbones.shapes import STRIDE
+from gif.backbones.insightface import find_network, plain_names
 from gif.data.identities import Identities
 from gif.errors import InputError, in_short
 from gif.files import existing_file, load_tensors, save_tensors
@@ -25,9 +22,6 @@ FORMAT = "gif.backbone/1"
 _TRAINED_ON = "trained_on"  # a tensor beside the weights
 PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin")
 PYTORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02")  # a zip archive, and a pickle as old versions wrote it
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What DataParallel and DistributedDataParallel, torch.compile, FSDP and checkpointing put into parameters' names."""
-FIRST_CONVOLUTION, LAST_LAYER = "conv1.weight", "fc.weight"  # of an IResNet
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +49,7 @@ def save_backbone(
 
     Raises ValueError unless the weights are those of a network that ``config`` builds.
     """
-    state = _plain(_unwrapped(backbone).state_dict())
+    state = plain_names(_unwrapped(backbone).state_dict())
     with torch.device("meta"):
         wanted = config.build().state_dict()
     shapes, given = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (wanted, state))
@@ -75,7 +69,7 @@ def save_backbone(
 def fingerprint(backbone: nn.Module) -> str:
     """32 hexadecimal digits that follow from all weights and their names: the same in whichever file they are."""
     digest = hashlib.sha256()
-    for name, values in sorted(_plain(_unwrapped(backbone).state_dict()).items()):
+    for name, values in sorted(plain_names(_unwrapped(backbone).state_dict()).items()):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)};".encode())
         digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
@@ -110,26 +104,22 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
         raise InputError(
             f"{path} names an unknown backbone ({error}); it is damaged, or from a newer version"
         ) from error
-    return _filled(path, config, _plain(tensors)), config
+    return _filled(path, config, plain_names(tensors)), config
 
 
 def load_insightface(path: str | Path) -> tuple[nn.Module, BackboneConfig]:
-    """Build and fill an IResNet from a checkpoint in PyTorch's format, as insightface's arcface_torch writes it.
+    """Build and fill a network from a checkpoint in PyTorch's format, as insightface's arcface_torch writes it.
 
     The file holds a state dict, or a mapping with one under some name (``state_dict_backbone``, ``state_dict``,
-    ``model``). The names in it may have the prefixes of wrappers. Depth, embedding size, channels and image size are
-    read off the tensors. The way back is ``torch.save(network.state_dict(), path)``: the names are the same.
+    ``model``). The names in it may have the prefixes of wrappers. Which network it is, embedding size, channels and
+    image size are read off the tensors: an IResNet (r18 to r2060), a MobileFaceNet (mbf, mbf_large), a vision
+    transformer (vit_t to vit_h; of names whose tensors are the same, the first). The way back is
+    ``torch.save(network.state_dict(), path)``: the names are the same.
 
     Raises FileNotFoundError, or ValueError for a file that holds anything else.
     """
     path = existing_file(path)
-    stored = load_pytorch(path)
-    state = _iresnet_in(stored)
-    if state is None:
-        raise InputError(
-            f"{path} is no state dict of an IResNet, and holds none; give one that insightface's arcface_torch wrote"
-        )
-    config = _config_of(path, state)
+    state, config = find_network(path, load_pytorch(path))
     return _filled(path, config, state), config
 
 
@@ -146,42 +136,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """Take a module out of those that wrap it, each of which has it as an attribute."""
     inner = getattr(module, "_orig_mod", getattr(module, "module", None))
     return module if inner is None else _unwrapped(inner)
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose names have no wrapper in them, at the beginning or within."""
-    return {".".join(part for part in name.split(".") if part not in WRAPPERS): x for name, x in state.items()}
-
-
-def _iresnet_in(stored: object) -> dict[str, Tensor] | None:
-    """The IResNet's state dict in what a file holds: that itself, or the first of its values that has one."""
-    if not isinstance(stored, Mapping):
-        return None
-    tensors = _plain({name: x for name, x in stored.items() if isinstance(name, str) and isinstance(x, Tensor)})
-    outer = [name.removesuffix(LAST_LAYER) for name in tensors if f".{name}".endswith(f".{LAST_LAYER}")]
-    for prefix in sorted(outer, key=len):  # of an attribute that the network was, as "backbone." or "model."
-        if f"{prefix}{FIRST_CONVOLUTION}" in tensors:
-            return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    found = (_iresnet_in(value) for value in stored.values())
-    return next((state for state in found if state is not None), None)
-
-
-def _config_of(path: Path, state: dict[str, Tensor]) -> BackboneConfig:
-    blocks = tuple(
-        len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4)
-    )
-    name = next((name for name, known in BLOCKS.items() if known == blocks), None)
-    if name is None:
-        raise InputError(f"{path} has {blocks} blocks a stage; the known networks are {BLOCKS}")
-    last, first = state[LAST_LAYER].shape, state[FIRST_CONVOLUTION].shape
-    if len(last) != 2 or len(first) != 4:
-        raise InputError(f"{path} does not fit an IResNet: {LAST_LAYER} is {tuple(last)}, the first {tuple(first)}")
-    return BackboneConfig(
-        name=name,
-        embedding_size=last[0],
-        channels=first[1],
-        image_size=STRIDE * math.isqrt(last[1] // WIDTHS[-1]),
-    )
 
 
 def _filled(path: str | Path, config: BackboneConfig, tensors: dict[str, Tensor]) -> nn.Module:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from gif.backbones.shapes import map_size
 
-IResNetName = Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200"]
+IResNetName = Literal["iresnet18", "iresnet34", "iresnet50", "iresnet100", "iresnet200", "iresnet2060"]
 BLOCKS: dict[IResNetName, tuple[int, int, int, int]] = {
     "iresnet18": (2, 2, 2, 2),
     "iresnet34": (3, 4, 6, 3),
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
     "iresnet200": (6, 26, 60, 6),
+    "iresnet2060": (3, 128, 896, 3),
 }
 """Residual blocks in each of the four stages."""
 

@@ -3,14 +3,14 @@
 import json
 import random
 from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gif.backbones import BackboneConfig, load_backbone, load_insightface, save_backbone
+from gif.backbones import BackboneConfig, insightface_vit, load_backbone, load_insightface, save_backbone
 from gif.backbones.files import FORMAT
 from gif.errors import InputError
 from gif.files import save_tensors
@@ -199,7 +199,7 @@ class TestIResNet:
             load_insightface(path)
         shapes = dict(insightface_names((2, 2, 2, 1), 8, 1))
         torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
-        with pytest.raises(ValueError, match=r"has \(2, 2, 2, 1\) blocks a stage"):
+        with pytest.raises(ValueError, match=r"\(2, 2, 2, 1\) blocks a stage"):
             load_insightface(path)
         shapes = dict(insightface_names(BLOCKS[18], 8, 1)) | {"layer1.0.bn1.weight": (3,)}
         torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
@@ -338,3 +338,83 @@ def test_files_of_other_versions(tmp_path):
     save_tensors(tmp_path / "new", state, format=FORMAT, config=json.dumps(config | {"flavour": 1}))
     with pytest.raises(ValueError, match=r"unknown backbone .*flavour"):
         load_backbone(tmp_path / "new")
+
+
+def reference_networks():
+    """insightface's networks by its names, and tensors that its published checkpoints have, with their shapes."""
+    return {
+        "mbf": {
+            "layers.0.layers.0.weight": (128, 3, 3, 3),
+            "layers.1.layers.0.weight": (128, 2, 3, 3),
+            "layers.3.layers.3.layers.1.layers.0.weight": (128, 1, 3, 3),
+            "layers.7.layers.1.layers.2.layers.0.weight": (256, 256, 1, 1),
+            "conv_sep.layers.2.weight": (512,),
+            "features.layers.0.layers.0.weight": (512, 1, 7, 7),
+            "features.layers.2.weight": (512, 512),
+            "features.layers.3.running_mean": (512,),
+        },
+        "mbf_large": {
+            "layers.1.layers.1.layers.1.layers.0.weight": (128, 1, 3, 3),
+            "layers.5.layers.11.layers.0.layers.0.weight": (256, 512, 1, 1),
+        },
+        "vit_t": {
+            "mask_token": (1, 1, 256),
+            "pos_embed": (1, 144, 256),
+            "patch_embed.proj.weight": (256, 3, 9, 9),
+            "blocks.11.attn.qkv.weight": (768, 256),
+            "blocks.11.attn.proj.bias": (256,),
+            "blocks.0.mlp.fc1.weight": (1024, 256),
+            "norm.weight": (256,),
+            "feature.0.weight": (256, 144 * 256),
+            "feature.1.running_var": (256,),
+            "feature.2.weight": (512, 256),
+            "feature.3.weight": (512,),
+        },
+    }
+
+
+class TestInsightFaceNetworks:
+    @pytest.mark.parametrize("name", ["mbf", "mbf_large", "vit_t"])
+    def test_names_shapes_and_files(self, name, tmp_path):
+        network = BackboneConfig(name, 512, 3, 112).build().eval()
+        state = network.state_dict()
+        for tensor, shape in reference_networks()[name].items():
+            assert tuple(state[tensor].shape) == shape, tensor
+        torch.save({"state_dict_backbone": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "m.pt")
+        loaded, config = load_backbone(tmp_path / "m.pt")
+        assert config == BackboneConfig(name, 512, 3, 112)
+        images = torch.rand(2, 3, 112, 112) * 2 - 1
+        with torch.inference_mode():
+            assert torch.equal(loaded(images), network(images))
+
+    @pytest.mark.parametrize("name", ["vit_t", "vit_b_dp005_mask_005"])
+    def test_a_transformer_masks_and_drops_in_training_alone(self, name, monkeypatch):
+        kind = insightface_vit.TRANSFORMERS[name]
+        monkeypatch.setitem(insightface_vit.TRANSFORMERS, name, replace(kind, width=16, depth=3))
+        network = BackboneConfig(name, 8, 1, 30).build()
+        images = torch.randn(4, 1, 30, 30, requires_grad=True)
+        torch.manual_seed(0)
+        first, second = network(images), network(images)
+        assert first.shape == (4, 8) and not torch.allclose(first, second)
+        first.sum().backward()
+        assert all(weights.grad is not None for weights in network.parameters())
+        network.eval()
+        assert torch.equal(network(images), network(images))
+
+    def test_attention_is_softmax_of_scaled_products(self):
+        attention = insightface_vit._Attention(16).double()
+        x = torch.randn(2, 5, 16, dtype=torch.float64)
+        q, k, v = (part.unflatten(2, (8, 2)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=2))
+        weights = (q @ k.transpose(2, 3) / 2**0.5).softmax(3)
+        wanted = attention.proj((weights @ v).transpose(1, 2).reshape(2, 5, 16))
+        assert torch.allclose(attention(x), wanted)
+
+    def test_a_network_that_is_not_known(self, tmp_path):
+        state = BackboneConfig("vit_t", 8, 3, 36).build().state_dict()
+        cut = {name: value for name, value in state.items() if not name.startswith("blocks.11.")}
+        torch.save(cut, tmp_path / "m.pt")
+        with pytest.raises(InputError, match=r"width and depth are \(256, 11\)"):
+            load_backbone(tmp_path / "m.pt")
+        torch.save({"a": torch.zeros(3)}, tmp_path / "n.pt")
+        with pytest.raises(InputError, match="no state dict of an IResNet, MobileFaceNet or vision transformer"):
+            load_backbone(tmp_path / "n.pt")
