@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,13 @@ class UnfinishedWork:
             self._path.unlink(missing_ok=True)
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+def claim_folder(
+    folder: Path, settings: Mapping[str, Any], *, may_differ: Sequence[str] = (), longer: Sequence[str] = ()
+) -> None:
     """Make ``folder`` that of a run with these ``settings`` (fit for JSON), or continue the run that it holds.
+
+    Settings that ``may_differ``, by their names as a.b, are those of the run from now on. ``longer``: settings that
+    decide for how long, of which the message says how they may differ.
 
     What a killed run left of its very first write is no obstacle, and is removed.
 
@@ -92,11 +97,15 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     record = folder / RECORD
     if record.exists():
-        if other := differences(json.dumps(read_json(record)), json.dumps(settings)):
+        there, here = json.dumps(read_json(record)), json.dumps(settings)
+        if other := differences(there, here, but=may_differ):
+            hint = "" if differences(there, here, but=longer) else "; --resume longer goes on with it"
             raise InputError(
                 f"{folder} holds a run with other settings ({other}; all of them are in {record}); give the settings "
-                "and the input it had to continue it, or another --output"
+                f"and the input it had to continue it, or another --output{hint}"
             )
+        if there != here:
+            write_text(record, json.dumps(settings, indent=2))
     elif folder.exists() and (not folder.is_dir() or not all(_is_left_over(path) for path in folder.iterdir())):
         raise InputError(f"{folder} holds something that is no run of this command; give another --output")
     else:
@@ -115,8 +124,11 @@ def _is_left_over(path: Path) -> bool:
     return path.is_file() and (is_temporary(path) or (path.name.startswith(".") and path.suffix == ".lock"))
 
 
-def differences(there: str, here: str) -> str:
-    """What differs between the settings of the run that is there and of this one, both as JSON; "" if nothing does."""
+def differences(there: str, here: str, *, but: Sequence[str] = ()) -> str:
+    """What differs between the settings of the run that is there and of this one, both as JSON; "" if nothing does.
+
+    ``but``: names of settings, as a.b, that are passed over.
+    """
     if there == here:
         return ""
     try:
@@ -126,7 +138,7 @@ def differences(there: str, here: str) -> str:
     return ", ".join(
         f"{name or 'everything'} is {_told(old, name)} there and {_told(new, name)} here"
         for name in (*old, *(name for name in new if name not in old))
-        if _told(old, name) != _told(new, name)
+        if _told(old, name) != _told(new, name) and name not in but
     )
 
 

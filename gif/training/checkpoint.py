@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from gif.distributed import first_decides, gather_objects, rank, wait_for_all
 from gif.errors import DamagedFileError, InputError, MissingFileError, in_short
-from gif.files import check_file, fsync, load_tensors, read_metadata, remove_temporaries, save_tensors
+from gif.files import check_file, fsync, load_tensors, locate_tensor, read_metadata, remove_temporaries, save_tensors
 from gif.progress import say
 from gif.training.increments import TableIncrements
 
 FORMAT = "gif.training_state/2"
 STATE = "state.safetensors"
+AVERAGE = "model.average.network."  # before the names of averaged weights
 _PICKLED = (".metadata", "progress.safetensors")  # of version 1, which torch.distributed.checkpoint wrote
 
 
@@ -31,8 +32,9 @@ class TrainingState:
     """What a run needs to continue, beside the random state of each process.
 
     The learning rate and the order of images are functions of ``step``. Everything here is the same on each process.
-    ``model`` has a part named backbone; ``losses`` are (steps,); ``tables`` are what a head changes beside parameters;
-    ``validations`` are the named scores after some numbers of steps, ascending.
+    ``model`` has a part named backbone, and one named average where it is averaged; ``losses`` are (steps,); ``tables``
+    are what a head changes beside parameters; ``validations`` are the named scores after some numbers of steps,
+    ascending.
     """
 
     model: nn.Module
@@ -63,6 +65,11 @@ class Checkpoints:
         """Return the folder of the newest checkpoint, or None where there is none."""
         return next(reversed(self._places()), None)
 
+    def steps(self) -> int:
+        """How many steps the run has, as its newest checkpoint says, whether they are done or not; 0 without one."""
+        place = self.newest()
+        return 0 if place is None else locate_tensor(place / STATE, "losses", format=FORMAT).shape[0]
+
     def save(self, state: TrainingState) -> None:
         """Write the state after ``state.step`` steps."""
         random = gather_objects(_random_state(state.losses.device))
@@ -72,11 +79,12 @@ class Checkpoints:
             self._remove_old(state.tables)
         wait_for_all()
 
-    def load(self, state: TrainingState) -> dict[str, Tensor]:
+    def load(self, state: TrainingState, *, longer: bool = False) -> dict[str, Tensor]:
         """Restore the newest whole state in place, if there is one, and return the random state of this process's rank.
 
         That is empty if there is no checkpoint, or if the run that wrote it had fewer processes. Checkpoints that are
-        damaged are named and removed, as are those after the one that is restored.
+        damaged are named and removed, as are those after the one that is restored. ``longer``: the checkpoint may be of
+        a run of fewer steps, which goes on to more.
 
         Raises DamagedFileError, and removes nothing, where there are checkpoints and none is whole; InputError if it is
         of a run with another number of steps, of another network, or of a version that kept pickles, or where the
@@ -87,7 +95,8 @@ class Checkpoints:
         if place is None:
             return {}
         tensors, progress = _read(place)
-        if tensors["losses"].shape != state.losses.shape:
+        before = len(tensors["losses"])
+        if before != len(state.losses) and not (longer and before < len(state.losses)):
             raise InputError(
                 f"{place} is of a run of {len(tensors['losses'])} steps, this one has {len(state.losses)}; give "
                 "the same data set, batch_size and epochs, or another folder"
@@ -95,7 +104,7 @@ class Checkpoints:
         _fill(state.model, _part(tensors, "model."), place)
         _fill_optimizer(state, _part(tensors, "optimizer."), progress["optimizer"], place)
         state.scaler.load_state_dict(progress["scaler"])
-        state.losses.copy_(tensors["losses"])
+        state.losses[:before] = tensors["losses"].to(state.losses.device)
         state.step = progress["step"]
         state.validations = dict(progress["validations"])
         for name, table in state.tables.items():
@@ -107,7 +116,8 @@ class Checkpoints:
     def load_best(self, backbone: nn.Module) -> int:
         """Give ``backbone`` its weights of the checkpoint that validated best; returns how many steps that had.
 
-        Of equally good ones it is the first. Raises FileNotFoundError if none was validated.
+        They are the averaged ones where the run averages. Of equally good ones it is the first. Raises
+        FileNotFoundError if none was validated.
         """
         best = self._best()
         if best is None:
@@ -116,7 +126,7 @@ class Checkpoints:
             tensors, progress = _read(best)
         except DamagedFileError as error:
             raise DamagedFileError(f"{error}, or remove {best}, and the next best is taken") from error
-        _fill(backbone, _part(tensors, "model.backbone."), best)
+        _fill(backbone, _part(tensors, AVERAGE) or _part(tensors, "model.backbone."), best)
         return int(progress["step"])
 
     def _newest_whole(self, tables: Mapping[str, TableIncrements]) -> Path | None:

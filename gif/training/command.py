@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gif.backbones import BackboneConfig, save_backbone
+from gif.backbones import BackboneConfig, fingerprint, save_backbone
 from gif.codes import IdentityCodes
 from gif.data import HELD_OUT, EncodedImages, ImageDecoder, left_out, load_data
 from gif.data.decoding import MAX_PIXELS
@@ -29,13 +29,17 @@ from gif.training.augmentation import AUGMENTATIONS, AugmentationName
 from gif.training.checkpoint import Checkpoints
 from gif.training.config import TrainingConfig
 from gif.training.curves import plot_losses, plot_validations
+from gif.training.loggers import LoggerName, loggers_of
 from gif.training.loop import check_training, train
 from gif.training.statistics import recompute_statistics
 from gif.training.validation import ValidationConfig
+from gif.training.warm_start import backbone_of, begin_from, begin_head_from
 from gif.vectors.store import CodeVectors
 
 MOST_KEPT = 1 << 30  # bytes of decoded images that the training process keeps, where it reads them itself
 STATISTICS_IMAGES = 20_000  # that batch normalisation's statistics are taken anew of
+LENGTH = ("training.epochs", "training.steps", "training.patience")
+"""Settings of a run that another may have that goes on with it for longer."""
 
 
 def train_command(
@@ -54,8 +58,9 @@ def train_command(
     max_pixels: int = MAX_PIXELS,
     placement: Placement = "auto",
     statistics: Literal["running", "recomputed"] = "running",
-    tensorboard: bool = False,
-    resume: Literal["auto", "never"] = "auto",
+    init: str | None = None,
+    loggers: list[LoggerName] | LoggerName = [],  # noqa: B006 (read alone)
+    resume: Literal["auto", "never", "longer"] = "auto",
 ) -> None:
     """Train a backbone, with identity codes or with a softmax; under torchrun, in several processes.
 
@@ -64,8 +69,8 @@ def train_command(
 
     Args:
         output: folder for the backbone, the head, the identities that were trained on, the tables that the head moved,
-            the losses and their plot, the checkpoints and TensorBoard's files; of a run that is validated, the
-            best backbone and the scores too.
+            the losses and their plot, all measures (measures.jsonl), the checkpoints and the loggers' files; of a run
+            that is validated, the best backbone and the scores too.
         data: the data set, a name or a path (docs/data.md); its training identities are used. Images on disk are read
             in the backbone's size and colours.
         identities: how many of the data set's there are, at random, such as 1e6; all where it is not given, a million
@@ -84,13 +89,21 @@ def train_command(
             those that move.
         statistics: means and variances of batch normalisation in the backbone that is written: "running", as the steps
             left them, or "recomputed" with its weights, of up to 20,000 training images: where there were few steps.
-        tensorboard: log to output/tensorboard.
-        resume: "auto" continues the run that output holds, if it does; "never" refuses it.
+        init: what the backbone begins with: a model of `gif train`, insightface's model.pt, for a backbone "vit" a file
+            of timm's, or "timm" for those of its hub. The folder of a finished run gives its head too.
+        loggers: where measures go beside the file: tensorboard, wandb, or '[tensorboard, wandb]'.
+        resume: "auto" continues the run that output holds, if it does; "never" refuses it; "longer" continues a run
+            that had fewer epochs or steps, finished or not, to as many as are given now.
     """
     if resume == "never" and output.exists():
         raise InputError(f"{output} exists; give another --output, or --resume auto to continue the run in it")
-    kept = Checkpoints(output / "checkpoints").newest
+    checkpoints = Checkpoints(output / "checkpoints")
+    kept = checkpoints.newest
+    if resume == "longer" and kept() is None:
+        raise InputError(f"{output} holds no run that could go on; train with --resume auto")
     with process_group(training.device) as own, hold(output, kept):
+        if init is not None:
+            backbone = backbone_of(init, backbone)
         code_table = None if codes is None else IdentityCodes.load(codes, mmap=True)
         decoder = ImageDecoder(backbone.image_size, backbone.channels, max_pixels=max_pixels)
         split = load_data(data, identities=identities, held_out=held_out, decoder=decoder)
@@ -102,29 +115,34 @@ def train_command(
             require_same_names(f"the run in {output}", Identities.load(before), "the data set", who)
         validate = validation.open(split.held_out, decoder, workers=training.workers, device=own)
         torch.manual_seed(training.seed)
-        network = backbone.build()
+        network = backbone.build() if init is None else begin_from(init, backbone)
         table = None if vectors is None else CodeVectors.load(vectors, mmap=True)
         loss_fn = head.build(
             images.num_identities, backbone.embedding_size, code_table, table, identities=who, backbone=network
         )
-        log_folder = output / "tensorboard" if tensorboard else None
-        check_training(loss_fn, images, training, tensorboard=log_folder)
+        if init is not None:
+            begin_head_from(init, loss_fn)
+        settings = {
+            "command": "train",
+            "data": {"name": data, **images.summary()},
+            "held_out": held_out,
+            "held_out_by": SPLIT_BY,
+            "codes": code_table and code_table.fingerprint,
+            "vectors": table and table.fingerprint(),
+            "head": asdict(head),
+            "backbone": asdict(backbone),
+            "training": training.settings(),
+            "augmentation": augmentation,
+            **({} if init is None else {"init": fingerprint(network)}),
+            # which records of earlier versions do not name
+            **({} if statistics == "running" else {"statistics": statistics}),
+        }
+        if resume == "longer" and training.steps_of(len(images)) < (before_now := checkpoints.steps()):
+            raise InputError(f"the run in {output} is of {before_now:,} steps; give as many or more to go on with it")
+        told = loggers_of(output, loggers, settings)
+        check_training(loss_fn, images, training, loggers=told)
         if rank() == 0:
-            settings = {
-                "command": "train",
-                "data": {"name": data, **images.summary()},
-                "held_out": held_out,
-                "held_out_by": SPLIT_BY,
-                "codes": code_table and code_table.fingerprint,
-                "vectors": table and table.fingerprint(),
-                "head": asdict(head),
-                "backbone": asdict(backbone),
-                "training": training.settings(),
-                "augmentation": augmentation,
-            }
-            if statistics != "running":  # which records of earlier versions do not name
-                settings["statistics"] = statistics
-            claim_folder(output, settings)
+            claim_folder(output, settings, may_differ=LENGTH if resume == "longer" else (), longer=LENGTH)
             who.save(output / WHO)
         wait_for_all()
         if place := as_head(loss_fn).place_tables(own, placement, output, goes_on=kept() is not None):
@@ -137,9 +155,11 @@ def train_command(
             augment=AUGMENTATIONS[augmentation],
             validate=validate,
             validate_every=validation.every,
-            checkpoints=output / "checkpoints",
-            tensorboard=log_folder,
+            checkpoints=checkpoints.folder,
+            loggers=told,
+            longer=True,  # of other runs the record says that they are others
         )
+        network = log.average or network
         if report := left_out(images):
             say(report)
         as_head(loss_fn).save_tables(output)
@@ -153,7 +173,7 @@ def train_command(
         plot_losses({head.kind: log.losses}, output / "losses.png")
         say(f"wrote the trained backbone to {output / 'backbone.safetensors'}")
         if log.validations:
-            best = Checkpoints(output / "checkpoints").load_best(network)
+            best = checkpoints.load_best(network)
             save_backbone(output / "best.safetensors", network, backbone, trained_on=who)
             write_text(output / "validations.json", json.dumps(log.validations, indent=2))
             plot_validations(log.validations, output / "validations.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,11 @@ class TrainingConfig:
         save_steps: steps between two checkpoints, beside those in time.
         save_minutes: minutes between two checkpoints; longer where more than a tenth of the time would go into them.
         keep: newest checkpoints to keep, beside the best one where the run is validated.
+        freeze: parts of the backbone that stay as they are, by the names of its modules or parameters, such as
+            [conv1, bn1, layer1]; "*" is all of it.
+        ema: decay of an average of the weights, such as 0.999, which is judged, kept as the best, and written as the
+            backbone; None: the weights themselves are.
+        patience: validations in a row without a better one after which training ends; None: it takes all steps.
 
     Raises ValueError for a number out of its range.
     """
@@ -69,9 +74,13 @@ class TrainingConfig:
     save_steps: int | None = None
     save_minutes: float = 10.0
     keep: int = 1
+    freeze: list[str] = field(default_factory=list)
+    ema: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "steps": 1, "batch_size": 2, "workers": 0, "save_steps": 1, "keep": 1}
+        least["patience"] = 1
         least["micro_batch_size"] = 3  # of 2, some would be single images, which batch normalisation cannot train on
         for name, value in least.items():
             given = getattr(self, name)
@@ -83,6 +92,8 @@ class TrainingConfig:
         for name in ("momentum", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"wanted {name} in [0, 1), got {name}={getattr(self, name)}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"wanted ema in (0, 1), such as 0.999, got ema={self.ema}")
         if self.weight_decay < 0:
             raise InputError(f"wanted weight_decay >= 0, got weight_decay={self.weight_decay}")
         for name, names in (
@@ -100,7 +111,8 @@ class TrainingConfig:
             del decides["steps"]  # as records of earlier versions have it
         else:
             del decides["epochs"]
-        return decides
+        defaults = {"freeze": [], "ema": None, "patience": None}  # which records of earlier versions do not have
+        return {name: value for name, value in decides.items() if name not in defaults or value != defaults[name]}
 
     def steps_of(self, images: int) -> int:
         """Steps of the whole run on so many images."""

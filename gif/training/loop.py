@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +32,16 @@ from gif.distributed import (
 from gif.errors import DivergedError, InputError, Interrupted
 from gif.head import Head, as_head
 from gif.ownership import hold
+from gif.progress import say_once
 from gif.resume import LARGEST_SHARE
 from gif.training.augmentation import RandomAffine
+from gif.training.average import AverageBackbone
 from gif.training.checkpoint import Checkpoints, TrainingState, restore_random
 from gif.training.config import AUTOCAST, TrainingConfig
+from gif.training.early_stopping import is_stale
+from gif.training.freezing import freeze
 from gif.training.increments import TableIncrements
+from gif.training.loggers import Logger
 from gif.training.monitor import monitor
 from gif.training.order import EpochOrder, Groups, begin_epoch
 from gif.training.statistics import RunningStatistics
@@ -55,12 +59,14 @@ class TrainingLog:
 
     ``validations`` are named scores by the number of steps they came after. ``processor_seconds`` is what the whole run
     takes of this process's processors: measured, and of steps before an interruption as much as of those after it.
+    ``average`` is the averaged backbone, where the run averages: what was judged, and is to be kept.
     """
 
     losses: Tensor
     images_per_second: float
     validations: dict[int, dict[str, float]] = field(default_factory=dict)
     processor_seconds: float = math.nan
+    average: nn.Module | None = None
 
 
 def train(
@@ -73,7 +79,8 @@ def train(
     validate: Validate | None = None,
     validate_every: int | None = None,
     checkpoints: str | Path | None = None,
-    tensorboard: str | Path | None = None,
+    loggers: Sequence[Logger] = (),
+    longer: bool = False,
     description: str = "training",
 ) -> TrainingLog:
     """Train ``backbone`` and ``head``, where head(backbone(images), labels) is the loss, in place.
@@ -97,7 +104,9 @@ def train(
             give the same result as a run that was not. The number of processes may change; then the losses do, by
             rounding, and augmentation by other random numbers. SIGINT and SIGTERM end the run after the step, with a
             checkpoint, by Interrupted (a KeyboardInterrupt); of several processes, after the next tenth step.
-        tensorboard: folder for TensorBoard's files.
+        loggers: what takes the measures (`gif.training.loggers`).
+        longer: a run in ``checkpoints`` that had fewer steps goes on to this many. The schedule is that of all steps,
+            so the learning rate of a finished run rises again to what it is there.
         description: what the progress line says.
 
     Raises ValueError where data, batch, processes and packages do not fit, or another process writes to
@@ -106,9 +115,13 @@ def train(
     device = resolve_device(config.device)
     config = replace(config, device=str(device))
     keeper = None if checkpoints is None else Checkpoints(Path(checkpoints), config.keep)
-    check_training(head, dataset, config, tensorboard=tensorboard)
+    check_training(head, dataset, config, loggers=loggers)
+    if config.patience is not None and validate is None:
+        raise InputError("patience counts validations, and there is none; name something to judge by, or leave it out")
 
-    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(device).train()
+    model = _Trained(backbone, head, config).to(device).train()
+    average = model["average"] if config.ema else None
+    judged = average or backbone
     if config.channels_last:
         backbone.to(memory_format=torch.channels_last)
     steps_an_epoch = len(dataset) // config.batch_size
@@ -116,22 +129,25 @@ def train(
     validate_steps = validate_every or steps_an_epoch
     state = TrainingState(
         model,
-        config.make_optimizer(model.parameters()),
+        config.make_optimizer([*backbone.parameters(), *head.parameters()]),
         GradScaler(device.type, enabled=config.precision == "fp16"),
         losses=torch.full((steps,), math.nan, device=device),
         tables={} if checkpoints is None else _tables(as_head(head), Path(checkpoints)),
     )
     with _kept(keeper) as stop:
-        random = keeper.load(state) if keeper else {}
+        random = keeper.load(state, longer=longer) if keeper else {}
         before = state.step
         losses = _Losses(state.losses, state.step, REPORT_EVERY if state.scaler.is_enabled() else 1)
         take_step = _Step(backbone, head, augment, state, config)
         clock = _SaveClock(config)
 
-        with monitor(description, steps, before, config.batch_size, device, tensorboard) as monitored:
+        ended = is_stale(state.validations, config.patience)
+        with monitor(description, steps, before, config.batch_size, device, loggers) as monitored:
             advance, report, report_scores = monitored
             began, processor_began = time.monotonic(), time.process_time()
             for epoch in range(before // steps_an_epoch, math.ceil(steps / steps_an_epoch)):
+                if ended:
+                    break
                 loader_seed, order_seed = begin_epoch(config.seed, epoch, rank())
                 position = state.step % steps_an_epoch
                 if position:
@@ -143,14 +159,17 @@ def train(
                     loss, embeddings, own_labels = take_step(images, labels, done)
                     losses.add(loss)
                     state.step += 1
+                    if average is not None:
+                        average.update(backbone, state.step)
                     if state.step % REPORT_EVERY == 0:
                         recent = losses.settle()[-REPORT_EVERY:].nanmean()
                         measures = _numbers({"loss": recent, **as_head(head).health(embeddings, own_labels)})
                         report(state.step, {"learning rate": config.rate(done), **measures})
                     scores = None
                     if validate and (state.step % validate_steps == 0 or state.step == steps):
-                        state.validations[state.step] = scores = _scores(validate, model, device)
+                        state.validations[state.step] = scores = _scores(validate, model, judged, device)
                         report_scores(state.step, scores)
+                        ended = is_stale(state.validations, config.patience)
                     epoch_ends = state.step % steps_an_epoch == 0
                     stopped = stop.agreed(epoch_ends or state.step % REPORT_EVERY == 0) if keeper else None
                     if scores or epoch_ends or stopped or (keeper and clock.due(state.step)):
@@ -164,12 +183,19 @@ def train(
                             f"interrupted; the same command continues after step {state.step:,} of {steps:,}", stopped
                         )
                     advance()
+                    if ended:
+                        say_once(
+                            f"training ends after step {state.step:,} of {steps:,}: the last {config.patience} "
+                            "validations were no better than one before them"
+                        )
+                        break
             seconds, processor = time.monotonic() - began, time.process_time() - processor_began
-    trained = (steps - before) * config.batch_size
-    if not trained:
-        return TrainingLog(state.losses.cpu(), math.nan, state.validations)
-    whole = processor * steps / (steps - before)
-    return TrainingLog(state.losses.cpu(), trained / seconds, state.validations, whole)
+    losses_taken, averaged = state.losses[: state.step].cpu(), None if average is None else average.network
+    taken = state.step - before
+    if not taken:
+        return TrainingLog(losses_taken, math.nan, state.validations, average=averaged)
+    whole = processor * state.step / taken
+    return TrainingLog(losses_taken, taken * config.batch_size / seconds, state.validations, whole, averaged)
 
 
 @contextmanager
@@ -183,14 +209,30 @@ def _kept(keeper: Checkpoints | None) -> Iterator[StopRequest]:
         yield stop
 
 
-def _scores(validate: Validate, model: nn.ModuleDict, device: torch.device) -> dict[str, float]:
+class _Trained(nn.ModuleDict):
+    """What a run trains: backbone and head, and the average of the backbone; frozen parts stay in eval mode."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, config: TrainingConfig) -> None:
+        frozen = freeze(backbone, config.freeze)
+        average = {} if config.ema is None else {"average": AverageBackbone(backbone, config.ema)}
+        super().__init__({"backbone": backbone, "head": head, **average})
+        self._frozen = (frozen,)  # in a tuple, for it is no module of this one
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for part in self._frozen[0] if hasattr(self, "_frozen") else ():
+            part.eval()
+        return self
+
+
+def _scores(validate: Validate, model: nn.ModuleDict, judged: nn.Module, device: torch.device) -> dict[str, float]:
     """What ``validate`` says of the backbone that rank 0 has, which is the one that a checkpoint keeps.
 
     Random numbers go on as if it had not been called. Raises ValueError without a score, or for one that is NaN.
     """
-    broadcast_buffers(model["backbone"])
+    broadcast_buffers(judged)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        scores = {name: float(score) for name, score in validate(model["backbone"]).items()}
+        scores = {name: float(score) for name, score in validate(judged).items()}
     model.train()
     if not scores or not all(math.isfinite(score) for score in scores.values()):
         raise InputError(f"validation gave the scores {scores}, wanted at least one and finite numbers")
@@ -340,7 +382,7 @@ class _SaveClock:
 
 
 def check_training(
-    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, *, tensorboard: str | Path | None = None
+    head: nn.Module, dataset: IdentityDataset, config: TrainingConfig, *, loggers: Sequence[Logger] = ()
 ) -> None:
     """Raise ValueError where data, device, batch, processes and packages do not fit, as `train` does, before work."""
     resolve_device(config.device)
@@ -354,8 +396,8 @@ def check_training(
         )
     check_workers(config.workers, config.batch_size // processes, dataset.image_shape)
     as_head(head).check_processes(processes)
-    if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
-        raise InputError('tensorboard is not installed; pip install "gif-recognition[tensorboard]", or train without')
+    for logger in loggers:
+        logger.check()
 
 
 def _tables(head: Head, folder: Path) -> dict[str, TableIncrements]:

@@ -1,30 +1,30 @@
-"""What a run shows of itself: the progress line, and TensorBoard."""
+"""What a run shows of itself: the progress line, and what its loggers write."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from gif.distributed import rank
 from gif.progress import progress, say
 from gif.training.checkpoint import mean_score
+from gif.training.loggers import Logger, all_open
 
 Report = Callable[[int, Mapping[str, float]], None]
 
 
 @contextmanager
 def monitor(
-    description: str, steps: int, done: int, batch_size: int, device: torch.device, tensorboard: str | Path | None
+    description: str, steps: int, done: int, batch_size: int, device: torch.device, loggers: Sequence[Logger]
 ) -> Iterator[tuple[Callable[[], None], Report, Report]]:
     """Yield ``advance()``, to be called after each step, ``report(step, measures)``, ``report_scores(step, scores)``.
 
     The progress line shows images a second, the time left, the loss, the head's health, memory and the last validation,
-    which also gets a line of its own; TensorBoard, all measures and scores. The first process reports; the others
+    which also gets a line of its own; the loggers get all measures and scores. The first process reports; the others
     are silent.
     """
     if rank() > 0:
@@ -33,7 +33,7 @@ def monitor(
     note = validation = ""
     with (
         progress(description, steps * batch_size, "images", done=done * batch_size) as bar,
-        _summary_writer(tensorboard, done) as write,
+        all_open(loggers, done) as write,
     ):
         last_time, last_step = time.monotonic(), done
 
@@ -57,23 +57,6 @@ def monitor(
             say(f"{description}: validation after {step:,} steps: {words}")
 
         yield lambda: bar(batch_size, note + validation), report, report_scores
-
-
-@contextmanager
-def _summary_writer(folder: str | Path | None, done: int) -> Iterator[Report]:
-    """``write(step, measures)`` to TensorBoard's files; what a killed run wrote after ``done`` steps is replaced."""
-    if folder is None:
-        yield lambda step, measures: None
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder), purge_step=done + 1) as writer:
-
-        def write(step: int, measures: Mapping[str, float]) -> None:
-            for name, value in measures.items():
-                writer.add_scalar(name, value, step)
-
-        yield write
 
 
 def memory_gb(device: torch.device) -> float:

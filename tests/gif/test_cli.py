@@ -91,7 +91,7 @@ def test_training_is_validated_and_resumed(tiny_data, gif, tmp_path, png, write_
     command = ["train", "--output", run, *TINY, "--head.kind=softmax", "--training.batch_size=16"]
     command += ["--training.epochs=3", "--training.keep=1"]
     judged = [f"--validation.pairs={tmp_path / 'lfw.bin'}", "--validation.identities=6", "--validation.every=10"]
-    code, printed = gif(*command, *judged, "--tensorboard=true")
+    code, printed = gif(*command, *judged, "--loggers=tensorboard")
     assert code == 0
     scores = json.loads((run / "validations.json").read_text())
     assert list(scores) == ["10", "20", "27"]

@@ -20,6 +20,7 @@ from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
 from gif.training.augmentation import RandomAffine
+from gif.training.loggers import TensorBoard
 from gif.training.monitor import summary
 from gif.training.order import EpochOrder, begin_epoch
 from gif_kernels import checks
@@ -337,7 +338,7 @@ def test_what_a_run_tells(dataset, tmp_path):
         return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
     with console.capture() as capture:
-        log = train(*fresh(), dataset, config, tensorboard=tmp_path / "whole")
+        log = train(*fresh(), dataset, config, loggers=[TensorBoard(tmp_path / "whole")])
     assert re.search(r"160/1,280 images|1,280/1,280 images, .*/s, 0 s left loss .*own .*impostor .* GB", capture.get())
     whole = told(tmp_path / "whole")
     assert [step for step, _ in whole["loss"]] == [10, 20, 30, 40]
@@ -352,7 +353,7 @@ def test_what_a_run_tells(dataset, tmp_path):
             raise KeyboardInterrupt
         return RandomAffine()(images)
 
-    places = {"checkpoints": tmp_path / "checkpoints", "tensorboard": tmp_path / "resumed"}
+    places = {"checkpoints": tmp_path / "checkpoints", "loggers": [TensorBoard(tmp_path / "resumed")]}
     with pytest.raises(KeyboardInterrupt):
         train(*fresh(), dataset, config, augment=interrupted, **places)
     train(*fresh(), dataset, config, **places)
@@ -456,7 +457,7 @@ def test_errors(dataset):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"gif-recognition\[tensorboard\]"):
-            train(*fresh(), dataset, TrainingConfig(batch_size=32), tensorboard="logs")
+            train(*fresh(), dataset, TrainingConfig(batch_size=32), loggers=[TensorBoard("logs")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop_module, "world_size", lambda: 3)
         with pytest.raises(ValueError, match=r"32 does not divide among 3 processes, .*; give a multiple of 3"):
