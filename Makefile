@@ -14,7 +14,7 @@ SAVED ?= runs/bench/saved.json
 AOT_DIR ?= runs/aot
 TRITONS ?= 3.5.0 3.6.0 newest
 
-.PHONY: quickstart test lint bench bench-full bench-compare gpu campaign aot-matrix clean
+.PHONY: quickstart test lint docs bench bench-full bench-compare gpu campaign aot-matrix clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -34,6 +34,11 @@ lint: $(VENV)/.installed
 # A process a core, each of one thread: many of the tests are small, and threads of several processes would wait for each other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# The documentation as a site, in runs/site. A link, an anchor or a public name that leads nowhere is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open runs/site/index.html, or: $(BIN)/mkdocs serve"
 
 # Small sizes, minutes; bench-full: the whole grid. Each writes a report; bench-compare says what became slower since SAVED.
 bench bench-full: $(VENV)/.installed

@@ -18,5 +18,6 @@ def needs(package: str, purpose: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            f"{purpose}: the package {package} is needed and not installed ({error}); pip install {package!r}"
+            f"{purpose}: the package {package} is needed and not installed ({error}); pip install {package!r}, "
+            "or all that training needs: pip install 'gif-recognition[train]'"
         ) from error

@@ -63,7 +63,9 @@ class EncodedImages(ImageTable):
 
     Args:
         source: where they lie.
-        labels, names, rows: as in `ImageTable`.
+        labels: as in `ImageTable`.
+        names: as in `ImageTable`.
+        rows: as in `ImageTable`.
         decoder: what size and colours they get.
         on_broken: "skip" leaves an image that cannot be decoded out of its batch, and notes it (see `broken`); "raise"
             raises BrokenImageError, as "skip" does where all of a batch (of at least 8) are broken.

@@ -192,7 +192,9 @@ class IdentityImages(ImageTable):
 
     Args:
         images: (N, channels, height, width) uint8; may be memory-mapped.
-        labels, names, rows: as in `ImageTable`; all N images where ``rows`` are not given.
+        labels: as in `ImageTable`.
+        names: as in `ImageTable`.
+        rows: as in `ImageTable`; all N images where not given.
 
     Raises ValueError as `ImageTable` does, and for images of another shape or dtype.
     """

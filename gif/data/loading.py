@@ -58,7 +58,8 @@ def load_data(
         held_out: fraction of the identities to hold out, or how many; 0 trains on all, 1 holds all out. `WORDS` are
             split by letter: there is no other number.
         seed: decides which identities are held out; which words there are.
-        decoder, on_broken: of images that lie on disk, as for `open_data`; glyphs are drawn in their set's own size.
+        decoder: of images that lie on disk, as for `open_data`; glyphs are drawn in their set's own size.
+        on_broken: as for `open_data`.
 
     Raises ValueError for an unknown name, more identities than there are, or where none of a few images can be decoded;
     and as `open_data` and `split_identities` do; FileNotFoundError where fonts are missing.

@@ -33,7 +33,7 @@ dispatch.register(
 class CodeRegression(NamedTuple):
     """The pull towards code vectors as a term of `token_margin_loss`: weight / 2 (zhat . hhat - 1)^2 a row.
 
-    Args:
+    Attributes:
         targets: h, (B, d), or a table of them, (m, d), with ``rows``. A constant. Normalised inside.
         rows: (B,) integer: row i of the embeddings is pulled towards targets[rows[i]]; -1 is not pulled.
         weight: of the term, > 0.

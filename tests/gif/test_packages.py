@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -29,8 +30,10 @@ PRESENT = ("torch", "triton", "numpy", "filelock")  # filelock is torch's own de
 def absent() -> list[str]:
     """The modules of all dependencies but those that are there, and of what the tests and benchmarks alone need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = [line.split(">")[0].split("[")[0] for line in project["dependencies"]]
-    assert {"rich", "jsonargparse", "timm", *PRESENT} <= set(names)
+    needed = {re.split(r"[>;\[]", line)[0] for line in project["dependencies"]}
+    assert needed == {"torch", "triton", "numpy"}
+    names = [re.split(r"[>;\[]", line)[0] for line in project["optional-dependencies"]["train"]]
+    assert {"rich", "jsonargparse", "timm"} <= set(names)
     return [MODULES.get(name, name) for name in names if name not in PRESENT] + ["ortools", "faiss", "pandas"]
 
 

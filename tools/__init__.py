@@ -1,0 +1,1 @@
+"""What makers of a release run: the documentation's site, the matrix of environments, the release itself."""
