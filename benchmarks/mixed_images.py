@@ -16,6 +16,8 @@ from PIL import Image, ImageFilter
 from gif.data import IdentityDataset, open_data
 
 IDENTITIES, IMAGES = 62, 758
+TRIED = 30  # identities for each that is wanted
+ALIKE = 0.75  # correlation of two mean drawings
 SIDES = (64, 240)  # pixels, of either side
 ASPECTS = (0.8, 1.25)  # height to width
 SHARES = (0.75, 0.95)  # of a drawing in the shorter side
@@ -28,14 +30,13 @@ def write_mixed_images(
 ) -> None:
     """Write drawings of ``identities`` into ``folder``, a folder each, ``images`` in all.
 
-    Identities are those of ``data`` with most drawings; the number of their images falls, from the first to the last.
+    Identities are those of ``data`` with most drawings, of several that look alike one; the number of their images
+    falls, from the first to the last.
     Each drawing is turned, scaled, moved and coloured at random, and lies on a background of two colours, smooth
     patches and noise. All follows from ``seed``.
     """
     drawings = open_data(data)
-    counts = drawings.image_counts()
-    chosen = counts.argsort(descending=True, stable=True)[:identities].sort().values
-    part = drawings.of_identities(chosen)
+    part = drawings.of_identities(_unlike(drawings, identities))
     random = np.random.default_rng(seed)
     for label, number in enumerate(_numbers(part.image_counts().tolist(), images)):
         rows = torch.nonzero(part.labels == label).flatten().tolist()
@@ -43,6 +44,31 @@ def write_mixed_images(
         place.mkdir(parents=True, exist_ok=True)
         for count, row in enumerate(random.permutation(rows)[:number].tolist()):
             _write(_composed(part, row, random), place / f"{count:03d}", random)
+
+
+def _unlike(data: IdentityDataset, number: int) -> torch.Tensor:
+    """So many letters and digits, those with most drawings, whose mean drawings are not alike, mirrored or not.
+
+    O, o and 0 would be one, so would b and d, which are one for whoever trains with mirrored images, and V and v, which
+    differ in size.
+    """
+    most = data.image_counts().argsort(descending=True, stable=True)[: TRIED * number]
+    chosen: list[int] = []
+    letters: set[str] = set()
+    means: list[torch.Tensor] = []
+    for label in filter(lambda label: data.names[label].isalnum(), most.tolist()):
+        rows = torch.as_tensor(data.images_between(label, label + 1)).tolist()
+        mean = data.batch(rows)[0].float().mean((0, 1))
+        mean = mean - mean.mean()
+        either = [torch.nn.functional.normalize(each.flatten(), dim=0) for each in (mean, mean.flip(1))]
+        letter = data.names[label][0].casefold()
+        if letter not in letters and all(float(mine @ other) < ALIKE for mine in either for other in means):
+            chosen.append(label)
+            letters.add(letter)
+            means.append(either[0])
+        if len(chosen) == number:
+            break
+    return torch.tensor(chosen)
 
 
 def _numbers(most: list[int], images: int) -> list[int]:

@@ -6,6 +6,7 @@ import ast
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,8 +33,9 @@ HELP = "_help"
 """The key of what a group of commands is for, as jsonargparse has it."""
 DISTRIBUTION = "gif-recognition"
 IMAGES = "images"
-POSITIONAL = ("embed_command", "verify_command")
-"""Functions of commands whose images stand by themselves, without an option's name."""
+POSITIONAL = {"embed": "embed_command", "verify": "verify_command"}
+"""Commands whose images stand by themselves, without an option's name, and their functions."""
+NUMBER = re.compile(r"-[\d.]")  # which begins like an option, and is a value
 ALIASES = {
     "--closed_form": "--start",  # which torchrun takes for a short form of its own --start-method
     "--input": "--data",  # as it was called in `gif data`
@@ -144,7 +146,7 @@ def _run(arguments: Sequence[str]) -> None:
         """Names what is missing as it is given on the command line: --output, not train.output."""
 
         def add_function_arguments(self, function: Any, *arguments: Any, **options: Any) -> Any:
-            if function.__name__ in POSITIONAL:
+            if function.__name__ in POSITIONAL.values():
                 options["as_positional"] = True
             added = super().add_function_arguments(function, *arguments, **options)
             for action in self._actions:
@@ -192,7 +194,11 @@ def _option(key: str) -> str:
 
 
 def _arguments(given: Sequence[str]) -> list[str]:
-    """The command line with options by their first names, configs by their path, and without --debug, from anywhere."""
+    """The command line as its parser takes it.
+
+    Options by their first names; configs by their path; several words after an option as a list, --pairs '["a.bin",
+    "b.bin"]' of --pairs a.bin b.bin; without --debug, which may stand anywhere.
+    """
     arguments: list[str] = []
     for argument in given:
         name, sign, value = argument.partition("=")
@@ -203,7 +209,9 @@ def _arguments(given: Sequence[str]) -> list[str]:
         else:
             argument = ALIASES.get(name, name)
         arguments.append(argument)
-    return _images_as_list([argument for argument in arguments if argument != DEBUG])
+    arguments = [argument for argument in arguments if argument != DEBUG]
+    by_themselves = bool(arguments) and arguments[0] in POSITIONAL
+    return _images_as_list(arguments) if by_themselves else _with_lists(arguments)
 
 
 def _images_as_list(arguments: list[str]) -> list[str]:
@@ -229,6 +237,28 @@ def _config(given: str) -> str:
         names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise InputError(f"--config {given}: no such file, and no recipe that comes with gif; those are {names}")
     return str(found)
+
+
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """Join the words that follow an option where they are two or more."""
+    command = next((place for place, word in enumerate(arguments) if word in COMMANDS), len(arguments))
+    joined = list(arguments[:command])
+    for words in _options(arguments[command:]):
+        name, sign, value = words[0].partition("=")
+        values = [value, *words[1:]] if sign else words[1:]
+        is_option = words[0].startswith("-")
+        joined += [name, json.dumps(values)] if is_option and len(values) > 1 else words
+    return joined
+
+
+def _options(words: Sequence[str]) -> list[list[str]]:
+    """Each option with the words that follow it; before the first, the names of the command."""
+    groups: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("-") and not NUMBER.match(word):
+            groups.append([])
+        groups[-1].append(word)
+    return [group for group in groups if group]
 
 
 def main() -> None:

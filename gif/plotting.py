@@ -16,6 +16,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#55
 
 DASHES = ("-", "--", ":", "-.")
 DPI = 130
+LARGE_RANGE = 300  # from the least to the most of a logarithmic axis, from which powers of ten alone have numbers
 
 
 def line_style(number: int) -> dict[str, str]:
@@ -39,6 +40,18 @@ def figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1, rows: i
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return drawing, panels[0] if len(panels) == 1 else panels
+
+
+def plain_numbers(axes: Any) -> None:
+    """Write the numbers of both logarithmic axes out, 200 in place of 2 x 10^2, as many as there is room for."""
+    with needs("matplotlib", "pictures"):
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        digits = (1.0,) if high > LARGE_RANGE * low else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(subs=digits))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(drawing: Figure, path: str | Path) -> None:

@@ -54,6 +54,17 @@ def say_once(text: str) -> None:
         say(text)
 
 
+def say_resumed(what: str, done: int, total: int, unit: str) -> None:
+    """Say where work goes on that an earlier run began, or that there is nothing left of it; nothing at a beginning.
+
+    ``unit`` is one of what is counted: "step".
+    """
+    if done >= total > 0:
+        say_once(f"{what}: already finished, {unit} {total:,} of {total:,}")
+    elif done:
+        say_once(f"{what}: resuming at {unit} {done:,} of {total:,}")
+
+
 def say(text: str) -> None:
     """Print a line as it is, whatever the width of the terminal; what its encoding lacks is written out, as \\xe9."""
     rich = find_spec("rich") is not None
@@ -71,8 +82,9 @@ def progress(description: str, total: int, unit: str = "items", *, done: int = 0
 
     On a terminal it is one live line. In a log file, or where rich is not installed, it is a line every few seconds,
     so that a log stays readable.
-    ``note`` is a short text shown after the bar: a loss, an optimality gap. ``done`` were done by a run before: they
-    are shown, and do not count as speed. Of processes that work together the first shows its bar, the others none.
+    ``note`` is a short text shown below the bar: a loss, an optimality gap; in a log, at the end of its line. ``done``
+    were done by a run before: they are shown, and do not count as speed. Of processes that work together the first
+    shows its bar, the others none.
     """
     if rank() > 0:
         yield lambda n, note="": None
@@ -100,7 +112,10 @@ def progress(description: str, total: int, unit: str = "items", *, done: int = 0
 
 
 def _live_line() -> Progress:
+    """A bar that takes what the count, the rate and the time left leave of the line; the note in a line below."""
+    from rich.console import RenderableType
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
     from rich.text import Text
 
     class RateColumn(ProgressColumn):
@@ -108,12 +123,22 @@ def _live_line() -> Progress:
             speed = task.finished_speed or task.speed
             return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+    class TwoLines(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                if note := task.fields["note"]:
+                    yield Text(f"  {note}", overflow="ellipsis", no_wrap=True)
+
+    def whole() -> Column:
+        return Column(no_wrap=True)
+
+    return TwoLines(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)),
+        BarColumn(bar_width=None, table_column=Column(ratio=2, min_width=6)),
+        MofNCompleteColumn(table_column=whole()),
+        RateColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
         console=_console(),
+        expand=True,
     )

@@ -209,14 +209,14 @@ def table(architecture: str, results: Iterable[Compiled]) -> Table:
     """The results for one target, in 80 columns of a terminal."""
     target = TARGETS[architecture]
     title = f"{architecture}: {target.shared // KIB} KiB of shared memory, {' or '.join(target.matrix)}"
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn.add_column("kernel\n  sizes")
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column("kernel\n  sizes", overflow="fold")
     for heading in ("warps x\nstages", "regis-\nters", "spill\nbytes", "shared\nKiB", "matrix\nunits"):
         drawn.add_column(heading, justify="right", no_wrap=True)
     for kernel, found_of_kernel in groupby(sorted(results, key=_kernel), key=_kernel):
         drawn.add_row(f"[bold]{kernel}")
         for found in found_of_kernel:
-            matrix = ", ".join(f"{count} {name}" for name, count in found.matrix.items() if count)
+            matrix = "\n".join(f"{count} {name}" for name, count in found.matrix.items() if count)
             sizes = Text.assemble(found.label, *((f"\n{reason}", "red") for reason in found.broken))
             numbers = (f"{found.warps} x {found.stages}", str(found.registers), str(found.spilled))
             drawn.add_row(Padding(sizes, (0, 0, 0, 2)), *numbers, f"{found.shared / KIB:.1f}", matrix)

@@ -43,9 +43,9 @@ COMMANDS: dict[str, str] = {
         'experiments encoders --quick=true --data=DATA --encoders=["random"] --heads=["GIF"] --vocab_size=5 '
         "--training.batch_size=8 --backbone.image_size=16 --backbone.width=4 --backbone.embedding_size=8 --output=o"
     ),
-    "convert to rec": "data convert --input=DATA --to=rec --output=o",
-    "convert to tar": "data convert --input=DATA --to=tar --shard_size=16 --output=o",
-    "convert to folder": "data convert --input=DATA --to=folder --output=o",
+    "convert to rec": "data convert --data=DATA --to=rec --output=o",
+    "convert to tar": "data convert --data=DATA --to=tar --shard_size=16 --output=o",
+    "convert to folder": "data convert --data=DATA --to=folder --output=o",
 }
 """Each long command, with what `write_inputs` makes in capitals."""
 

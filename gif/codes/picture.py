@@ -19,10 +19,12 @@ GAP = 6  # pixels between images
 def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | Path) -> None:
     """Draw a few first tokens, a few second tokens under each, and images of identities below those.
 
+    Of codes of two tokens a row is a first token: below both there is one identity.
+
     Identities that look alike share a prefix where the codes mean something.
     """
     first_image = _first_images(dataset)
-    rows = _fullest_prefixes(codes.codes, min(2, codes.length))
+    rows = _fullest_prefixes(codes.codes, max(1, min(2, codes.length - 1)))
     pictures = Pictures(dataset)
     height, width = dataset.image_shape[1:]
     drawing = canvas(9.5, 0.52 * len(rows) + 0.9)

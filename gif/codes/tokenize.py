@@ -18,7 +18,7 @@ from gif.devices import check_device
 from gif.distributed import first_decides, least_of_processes, rank, wait_for_all, world_size
 from gif.errors import InputError
 from gif.files import Blocks
-from gif.progress import progress
+from gif.progress import progress, say_resumed
 from gif.resume import UnfinishedWork
 from gif.vectors.store import ROWS_A_BLOCK, CodeVectors, digest_rows
 from gif_kernels import checks
@@ -88,8 +88,8 @@ def tokenize(
     codebooks = [saved[_codebook(depth)].to(place) for depth in range(done)]
     centroids: list[Tensor] | None = None
     level = root(table, config.vocab_size, length, config.seed, device=place)
-    with progress("tokenize", m * length, "tokens") as advance:
-        advance(m * done)
+    say_resumed("tokenize", done, length, "level")
+    with progress("tokenize", m * length, "tokens", done=m * done) as advance:
         for depth in range(length):
             if depth < done:
                 tokens = saved.pop(_tokens(depth)).to(place)

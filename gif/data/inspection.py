@@ -15,7 +15,7 @@ from gif.data.loading import open_data
 from gif.data.pictures import Pictures
 from gif.files import write_text
 from gif.ownership import check_folder
-from gif.plotting import COLORS, canvas, figure, save_figure
+from gif.plotting import COLORS, canvas, figure, plain_numbers, save_figure
 from gif.progress import new_table, print_table, say
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def plot_long_tail(data: IdentityDataset, path: str | Path) -> None:
     ranked.set(xlabel="rank of the identity", ylabel="images", title="Long tail")
     histogram.loglog(values.numpy(), identities.numpy(), ".", color=COLORS[0])
     histogram.set(xlabel="images of an identity", ylabel="identities", title="How many have so many")
+    for axes in (ranked, histogram):
+        plain_numbers(axes)
     save_figure(drawing, path)
 
 

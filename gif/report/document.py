@@ -16,7 +16,7 @@ from gif.documents import markdown_table
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 54rem; padding: 1.5rem; background: #fff; color: #222;
-       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid #ddd; }
 nav { font-size: .9rem; margin: 1rem 0; }
@@ -28,7 +28,7 @@ figcaption, .note { color: #555; font-size: .9rem; }
 table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0; }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { background: #f3f3f3; padding: 0 .2em; font-size: .9em; }
+code { background: #f3f3f3; padding: 0 .2em; font-size: .9em; overflow-wrap: anywhere; }
 """
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?(%|x|s|ms|min|[kMGT]B|[kMGT]?FLOP|±.*|\?))?|")
 

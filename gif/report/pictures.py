@@ -15,7 +15,7 @@ from gif.report.pairs import Pair, PairScores
 
 PAIR_COLUMNS = 4
 PAIR_GAP = 4  # pixels between the two images
-IDENTITIES = np.geomspace(1e3, 1e8, 41)
+MOST_IDENTITIES = 1e8
 NAME_CHARACTERS = 16
 
 
@@ -58,11 +58,12 @@ def plot_pairs(data: IdentityDataset, pairs: Sequence[Pair], title: str, path: P
 def plot_head_cost(m: int, width: int, batch: int, path: Path) -> None:
     """Draw memory and work of a step of GIF's head and of a softmax's against the number of identities, by formula."""
     drawing, (memory, work) = figure(9.5, 3.6, columns=2)
+    identities = np.geomspace(min(m, 1000), max(m, MOST_IDENTITIES), 61)
     for name, cost, color in (("GIF", gif_cost, COLORS[0]), ("full softmax", softmax_cost, COLORS[1])):
-        costs: list[HeadCost] = [cost(int(each), width=width, batch=batch) for each in IDENTITIES]
+        costs: list[HeadCost] = [cost(int(each), width=width, batch=batch) for each in identities]
         own = cost(m, width=width, batch=batch)
         for axes, of in ((memory, lambda each: each.bytes / 1e9), (work, lambda each: each.flops / 1e9)):
-            axes.loglog(IDENTITIES, [of(each) for each in costs], color=color, label=name)
+            axes.loglog(identities, [of(each) for each in costs], color=color, label=name)
             axes.plot([m], [of(own)], "o", color=color)
     memory.set(xlabel="identities", ylabel="GB", title="Memory of the head in a step")
     work.set(xlabel="identities", ylabel="GFLOP", title="Work of the head in a step")

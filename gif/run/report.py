@@ -190,7 +190,7 @@ def _vectors(document: Document, folder: Path) -> None:
     )
     kept = after.get("order_kept")
     rows = [
-        ["optimality gap", _number(before["gap"]), _number(after["gap"]), "0 is as even as can be"],
+        ["optimality gap", _number(before["gap"]), _number(after["gap"]), "0 or less: as even as can be"],
         [
             "largest cosine of two",
             _number(report["largest_cosine"]["before"]),

@@ -32,7 +32,7 @@ from gif.distributed import (
 from gif.errors import DivergedError, InputError, Interrupted
 from gif.head import Head, as_head
 from gif.ownership import hold
-from gif.progress import say_once
+from gif.progress import say_once, say_resumed
 from gif.resume import LARGEST_SHARE
 from gif.training.augmentation import RandomAffine
 from gif.training.average import AverageBackbone
@@ -137,6 +137,7 @@ def train(
     with _kept(keeper) as stop:
         random = keeper.load(state, longer=longer) if keeper else {}
         before = state.step
+        say_resumed(description, before, steps, "step")
         losses = _Losses(state.losses, state.step, REPORT_EVERY if state.scaler.is_enabled() else 1)
         take_step = _Step(backbone, head, augment, state, config)
         clock = _SaveClock(config)

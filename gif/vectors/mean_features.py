@@ -16,7 +16,7 @@ from gif.data.workers import batches_of, leave_signals_to_the_command
 from gif.distributed import rank, world_size
 from gif.encoders.base import AffineMap, Encoder
 from gif.errors import InputError
-from gif.progress import progress
+from gif.progress import progress, say_resumed
 from gif.resume import UnfinishedWork
 from gif_kernels import checks
 
@@ -171,7 +171,8 @@ class Reader:
         """
         rows = _Rows(order, finish, saved)
         begun = rows.images
-        with progress(description, len(order.places) - begun, "images") as advance:
+        say_resumed(description, begun, len(order.places), "image")
+        with progress(description, len(order.places), "images", done=begun) as advance:
             try:
                 for places, batch in zip(
                     order.batches(begun, self.batch_size), batches_of(self._loader(order, begun)), strict=True

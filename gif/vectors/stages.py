@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gif.distributed import least_of_processes, sum_over_processes, world_size
-from gif.progress import progress
+from gif.progress import progress, say_resumed
 from gif.seeds import seed_of
 from gif.vectors.closed_form import ROWS_A_BLOCK, apply_closed_form, fit_closed_form
 from gif.vectors.config import SpreadConfig
@@ -187,6 +187,8 @@ class Driver:
     def resumed(self) -> Iterator[None]:
         """Continue where an earlier run was; where this one is interrupted, keep where it is."""
         self._finished = self._recovery.load(self._record)
+        rounds = sum(stage.passes * stage.rounds for stage in self._stages)
+        say_resumed("spreading", self._finished, rounds, "round")
         try:
             yield
         except BaseException:
@@ -208,7 +210,9 @@ class Driver:
 
     def _run_stage(self, stage: Stage, first: int) -> bool:
         """The passes of a stage, whose rounds are numbered from ``first``; False if time was up before."""
-        with progress(stage.title, stage.passes * self._table.m, "vectors") as advance:
+        rounds = stage.passes * stage.rounds
+        done = min(max(self._finished - first, 0), rounds) * stage.passes * self._table.m // max(rounds, 1)
+        with progress(stage.title, stage.passes * self._table.m, "vectors", done=done) as advance:
             for number in range(stage.passes):
                 if stage.reached:
                     break

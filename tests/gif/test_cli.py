@@ -15,9 +15,9 @@ from gif.data import IdentityImages, IdentitySplit
 from gif.errors import DivergedError, InputError, MissingFileError, UnavailableError
 from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
-from gif.experiments import quickstart as quickstart_module
 from gif.experiments import sweep as sweep_module
 from gif.files import load_tensors, read_json
+from gif.run import command as run_module
 from gif.training import command as training_command
 from gif.vectors import CodeVectors
 from gif.vectors import commands as vectors_commands
@@ -139,7 +139,6 @@ def tiny_bench(tiny_data, monkeypatch):
     backbone = BackboneConfig(embedding_size=16, image_size=16, width=4)
     monkeypatch.setattr(glyph_bench, "BACKBONE", backbone)
     monkeypatch.setattr(glyph_bench, "VOCAB_SIZE", 5)
-    monkeypatch.setattr(quickstart_module, "BATCH_SIZE", 16)
     return tiny_data
 
 
@@ -241,25 +240,44 @@ def test_every_head_of_the_sweep_gets_as_many_trials(head):
     assert contenders[0] == glyph_bench.CONTENDERS[head]
 
 
-def test_quickstart(tiny_bench, gif, tmp_path):
+def test_quickstart(tiny_data, monkeypatch, gif, tmp_path):
+    whole = tiny_images(36, 0)
+    monkeypatch.setattr(run_module, "open_data", lambda name, **options: whole)
+    monkeypatch.setattr(run_module, "load_data", lambda name, **options: tiny_data)
     output = tmp_path / "quick"
     code, printed = gif("quickstart", "--output", output, "--epochs=1")
     assert code == 0 and "full softmax" in printed
     report = (output / "report.md").read_text()
     code, printed = gif("quickstart", "--output", output, "--epochs=1")
-    assert code == 0 and "this run is finished" in printed
+    assert code == 0 and "already finished" in printed and "TAR@0.001" in printed and "full softmax" in printed
     code, printed = gif("quickstart", "--output", output, "--epochs=2")  # another run: nothing is lost
     assert code == 1 and "other settings" in printed
     assert (output / "report.md").read_text() == report
-    for picture in ("roc", "losses", "nearest-cosines", "code-tree"):
-        assert f"({picture}.png)" in report
-        assert (output / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(f"| {head} |" in report for head in ("GIF", "GIF, published", "full softmax"))
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     code, printed = gif("quickstart", "--output", tmp_path / "mine")
     assert code == 1 and "holds something that is no run" in printed
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["evaluate", "--pairs", "a.bin", "b.bin"], ["evaluate", "--pairs", '["a.bin", "b.bin"]']),
+        (
+            ["evaluate", "--pairs=a.bin", "b.bin", "--flip", "no"],
+            ["evaluate", "--pairs", '["a.bin", "b.bin"]', "--flip", "no"],
+        ),
+        (["codes", "inspect", "--codes", "c"], ["codes", "inspect", "--codes", "c"]),
+        (["--config", "c.yaml", "train", "--output", "o"], ["--config", "c.yaml", "train", "--output", "o"]),
+        (["train", "--training.lr", "-1"], ["train", "--training.lr", "-1"]),
+        (["data", "inspect", "--input", "faces", "--debug"], ["data", "inspect", "--data", "faces"]),
+    ],
+)
+def test_words_after_an_option_are_a_list(given, taken):
+    assert cli._arguments(given) == taken
 
 
 def test_doctor_says_what_runs_and_why(gif):

@@ -202,7 +202,7 @@ def test_what_was_left_out_is_named(faces, tmp_path, gif):
     for path in (faces / "bob").iterdir():
         path.write_bytes(b"?")
     (faces / "eve").mkdir()
-    code, printed = gif("data", "convert", "--input", faces, "--output", tmp_path / "out", "--to", "tar")
+    code, printed = gif("data", "convert", "--data", faces, "--output", tmp_path / "out", "--to", "tar")
     assert code == 0 and "wrote 13 images of 3 identities" in printed
     assert "1 identities have no image that could be read and were left out: bob" in printed
     assert "folders without an image: 1 (eve)" in printed
@@ -215,7 +215,7 @@ def test_commands_with_names_of_any_bytes(faces, tmp_path, jpeg, encoding):
     (faces / "bob" / "new\nline.jpg").write_bytes(b"?")
     data = ["--data", str(faces), "--held_out", "2"]
     for arguments in (
-        ["data", "inspect", "--input", str(faces), "--output", str(tmp_path / "report")],
+        ["data", "inspect", "--data", str(faces), "--output", str(tmp_path / "report")],
         ["vectors", *data, "--output", str(tmp_path / "v.safetensors"), "--width", "16"],
     ):
         run = subprocess.run(
@@ -263,8 +263,8 @@ def test_the_way_of_a_user(faces, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["gif", *map(str, arguments)])
         cli.main()
 
-    gif("data", "inspect", "--input", faces)
-    gif("data", "convert", "--input", faces, "--output", tmp_path / "rec", "--to", "rec")
+    gif("data", "inspect", "--data", faces)
+    gif("data", "convert", "--data", faces, "--output", tmp_path / "rec", "--to", "rec")
     run, data = tmp_path / "run", ["--data", tmp_path / "rec", "--held_out", "2"]
     vectors, codes = tmp_path / "vectors.safetensors", tmp_path / "codes.safetensors"
     gif("vectors", *data, "--output", vectors, "--width", "16")

@@ -264,7 +264,7 @@ class TestNothingInAFolderIsLostOrInvented:
 
     def test_they_are_named_to_whoever_asks(self, faces, gif):
         (faces / "person 7").mkdir()
-        code, printed = gif("data", "inspect", "--input", faces)
+        code, printed = gif("data", "inspect", "--data", faces)
         assert code == 0 and "every image can be decoded" in printed and "folders without an image: 1 (pers" in printed
         data = open_data(str(faces))
         assert broken_report(data) is None and "person 7" in left_out(data.of_identities(torch.tensor([0])))
@@ -529,7 +529,7 @@ class TestShards:
 
     def test_compressed_ones_are_refused(self, tmp_path, png, gif):
         for name in ("0.tar.gz", "0.tgz", "{0..3}.tar.zst"):
-            code, printed = gif("data", "inspect", "--input", tmp_path / name)
+            code, printed = gif("data", "inspect", "--data", tmp_path / name)
             assert code == 1 and f"{name} is compressed" in printed and "decompress it" in printed
         (tmp_path / "only").mkdir()
         (tmp_path / "only" / "0.tar.gz").write_bytes(b"\x1f\x8b")
@@ -686,7 +686,7 @@ class TestSharedMemory:
         data = ("--data", faces, "--held_out", "2")
         backbone = ("--backbone.image_size=112", "--backbone.channels=3", "--backbone.width=4")
         for arguments in (
-            ("data", "inspect", "--input", faces, "--workers", "1"),
+            ("data", "inspect", "--data", faces, "--workers", "1"),
             ("vectors", *data, "--output", tmp_path / "v.safetensors", "--width", "4", "--workers", "1"),
             ("train", *data, "--output", tmp_path / "run", "--head.kind=softmax", "--training.batch_size=4",
              "--training.workers=1", *backbone),

@@ -336,17 +336,17 @@ class TestLoading:
 
 class TestCommands:
     def test_inspect(self, gif, parts, tmp_path):
-        code, text = gif("data", "inspect", "--input", "glyph-words", "--identities", "1e3", "--output", tmp_path)
+        code, text = gif("data", "inspect", "--data", "glyph-words", "--identities", "1e3", "--output", tmp_path)
         assert code == 0 and "1,000" in text
         assert (tmp_path / "identities.png").exists() and (tmp_path / "long-tail.png").exists()
 
     def test_convert_a_part(self, gif, parts, tmp_path):
-        command = ("data", "convert", "--input", "glyph-words", "--identities", 30, "--output", tmp_path / "words")
+        command = ("data", "convert", "--data", "glyph-words", "--identities", 30, "--output", tmp_path / "words")
         assert gif(*command)[0] == 0
         found, words = open_data(str(tmp_path / "words")), open_data("glyph-words", identities=30)
         assert sorted(found.names) == sorted(words.names) and len(found) == len(words)
         code, text = gif(
-            "data", "convert", "--input", tmp_path / "words", "--identities", 3, "--output", tmp_path / "few"
+            "data", "convert", "--data", tmp_path / "words", "--identities", 3, "--output", tmp_path / "few"
         )
         assert code == 1 and "leave it out" in text
 

@@ -147,7 +147,7 @@ class TestSplit:
         wanted = load_data(str(folder), held_out=held_out).held_out.names
         assert 2 <= len(wanted) < 18
         for format in ("rec", "tar"):
-            assert gif("data", "convert", "--input", folder, "--output", tmp_path / format, "--to", format)[0] == 0
+            assert gif("data", "convert", "--data", folder, "--output", tmp_path / format, "--to", format)[0] == 0
             assert sorted(load_data(str(tmp_path / format), held_out=held_out).held_out.names) == sorted(wanted)
 
     def test_a_folder_more_moves_no_other(self, people):

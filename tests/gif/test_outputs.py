@@ -85,7 +85,7 @@ class TestHold:
         arguments = {
             "vectors": ["--data", tmp_path / "data"],
             "train": ["--data", tmp_path / "data", "--head.kind=softmax"],
-            "convert": ["--input", tmp_path / "data"],
+            "convert": ["--data", tmp_path / "data"],
         }.get(command, ["--vectors", table])
         event, release = FORK.Event(), FORK.Event()
         process = FORK.Process(target=hold_until, args=(output, event, release))
@@ -197,7 +197,7 @@ def killed_command(command, source, folder, kill_at):
     words = ["data", "convert"] if command == "convert" else command.split()
     arguments = {
         "vectors": ["--data", source / "data", "--width=8", "--batch_size=16"],
-        "convert": ["--input", source / "data", "--to=rec"],
+        "convert": ["--data", source / "data", "--to=rec"],
         "tokenize": ["--vectors", source / "v.safetensors", "--vocab_size=3"],
         "train": [
             "--data",
@@ -340,8 +340,8 @@ def test_a_cache_that_cannot_be_written(gif, tiny_folder, tmp_path, monkeypatch)
     """Data is read without it, and what is in it is used."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert gif("data", "convert", "--input", tiny_folder / "data", "--to=tar", "--output", tmp_path / "tar")[0] == 0
-    code, printed = gif("data", "inspect", "--input", tmp_path / "tar")
+    assert gif("data", "convert", "--data", tiny_folder / "data", "--to=tar", "--output", tmp_path / "tar")[0] == 0
+    code, printed = gif("data", "inspect", "--data", tmp_path / "tar")
     assert code == 0 and "cannot be made" in printed and "is not kept" in printed
     kept = all_glyphs(size=16, min_fonts=24, cache_dir=tmp_path / "cache")
     assert torch.equal(all_glyphs(size=16, min_fonts=24, cache_dir=tmp_path / "file" / "x").images, kept.images)
