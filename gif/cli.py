@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import faulthandler
-import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -18,13 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from gif.arguments import BY_THEMSELVES, DEBUG, parsed
 from gif.errors import InputError, Interrupted
 from gif.faults import BUG_CODE, MENDABLE_CODE, bug, mendable, printable
 from gif.packages import needs
 from gif.progress import say
 from gif.settings import section_of
 
-DEBUG = "--debug"
 DESCRIPTION = (
     "Train recognition models with millions of identities: identity codes instead of a softmax. "
     f"{DEBUG}, anywhere in a command, shows where an error comes from."
@@ -33,17 +31,6 @@ HELP = "_help"
 """The key of what a group of commands is for, as jsonargparse has it."""
 DISTRIBUTION = "gif-recognition"
 IMAGES = "images"
-POSITIONAL = {"embed": "embed_command", "verify": "verify_command"}
-"""Commands whose images stand by themselves, without an option's name, and their functions."""
-NUMBER = re.compile(r"-[\d.]")  # which begins like an option, and is a value
-ALIASES = {
-    "--closed_form": "--start",  # which torchrun takes for a short form of its own --start-method
-    "--input": "--data",  # as it was called in `gif data`
-}
-
-
-CONFIGS = Path(__file__).parent / "configs"
-"""Recipes that come with the package; `--config` takes one by its name."""
 
 COMMANDS: dict[str, Any] = {
     "run": "gif.run.command:run_command",
@@ -146,7 +133,7 @@ def _run(arguments: Sequence[str]) -> None:
         """Names what is missing as it is given on the command line: --output, not train.output."""
 
         def add_function_arguments(self, function: Any, *arguments: Any, **options: Any) -> Any:
-            if function.__name__ in POSITIONAL.values():
+            if function.__name__ in BY_THEMSELVES.values():
                 options["as_positional"] = True
             added = super().add_function_arguments(function, *arguments, **options)
             for action in self._actions:
@@ -172,7 +159,7 @@ def _run(arguments: Sequence[str]) -> None:
                 return self.parse_string(own, *arguments, **options)
             return super().parse_path(cfg_path, *arguments, **options)
 
-    arguments = _arguments(arguments)
+    arguments = parsed(arguments)
     auto_cli(
         _components(arguments),
         args=arguments,
@@ -191,74 +178,6 @@ def _option(key: str) -> str:
     while len(names) > 1 and isinstance(level, dict) and names[0] in level:
         level = level[names.pop(0)]
     return f"--{'.'.join(names)}"
-
-
-def _arguments(given: Sequence[str]) -> list[str]:
-    """The command line as its parser takes it.
-
-    Options by their first names; configs by their path; several words after an option as a list, --pairs '["a.bin",
-    "b.bin"]' of --pairs a.bin b.bin; without --debug, which may stand anywhere.
-    """
-    arguments: list[str] = []
-    for argument in given:
-        name, sign, value = argument.partition("=")
-        if arguments[-1:] == ["--config"]:
-            argument = _config(argument)
-        elif sign:
-            argument = f"{ALIASES.get(name, name)}={_config(value) if name == '--config' else value}"
-        else:
-            argument = ALIASES.get(name, name)
-        arguments.append(argument)
-    arguments = [argument for argument in arguments if argument != DEBUG]
-    by_themselves = bool(arguments) and arguments[0] in POSITIONAL
-    return _images_as_list(arguments) if by_themselves else _with_lists(arguments)
-
-
-def _images_as_list(arguments: list[str]) -> list[str]:
-    """The images of `gif embed`, which are given as words, as the one list that they are."""
-    if arguments[:1] != ["embed"]:
-        return arguments
-    images, others, expects_value = [], ["embed"], False
-    for argument in arguments[1:]:
-        is_option = argument.startswith("-")
-        (others if is_option or expects_value else images).append(argument)
-        expects_value = is_option and "=" not in argument and argument not in ("-h", "--help", "--print_config")
-    if len(images) == 1 and images[0].startswith("["):
-        return [*others, *images]
-    return [*others, json.dumps(images)] if images else others
-
-
-def _config(given: str) -> str:
-    """The path of a config: that of a recipe of this package where ``given`` is its name and no file."""
-    if Path(given).suffix or Path(given).name != given or Path(given).exists():
-        return given
-    found = CONFIGS / f"{given}.yaml"
-    if not found.exists():
-        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-        raise InputError(f"--config {given}: no such file, and no recipe that comes with gif; those are {names}")
-    return str(found)
-
-
-def _with_lists(arguments: Sequence[str]) -> list[str]:
-    """Join the words that follow an option where they are two or more."""
-    command = next((place for place, word in enumerate(arguments) if word in COMMANDS), len(arguments))
-    joined = list(arguments[:command])
-    for words in _options(arguments[command:]):
-        name, sign, value = words[0].partition("=")
-        values = [value, *words[1:]] if sign else words[1:]
-        is_option = words[0].startswith("-")
-        joined += [name, json.dumps(values)] if is_option and len(values) > 1 else words
-    return joined
-
-
-def _options(words: Sequence[str]) -> list[list[str]]:
-    """Each option with the words that follow it; before the first, the names of the command."""
-    groups: list[list[str]] = [[]]
-    for word in words:
-        if word.startswith("-") and not NUMBER.match(word):
-            groups.append([])
-        groups[-1].append(word)
-    return [group for group in groups if group]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.run import get_args_parser
 
 from gif import cli
+from gif.arguments import CONFIGS, parsed
 from gif.backbones import BackboneConfig, load_backbone
 from gif.codes import IdentityCodes
 from gif.data import IdentityImages, IdentitySplit
@@ -268,16 +269,22 @@ def test_quickstart(tiny_data, monkeypatch, gif, tmp_path):
         (["evaluate", "--pairs", "a.bin", "b.bin"], ["evaluate", "--pairs", '["a.bin", "b.bin"]']),
         (
             ["evaluate", "--pairs=a.bin", "b.bin", "--flip", "no"],
-            ["evaluate", "--pairs", '["a.bin", "b.bin"]', "--flip", "no"],
+            ["evaluate", '--pairs=["a.bin", "b.bin"]', "--flip", "no"],
         ),
         (["codes", "inspect", "--codes", "c"], ["codes", "inspect", "--codes", "c"]),
         (["--config", "c.yaml", "train", "--output", "o"], ["--config", "c.yaml", "train", "--output", "o"]),
+        (
+            ["experiments", "forces", "--quick", "--output", "o"],
+            ["experiments", "forces", "--quick=true", "--output", "o"],
+        ),
+        (["embed", "a.png", "--flip", "true", "b"], ["embed", "--flip", "true", '["a.png", "b"]']),
+        (["verify", "--model=m", "a.png", "b.png"], ["verify", "--model=m", "a.png", "b.png"]),
         (["train", "--training.lr", "-1"], ["train", "--training.lr", "-1"]),
         (["data", "inspect", "--input", "faces", "--debug"], ["data", "inspect", "--data", "faces"]),
     ],
 )
 def test_words_after_an_option_are_a_list(given, taken):
-    assert cli._arguments(given) == taken
+    assert parsed(given) == taken
 
 
 def test_doctor_says_what_runs_and_why(gif):
@@ -335,12 +342,12 @@ def test_an_unknown_command(gif, capsys):
 
 def test_recipes_have_names(gif, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli._arguments(["train", "--config", "glyphs"]) == ["train", "--config", str(cli.CONFIGS / "glyphs.yaml")]
-    assert cli._arguments(["train", "--config=glyphs"])[1] == f"--config={cli.CONFIGS / 'glyphs.yaml'}"
+    assert parsed(["train", "--config", "glyphs"]) == ["train", "--config", str(CONFIGS / "glyphs.yaml")]
+    assert parsed(["train", "--config=glyphs"])[1] == f"--config={CONFIGS / 'glyphs.yaml'}"
     code, printed = gif("train", "--config", "glyhps")
     assert code == 1 and "--config glyhps: no such file" in printed and "glyphs, ms1mv2_r100" in printed
     (tmp_path / "glyphs").write_text("head: {kind: gif}")
-    assert cli._arguments(["train", "--config", "glyphs"])[2] == "glyphs"  # a file of that name comes first
+    assert parsed(["train", "--config", "glyphs"])[2] == "glyphs"  # a file of that name comes first
 
 
 class TestErrorsAreOneLine:

@@ -78,7 +78,7 @@ def published(name, folder, docs, command, gif):
 
 class TestForces:
     def command(self, folder):
-        return ["experiments", "forces", "--quick=true", "--steps=40", "--output", folder]
+        return ["experiments", "forces", "--quick", "--steps=40", "--output", folder]
 
     def test_quick(self, tiny, gif, tmp_path):
         folder = tmp_path / "out"

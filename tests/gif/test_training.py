@@ -10,6 +10,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gif import CodeVectors, GIFLoss, IdentityCodes, cli
+from gif.arguments import CONFIGS
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
 from gif.data import IdentityImages, normalize_pixels
 from gif.errors import InputError
@@ -25,7 +26,7 @@ from gif.training.monitor import summary
 from gif.training.order import EpochOrder, begin_epoch
 from gif_kernels import checks
 
-CONFIGS = sorted(cli.CONFIGS.glob("*.yaml"))
+CONFIG_FILES = sorted(CONFIGS.glob("*.yaml"))
 BACKBONE = BackboneConfig(embedding_size=16, image_size=16, width=4)
 
 
@@ -385,7 +386,7 @@ def test_a_batch_stays_full_where_images_cannot_be_read(dataset):
         train(*fresh(), broken, TrainingConfig(epochs=2, batch_size=32))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
 def test_a_config_is_a_recipe_that_builds(path, monkeypatch, capsys):
     code, printed, _ = gif(monkeypatch, capsys, "train", f"--config={path}", "--print_config")
     assert code == 0
@@ -401,7 +402,7 @@ def test_a_config_is_a_recipe_that_builds(path, monkeypatch, capsys):
 
 
 def test_one_line_overrides_a_field(monkeypatch, capsys):
-    config = f"--config={CONFIGS[0]}"
+    config = f"--config={CONFIG_FILES[0]}"
     _, printed, _ = gif(monkeypatch, capsys, "train", config, "--training.lr=0.3", "--print_config")
     assert yaml.safe_load(printed)["training"]["lr"] == 0.3
     code, _, errors = gif(monkeypatch, capsys, "train", config, "--training.learning_rate=0.3")

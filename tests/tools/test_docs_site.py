@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 
 from gif import cli
+from gif.arguments import ALIASES, DEBUG
 from tools import docs_site
 
 ROOT = docs_site.ROOT
@@ -151,7 +152,7 @@ def test_commands_have_these_options(page, options, capsys):
             level = level[path[-1]]
         assert not isinstance(level, dict) or not words or words[0].startswith("-"), f"{page}: gif {path} {words}"
         given = [word.split("=")[0] for word in words if word.startswith("--")]
-        listed = options(tuple(path), capsys) | {"--help", cli.DEBUG, *cli.ALIASES}
+        listed = options(tuple(path), capsys) | {"--help", DEBUG, *ALIASES}
         for option in given:
             parts = option.split(".")
             known = any(".".join(parts[:count]) in listed for count in range(1, len(parts) + 1))

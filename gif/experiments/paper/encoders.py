@@ -24,6 +24,7 @@ from gif.evaluation.embedding import Embedder
 from gif.experiments.comparison import MEASURES, mean_and_spread
 from gif.experiments.glyph_bench import (
     BACKBONE,
+    BATCH_SIZE,
     CONTENDERS,
     SPREAD_EPOCHS,
     VOCAB_SIZE,
@@ -88,6 +89,33 @@ class Weights:
     dino: str | None = None
 
 
+@dataclass(frozen=True)
+class How:
+    """How the runs are computed; the learning rate is the recipe's.
+
+    Args:
+        batch_size: images a step.
+        micro_batch_size: images that are held at once; all of a step where not given.
+        device: where to train, "cpu" or "cuda".
+        precision: "fp32", or autocast to "bf16" or "fp16".
+        channels_last: memory format of backbone and images; faster for convolutions on a GPU.
+        compile: torch.compile the backbone.
+        workers: processes that read images.
+    """
+
+    batch_size: int = BATCH_SIZE
+    micro_batch_size: int | None = None
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    workers: int = 0
+
+    def training(self, epochs: int, seed: int) -> TrainingConfig:
+        """A run of so many epochs with that seed. Raises ValueError for a number out of its range."""
+        return TrainingConfig(epochs=epochs, seed=seed, **vars(self))
+
+
 def encoders(
     output: Path | None = None,
     *,
@@ -101,7 +129,7 @@ def encoders(
     epochs: int | None = None,
     encoder_epochs: int | None = None,
     backbone: BackboneConfig = BACKBONE,
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    training: How = How(),
     vocab_size: int = VOCAB_SIZE,
     pairs: list[Path] | Path | None = None,
     ijb: list[Path] | Path | None = None,
@@ -132,7 +160,7 @@ def encoders(
         epochs: passes over the training images; 2, or 1.
         encoder_epochs: those of the encoder without labels over its own; 10, or 2.
         backbone: what is trained; its embedding_size is the width of "pixels", "distilled" and "random".
-        training: everything else about training: batch size, device, precision.
+        training: batch size, device and precision of the runs.
         vocab_size: values of a token.
         pairs: verification .bin files, or a folder of them: lfw, cplfw, calfw, cfp_fp, agedb_30.
         ijb: the folder of IJB-B or IJB-C, or both, for a backbone of aligned faces.
@@ -154,7 +182,7 @@ def encoders(
         "data": data,
         **{name: value for name, value in asdict(size).items() if name != "seeds"},
         "backbone of the runs": asdict(backbone),
-        "training": {name: value for name, value in training.settings().items() if name not in ("epochs", "seed")},
+        "training": training.training(size.epochs, 0).settings(),
         "tokens": vocab_size,
         "weights": asdict(weights),
         **bench_settings({name: CONTENDERS[name] for name in HEADS}),
@@ -196,7 +224,7 @@ class Laboratory:
     apart: IdentityDataset
     size: Size
     backbone: BackboneConfig
-    training: TrainingConfig
+    how: How
 
     @classmethod
     def open(
@@ -205,13 +233,13 @@ class Laboratory:
         data: str,
         size: Size,
         backbone: BackboneConfig,
-        training: TrainingConfig,
+        how: How,
         decoder: ImageDecoder,
     ) -> Laboratory:
         """Load the data, and set a part of the identities to train on apart."""
         split = load_data(data, identities=size.identities, seed=SPLIT, decoder=decoder)
         train, apart = split_identities(split.train, APART, SPLIT)
-        return cls(folder, IdentitySplit(train, split.held_out), apart, size, backbone, training)
+        return cls(folder, IdentitySplit(train, split.held_out), apart, size, backbone, how)
 
     def code(
         self, name: EncoderName, weights: Weights, *, spread: bool, vocab_size: int
@@ -240,18 +268,17 @@ class Laboratory:
 
     def _encoder(self, name: EncoderName, weights: Weights) -> Encoder | None:
         """The encoder of that name; None for random vectors, which have none."""
-        device = self.training.device
         if name == "random":
             return None
         if name == "distilled":
-            size, batch = self.size, min(self.training.batch_size, len(self.apart))
-            folder = self.folder / "encoder"
-            return distilled_encoder(self.apart, self.backbone, folder, epochs=size.encoder_epochs, batch_size=batch)
+            training = self.how.training(self.size.encoder_epochs, SPLIT)
+            training = replace(training, batch_size=min(training.batch_size, len(self.apart)))
+            return distilled_encoder(self.apart, self.backbone, self.folder / "encoder", training)
         if name == "pixels":
             return make_encoder("pixels", width=self.backbone.embedding_size)
         given = {"clip": (weights.clip_model, weights.clip), "dino": (weights.dino_model, weights.dino)}
         model, file = given[name]
-        return make_encoder(name, width=self.backbone.embedding_size, model=model, weights=file, device=device)
+        return make_encoder(name, width=self.backbone.embedding_size, model=model, weights=file, device=self.how.device)
 
     def _random(self) -> CodeVectors:
         generator = torch.Generator().manual_seed(SPLIT)
@@ -269,7 +296,7 @@ class Laboratory:
     ) -> dict[str, Any]:
         """Train a head from these code vectors and judge it; what is there is read, and judged by what is new."""
         folder = self.folder / folder_name(name) / folder_name(head) / f"seed-{seed}"
-        training = replace(self.training, epochs=self.size.epochs, steps=None, seed=seed)
+        training = self.how.training(self.size.epochs, seed)
         backbones: list[nn.Module] = []
 
         def backbone() -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 TEACHER_MOMENTUM = 0.99  # of runs of hundreds of steps; DINO's own begins at 0.996
 CENTER_MOMENTUM = 0.9
 VIEWS = RandomAffine(degrees=20.0, scale=1.3, shift=0.12)  # of which the student sees one and the teacher another
-ADAMW = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.04}
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.04}
 
 
 class SelfDistillation(nn.Module, Head):
@@ -101,23 +102,24 @@ class DistilledEncoder:
 
 
 def distilled_encoder(
-    images: IdentityDataset, config: BackboneConfig, folder: Path, *, epochs: int, batch_size: int, seed: int = 0
+    images: IdentityDataset, config: BackboneConfig, folder: Path, training: TrainingConfig
 ) -> DistilledEncoder:
     """An encoder trained on ``images`` without their labels, kept in ``folder`` / encoder.safetensors; continues there.
+
+    ``training`` says for how long, with which seed and where; the optimizer is AdamW, as DINO's.
 
     Raises ValueError where there are fewer images than a batch has.
     """
     kept = folder / "encoder.safetensors"
     if not kept.exists():
-        torch.manual_seed(seed)
+        torch.manual_seed(training.seed)
         backbone = config.build()
         head = SelfDistillation(backbone, config.embedding_size)
-        training = TrainingConfig(epochs=epochs, batch_size=batch_size, seed=seed, **ADAMW)  # type: ignore[arg-type]
         train(
             backbone,
             head,
             images,
-            training,
+            replace(training, **ADAMW),
             augment=VIEWS,
             checkpoints=folder / "checkpoints",
             description="training an encoder without labels",
