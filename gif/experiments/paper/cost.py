@@ -87,6 +87,7 @@ def cost(
         room = ROOM * free_bytes(device) if memory_gib is None else memory_gib * GIB
         points = list(itertools.product(SPREADERS.values(), size.identities))
         found: dict[str, dict[int, Any]] = {name: {} for name in SPREADERS}
+        rates = _rates(once(folder / "rates.json", lambda: _known(shape.rates())))
         with progress("measuring steps", len(points), "tables") as advance:
             for spreader, m in points:
                 path = folder / "points" / f"{spreader.name.replace(', ', '-').replace(' ', '-')}-{m}.json"
@@ -100,7 +101,7 @@ def cost(
                 else:
                     say(f"{spreader.name}, {m:,} rows: needs {needed / GIB:.3g} GiB, {room / GIB:.3g} may be taken")
                 advance(1)
-        publish(NAME, _findings(size, shape, found), folder, docs)
+        publish(NAME, _findings(size, shape, found, rates), folder, docs)
 
 
 def _machine(device: str) -> str:
@@ -112,8 +113,7 @@ def _machine(device: str) -> str:
 
 
 def _measure(spreader: Spreader, m: int, shape: Shape) -> dict[str, Any]:
-    """Seconds of a step among m rows, its memory, and this machine's rates right before."""
-    rates = shape.rates()
+    """Seconds of a step among m rows, and its memory."""
     with tempfile.TemporaryDirectory(prefix=".gif-cost-") as folder:
         spreading = spreader.build(m, shape, Path(folder))
         generator = torch.Generator().manual_seed(0)
@@ -133,13 +133,7 @@ def _measure(spreader: Spreader, m: int, shape: Shape) -> dict[str, Any]:
 
         peak = peak_bytes(step, shape.device)
         seconds = _seconds(step, shape.device, SLOW_ROUNDS if spreader.slow else ROUNDS)
-    return {
-        "seconds": seconds,
-        "held_bytes": spreading.held + peak,
-        "planned_seconds": None if rates is None else spreader.seconds(m, shape, rates),
-        "planned_bytes": spreader.memory(m, shape),
-        "rates": None if rates is None else {**asdict(rates), "capacity": None},
-    }
+    return {"seconds": seconds, "held_bytes": spreading.held + peak}
 
 
 def _check(spreader: Spreader, spreading: Spreading, index: Tensor) -> None:
@@ -170,38 +164,36 @@ def _seconds(step: Any, device: str, rounds: int) -> float:
     return statistics.median(times)
 
 
-def _curves(size: Size, shape: Shape, found: Mapping[str, Mapping[int, Any]]) -> tuple[dict[str, Curve], ...]:
+def _known(rates: Rates | None) -> dict[str, float | None] | None:
+    """Rates, fit for JSON: None for those that are infinite."""
+    if rates is None:
+        return None
+    return {name: rate if math.isfinite(rate) else None for name, rate in asdict(rates).items()}
+
+
+def _rates(known: Mapping[str, float | None] | None) -> Rates | None:
+    """What `_known` wrote."""
+    if known is None:
+        return None
+    return Rates(**{name: math.inf if rate is None else rate for name, rate in known.items()})
+
+
+def _curves(
+    size: Size, shape: Shape, found: Mapping[str, Mapping[int, Any]], rates: Rates | None
+) -> tuple[dict[str, Curve], dict[str, Curve]]:
     """Memory, and steps a second, of each spreader: measured and by formula."""
     memories, speeds = {}, {}
-    rates = _rates(found)
     for name, spreader in SPREADERS.items():
         mine = found[name]
         planned = {m: spreader.memory(m, shape) for m in size.identities}
+        steps = {} if rates is None else {m: 1 / spreader.seconds(m, shape, rates) for m in size.identities}
         memories[name] = Curve({m: point["held_bytes"] for m, point in mine.items()}, planned)
-        steps = {}
-        if rates is not None:
-            steps = {m: 1 / _planned(spreader, m, shape, mine, rates) for m in size.identities}
         speeds[name] = Curve({m: 1 / point["seconds"] for m, point in mine.items()}, steps)
     return memories, speeds
 
 
-def _planned(spreader: Spreader, m: int, shape: Shape, mine: Mapping[int, Any], rates: Rates) -> float:
-    """Seconds of a step by formula: by the rates right before it was measured, or else by the median ones."""
-    own = mine.get(m, {}).get("planned_seconds")
-    return spreader.seconds(m, shape, rates) if own is None else float(own)
-
-
-def _rates(found: Mapping[str, Mapping[int, Any]]) -> Rates | None:
-    """The median of the rates that were measured."""
-    known = [point["rates"] for mine in found.values() for point in mine.values() if point["rates"] is not None]
-    if not known:
-        return None
-    medians = {name: statistics.median(each[name] for each in known) for name in known[0] if name != "capacity"}
-    return Rates(**medians, capacity=math.inf)
-
-
-def _findings(size: Size, shape: Shape, found: Mapping[str, Mapping[int, Any]]) -> Findings:
-    memories, speeds = _curves(size, shape, found)
+def _findings(size: Size, shape: Shape, found: Mapping[str, Mapping[int, Any]], rates: Rates | None) -> Findings:
+    memories, speeds = _curves(size, shape, found, rates)
     machine = _machine(shape.device)
     rows = [
         (
@@ -216,9 +208,9 @@ def _findings(size: Size, shape: Shape, found: Mapping[str, Mapping[int, Any]]) 
         rows,
     )
     return Findings(
-        {"size": asdict(size), "machine": machine, "points": found},
-        f"{machine}; seconds of processor time a thread on a CPU. Planned by `gif.planning`'s formulas from rates that "
-        "are measured right before each point.",
+        {"size": asdict(size), "machine": machine, "rates": _known(rates), "points": found},
+        f"{machine}; seconds of processor time a thread on a CPU. Planned by `gif.planning`'s formulas from rates "
+        "that are measured first.",
         _verdict(size, memories, speeds),
         [table],
         {
