@@ -46,8 +46,12 @@ COMMANDS: dict[str, str] = {
     "convert to rec": "data convert --data=DATA --to=rec --output=o",
     "convert to tar": "data convert --data=DATA --to=tar --shard_size=16 --output=o",
     "convert to folder": "data convert --data=DATA --to=folder --output=o",
+    "run": "run --data=DATA --epochs=2 --held_out=6 --device=cpu --output=o",
 }
 """Each long command, with what `write_inputs` makes in capitals."""
+_WITH_TIMES = ("run",)
+"""Commands whose other files than tables say when and where they were made: of those the names are compared alone."""
+_TABLES = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def _kill(source: Path, name: str, _: int, random: Random, folder: Path) -> Foun
         ended = run(name, source, folder)[0]
     if ended.code:
         return Found("lost", f"{what}; given again it ended with {ended.code}: {ended.printed[-500:]}")
-    differs = _differences(source / "whole" / name, folder)
+    differs = _differences(source / "whole" / name, folder, name)
     return Found("lost", f"{what}: {differs}") if differs else Found("right", what)
 
 
@@ -220,23 +224,24 @@ def _rival(source: Path, name: str, _: int, random: Random, folder: Path) -> Fou
         return Found("traceback", f"{what}: {second.printed[-500:]} / {ended.printed[-500:]}")
     if ended.code and second.code:
         return Found("lost", f"{what}, and there is no result: {ended.printed[-500:]}")
-    if differs := _differences(source / "whole" / name, folder):
+    if differs := _differences(source / "whole" / name, folder, name):
         return Found("lost", f"{what}: {differs}")
     return Found("refused" if told else "right", what)
 
 
-def _differences(whole: Path, folder: Path) -> str:
-    """What is not in a folder as it is in the other; nothing if all is."""
-    wanted, found = (_contents(of) for of in (whole, folder))
+def _differences(whole: Path, folder: Path, name: str) -> str:
+    """What the command ``name`` has not left in a folder as it has in the other; nothing if all is."""
+    suffix = _TABLES if name in _WITH_TIMES else ""
+    wanted, found = (_contents(of, suffix) for of in (whole, folder))
     lines = [f"{name} is missing" for name in wanted if name not in found]
     lines += [f"{name} is left over" for name in found if name not in wanted]
     lines += [f"{name} is another" for name in wanted if name in found and wanted[name] != found[name]]
     return ", ".join(lines)
 
 
-def _contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder, by its path; None for a folder."""
+def _contents(folder: Path, suffix: str) -> dict[str, bytes | None]:
+    """Everything below a folder, by its path; None for a folder, and for a file that does not end in ``suffix``."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.name.endswith(suffix) else None
         for path in sorted(folder.rglob("*"))
     }

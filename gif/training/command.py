@@ -37,7 +37,7 @@ from gif.training.warm_start import backbone_of, begin_from, begin_head_from
 from gif.vectors.store import CodeVectors
 
 MOST_KEPT = 1 << 30  # bytes of decoded images that the training process keeps, where it reads them itself
-STATISTICS_IMAGES = 20_000  # that batch normalisation's statistics are taken anew of
+STATISTICS_IMAGES = 8_192  # that batch normalisation's statistics are taken anew of
 LENGTH = ("training.epochs", "training.steps", "training.patience")
 """Settings of a run that another may have that goes on with it for longer."""
 
@@ -88,7 +88,7 @@ def train_command(
             are read and written while steps run; "auto" is the first of these that they fit. Several processes divide
             those that move.
         statistics: means and variances of batch normalisation in the backbone that is written: "running", as the steps
-            left them, or "recomputed" with its weights, of up to 20,000 training images: where there were few steps.
+            left them, or "recomputed" with its weights, of up to 8,192 training images: where there were few steps.
         init: what the backbone begins with: a model of `gif train`, insightface's model.pt, for a backbone "vit" a file
             of timm's, or "timm" for those of its hub. The folder of a finished run gives its head too.
         loggers: where measures go beside the file: tensorboard, wandb, or '[tensorboard, wandb]'.

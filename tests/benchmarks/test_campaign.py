@@ -69,7 +69,7 @@ def test_what_is_executed_is_found(few, monkeypatch, tmp_path):
 
 
 def test_what_is_lost_is_found(few, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "_differences", lambda whole, folder: "o is another")
+    monkeypatch.setattr(commands, "_differences", lambda whole, folder, name: "o is another")
     assert run(tmp_path, "--parts", "kills") == 1
     assert {record.outcome for record in Records(tmp_path / FILE).all} == {"lost"}
 
@@ -79,9 +79,10 @@ def test_differences(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "b" / "more").mkdir()
-    assert commands._differences(tmp_path / "a", tmp_path / "b") == (
+    assert commands._differences(tmp_path / "a", tmp_path / "b", "train with codes") == (
         "gone is missing, more is left over, other is another"
     )
+    assert commands._differences(tmp_path / "a", tmp_path / "b", "run") == "gone is missing, more is left over"
 
 
 def test_a_case_that_crashes_or_hangs_is_a_record(tmp_path):
