@@ -50,6 +50,7 @@ COMMANDS: dict[str, Any] = {
         "inspect": "gif.codes.commands:inspect_codes",
         "export": "gif.codes.commands:export_codes",
         "extend": "gif.codes.commands:extend_codes",
+        "grow": "gif.codes.commands:grow_codes",
     },
     "train": "gif.training.command:train_command",
     "evaluate": "gif.evaluation.command:evaluate",

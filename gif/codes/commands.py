@@ -11,16 +11,22 @@ from torch.distributed import is_torchelastic_launched
 
 from gif.codes.config import TokenizeConfig
 from gif.codes.identity_codes import IdentityCodes
+from gif.codes.newcomers import find_move, joined, which_are_new
 from gif.codes.picture import plot_occupancy
 from gif.codes.quality import judge_codes, token_entropy
 from gif.codes.tokenize import tokenize, working_device
-from gif.data.identities import require_same
+from gif.data import HELD_OUT, ImageDecoder, load_data
+from gif.data.decoding import MAX_PIXELS
+from gif.data.identities import require_same, require_same_names
+from gif.devices import resolve_device
 from gif.distributed import first_decides, process_group, rank, wait_for_all
+from gif.encoders.basis import Basis
 from gif.errors import InputError
 from gif.files import atomic_path, check_file
 from gif.options import options_of
 from gif.ownership import check_output, existing, hold
 from gif.progress import new_table, print_table, say
+from gif.vectors.initial import initial_code_vectors
 from gif.vectors.store import CodeVectors
 
 if TYPE_CHECKING:
@@ -137,6 +143,70 @@ def extend_codes(codes: Path, vectors: Path, output: Path) -> None:
     say(f"wrote {after} to {output}: {len(after) - len(before):,} came, {after.free:,} codes are free")
     if after.identities is None and before.identities is not None:
         say(f"{vectors} does not say whose vectors they are, so the extended codes do not either")
+
+
+def grow_codes(
+    codes: Path,
+    vectors: Path,
+    made: Path,
+    output: Path,
+    *,
+    data: str,
+    identities: float | None = None,
+    held_out: int | float = HELD_OUT,
+    batch_size: int = 256,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    device: str = "auto",
+) -> None:
+    """Give codes and code vectors to identities that came later, from their images; those there are keep theirs.
+
+    Newcomers are encoded in the basis of the others, moved as spreading and training have moved those, and sent down
+    the code tree. Training continues from the run: gif train --data DATA --init RUN --codes OUTPUT/codes.safetensors
+    --vectors OUTPUT/vectors.safetensors --output RUN2.
+
+    Args:
+        codes: identity codes with centroids, as `gif tokenize` writes them.
+        vectors: the code vectors as they are now: RUN/vectors.safetensors, or what `gif spread` wrote.
+        made: the code vectors as `gif vectors` wrote them, with the encoder's file beside them.
+        output: folder for codes.safetensors and vectors.safetensors, of everybody, in the data set's order.
+        data: the data set of all, old and new.
+        identities: how many of the data set's there are, as for `gif train`.
+        held_out: share of the identities that training never sees, or how many, as for `gif train`.
+        batch_size: images encoded at once.
+        workers: processes that read images.
+        max_pixels: an image whose file declares more counts as broken, before it is decoded.
+        device: where to encode, "cpu", "cuda", or "auto": a GPU if there is one.
+    """
+    files = {name: output / f"{name}.safetensors" for name in ("codes", "vectors")}
+    for file in files.values():
+        check_output(file, inputs=[codes, vectors, made])
+    own = resolve_device(device)
+    before, now, raw = IdentityCodes.load(codes), CodeVectors.load(vectors), CodeVectors.load(made, mmap=True)
+    basis = Basis.load(made)
+    if before.identities is None:
+        raise InputError(f"{codes} does not say whose codes they are, so who is new is not known; make them again")
+    for path, table in ((vectors, now), (made, raw)):
+        require_same_names(str(codes), before.identities, str(path), table.identities)
+    move = find_move(raw.table, now.table)
+    with hold(output):
+        decoder = ImageDecoder(basis.options.image_size, max_pixels=max_pixels)
+        images = load_data(data, identities=identities, held_out=held_out, decoder=decoder).train
+        new = torch.from_numpy(which_are_new(images.identities, before.identities)).nonzero().flatten()
+        if len(new) > before.free:
+            raise InputError(f"{len(new)} newcomers, but only {before.free} codes are free; make new codes with slack")
+        encoder = basis.encoder(own)
+        newcomers = initial_code_vectors(
+            images.of_identities(new), encoder, batch_size=batch_size, num_workers=workers, device=own
+        )
+        placed = CodeVectors(move(newcomers.table), normalized=True, identities=newcomers.identities)
+        extended, everybody = joined(before, now, placed, images.identities)
+        everybody.save(files["vectors"])
+        extended.save(files["codes"])
+    say(
+        f"{len(new):,} came, {extended.free:,} codes are free; where the others went is known to a cosine of "
+        f"{move.cosine:.3f} on identities that it was not learnt from\nwrote {', '.join(map(str, files.values()))}"
+    )
 
 
 def _levels(codes: IdentityCodes) -> Table:

@@ -15,6 +15,7 @@ from gif.files import load_tensors
 from gif.head import HEAD_FORMAT
 from gif.packages import needs
 from gif.progress import say_once
+from gif.weights import check_pytorch
 
 TIMM = "timm"
 """What stands for timm's own weights of the network, from its hub."""
@@ -130,6 +131,8 @@ def _timm_weights(init: str, config: BackboneConfig, network: nn.Module) -> dict
     with needs("timm", "vision transformers"):
         import timm
     file = None if init == TIMM else Path(init)
+    if file is not None:
+        check_pytorch(file)
     options = {"num_classes": 0, "in_chans": config.channels, "img_size": config.image_size}
     with loading(f"timm's {config.model}", file):
         if file is None:

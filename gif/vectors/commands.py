@@ -10,6 +10,7 @@ from gif.data import HELD_OUT, ImageDecoder, load_data
 from gif.data.decoding import MAX_PIXELS
 from gif.distributed import process_group, rank, wait_for_all, world_size
 from gif.encoders import Precision, make_encoder
+from gif.encoders.basis import Basis, EncoderOptions, basis_path
 from gif.files import write_text
 from gif.options import options_of
 from gif.ownership import check_output, existing, hold
@@ -17,7 +18,7 @@ from gif.progress import say
 from gif.resume import own_file
 from gif.vectors.config import SpreadConfig
 from gif.vectors.in_file import spread_file
-from gif.vectors.initial import initial_code_vectors
+from gif.vectors.initial import fitted_code_vectors
 from gif.vectors.plots import plot_gaps, plot_nearest_cosines
 from gif.vectors.spread import SpreadReport, spread_code_vectors
 from gif.vectors.store import CodeVectors
@@ -47,7 +48,8 @@ def vectors_command(
     gif.cli vectors ...
 
     Args:
-        output: where to write the code vectors (.safetensors).
+        output: where to write the code vectors (.safetensors), and beside them which encoder made them
+            (.encoder.safetensors), by which `gif codes grow` makes those of later identities.
         data: the data set, a name or a path (docs/data.md); its training identities are encoded.
         identities: how many of the data set's there are, at random, such as 1e6; all where it is not given, a million
             of glyph-words. The same for every command.
@@ -64,12 +66,12 @@ def vectors_command(
         device: where to encode, "cpu", "cuda", or "auto": a GPU if there is one.
     """
     partial = output.with_suffix(".partial")
-    check_output(output, [partial])
+    check_output(output, [partial, basis_path(output)])
     with process_group(device) as own, hold(output, existing(own_file(partial))):
         decoder = ImageDecoder(image_size, max_pixels=max_pixels)
         images = load_data(data, identities=identities, held_out=held_out, decoder=decoder).train
         network = make_encoder(encoder, width=width, model=model, weights=weights, device=own, precision=precision)
-        table = initial_code_vectors(
+        table, known = fitted_code_vectors(
             images,
             network,
             batch_size=batch_size,
@@ -79,8 +81,10 @@ def vectors_command(
             device=own,
         )
         if rank() == 0:
+            options = EncoderOptions(encoder, width, model, weights, precision, image_size)
+            Basis(options, known).save(output)
             table.save(output)
-            say(f"wrote {table} to {output}")
+            say(f"wrote {table} to {output}, and how they were made beside it")
         wait_for_all()
         own_file(partial).unlink(missing_ok=True)
 

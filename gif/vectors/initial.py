@@ -29,7 +29,12 @@ FITTED = 1 << 16  # identities, at most, to whose means an encoder is fitted
 _GATHERED_ROWS = 1 << 16  # of each process at a time
 
 
-def initial_code_vectors(
+def initial_code_vectors(dataset: Dataset[tuple[Tensor, Any]], encoder: Encoder, **options: Any) -> CodeVectors:
+    """The code vectors of `fitted_code_vectors`, which has the arguments, without what its encoder was fitted to."""
+    return fitted_code_vectors(dataset, encoder, **options)[0]
+
+
+def fitted_code_vectors(
     dataset: Dataset[tuple[Tensor, Any]],
     encoder: Encoder,
     *,
@@ -39,8 +44,8 @@ def initial_code_vectors(
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
     device: str | torch.device = "cpu",
-) -> CodeVectors:
-    """Code vectors h_y = normalise(f(mean over y's images of E(image))); f is what ``encoder.fit`` finds, if it does.
+) -> tuple[CodeVectors, AffineMap | None]:
+    """Code vectors h_y = normalise(f(mean over y's images of E(image))), and f: what ``encoder.fit`` finds, if it does.
 
     Features are summed an identity in float64, whose rounding is far below that of the float32 features: the order
     of the images does not matter, nor how many an identity has. Images are never kept.
@@ -103,12 +108,13 @@ def initial_code_vectors(
         say(report)
     table = _gather(table, order.bounds, device)
     if encoder.fit is not None and finish is None:
-        table = _fit(encoder, table)(table)
+        finish = _fit(encoder, table)
+        table = finish(table)
     who = dataset.identities if isinstance(dataset, IdentityDataset) and dataset.num_identities == m else None
     vectors = CodeVectors(table, identities=who)
     if not keep_checkpoint:
         work.remove()
-    return vectors
+    return vectors, finish
 
 
 def _summary(dataset: Dataset[tuple[Tensor, Any]], *, kept: bool) -> dict[str, Any]:

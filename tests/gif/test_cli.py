@@ -380,7 +380,7 @@ class TestErrorsAreOneLine:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(vectors_commands, "initial_code_vectors", interrupted)
+        monkeypatch.setattr(vectors_commands, "fitted_code_vectors", interrupted)
         code, printed = gif("vectors", "--output", tmp_path / "v.safetensors")
         assert code == 130 and "nothing was kept" in printed
         assert not list(tmp_path.iterdir())
@@ -418,7 +418,7 @@ class TestWhatIsNotAUsersFault:
             def broken(*_, **__):
                 raise error
 
-            monkeypatch.setattr(vectors_commands, "initial_code_vectors", broken)
+            monkeypatch.setattr(vectors_commands, "fitted_code_vectors", broken)
             return gif("vectors", "--output", tmp_path / "v.safetensors", *options)
 
         return run
