@@ -15,11 +15,11 @@ from torch import nn
 
 from gif.backbones import BackboneConfig
 from gif.codes import TokenizeConfig, tokenize
-from gif.data import IdentityDataset, IdentitySplit, ImageDecoder, load_data, split_identities
+from gif.data import HELD_OUT, IdentityDataset, IdentitySplit, ImageDecoder, load_data, split_identities
 from gif.encoders import Encoder, make_encoder
 from gif.errors import InputError
-from gif.evaluation import embed, judge
-from gif.evaluation.benchmarks import IJB_FAR, IjbFolders, PairFiles
+from gif.evaluation import judge
+from gif.evaluation.benchmarks import IJB_FAR, HeldOutIdentities, IjbFolders, PairFiles
 from gif.evaluation.embedding import Embedder
 from gif.experiments.comparison import MEASURES, mean_and_spread
 from gif.experiments.glyph_bench import (
@@ -45,6 +45,7 @@ HEADS = tuple(name for name, contender in CONTENDERS.items() if contender.head.k
 TRAINED = ("GIF, published", "GIF")
 SPLIT = 1  # seed of the splits, of random vectors, of spreading and of codes
 APART = 0.3  # share of the identities to train on with whose images the encoder without labels is trained
+ENCODED = 256  # images at a time
 JUDGED_BY = "0.001"
 TABLE_4 = {
     "lfw": "LFW",
@@ -125,6 +126,7 @@ def encoders(
     heads: Sequence[str] = TRAINED,
     data: str = "glyphs",
     identities: int | None = None,
+    held_out: int | float = HELD_OUT,
     seeds: int | None = None,
     epochs: int | None = None,
     encoder_epochs: int | None = None,
@@ -155,7 +157,8 @@ def encoders(
         weights: which networks "clip" and "dino" are.
         heads: which recipes are trained: "GIF, published" is the paper's, with fixed code vectors.
         data: the data set, a name or a path.
-        identities: how many of it, at random, before a fifth is held out; 2,000 glyphs, or 400 where quick, else all.
+        identities: how many of it, at random, before some are held out; 2,000 glyphs, or 400 where quick, else all.
+        held_out: share of the identities that judge, or how many: all pairs of their images are compared.
         seeds: runs of each; 3, or 1.
         epochs: passes over the training images; 2, or 1.
         encoder_epochs: those of the encoder without labels over its own; 10, or 2.
@@ -180,6 +183,7 @@ def encoders(
     folder = place(NAME, output, quick)
     settings = {
         "data": data,
+        "held_out": held_out,
         **{name: value for name, value in asdict(size).items() if name != "seeds"},
         "backbone of the runs": asdict(backbone),
         "training": training.training(size.epochs, 0).settings(),
@@ -188,7 +192,8 @@ def encoders(
         **bench_settings({name: CONTENDERS[name] for name in HEADS}),
     }
     with experiment(NAME, folder, settings, docs):
-        lab = Laboratory.open(folder, data, size, backbone, training, decoder)
+        split = load_data(data, identities=size.identities, held_out=held_out, seed=SPLIT, decoder=decoder)
+        lab = Laboratory.open(folder, split, size, backbone, training)
         made, runs = {}, []
         for name in dict.fromkeys(encoders):
             for spread in (False, True):
@@ -230,14 +235,12 @@ class Laboratory:
     def open(
         cls,
         folder: Path,
-        data: str,
+        split: IdentitySplit,
         size: Size,
         backbone: BackboneConfig,
         how: How,
-        decoder: ImageDecoder,
     ) -> Laboratory:
-        """Load the data, and set a part of the identities to train on apart."""
-        split = load_data(data, identities=size.identities, seed=SPLIT, decoder=decoder)
+        """Set a part of the identities to train on apart."""
         train, apart = split_identities(split.train, APART, SPLIT)
         return cls(folder, IdentitySplit(train, split.held_out), apart, size, backbone, how)
 
@@ -288,8 +291,12 @@ class Laboratory:
     def _judged(self, encoder: Encoder) -> dict[str, Any]:
         """How well the encoder itself knows the identities that judge."""
         held_out = self.data.held_out
-        features = torch.cat([encoder(images) for images in held_out.image_batches(256)])
-        return judge(features, held_out.labels).to_dict()
+        every = torch.arange(len(held_out)).split(ENCODED)
+        features, labels = zip(
+            *((encoder(images).cpu(), labels) for images, labels in (held_out.batch(some.tolist()) for some in every)),
+            strict=True,
+        )
+        return judge(torch.cat(features), torch.cat(labels)).to_dict()
 
     def run(
         self, bench: GlyphBench, name: str, head: str, seed: int, benchmarks: Sequence[PairFiles | IjbFolders]
@@ -305,8 +312,8 @@ class Laboratory:
             return backbones[0]
 
         def held_out() -> dict[str, Any]:
-            part = self.data.held_out
-            return judge(embed(backbone(), part, device=training.device), part.labels).to_dict()
+            part = HeldOutIdentities(self.data.held_out)
+            return part.judge(backbone(), Embedder(device=training.device)).numbers
 
         found = {"held_out": once(folder / "held-out.json", held_out), "benchmarks": {}}
         for benchmark in benchmarks:
@@ -358,8 +365,9 @@ def _findings(
     count = "all" if size.identities is None else f"{size.identities:,}"
     return Findings(
         {"size": asdict(size), "vectors": made, "runs": list(runs)},
-        f"{data}, {count} identities: a fifth judges, {APART:.0%} of the others train the encoder without labels and "
-        f"nothing else, the rest train for {size.epochs} epochs; mean ± deviation of {size.seeds} seeds.",
+        f"{data}, {count} identities. Those held out judge; {APART:.0%} of the others train the encoder without labels, "
+        f"{size.encoder_epochs} epochs, and nothing else; the rest train for {size.epochs} epochs, mean ± deviation of "
+        f"{size.seeds} seeds.",
         [sentence for head in heads for sentence in _verdict(head, made, runs)],
         tables,
         {"accuracy": ("Accuracy by where code vectors come from", lambda path: _draw(heads, made, runs, path))},
