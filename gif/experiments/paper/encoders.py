@@ -365,9 +365,9 @@ def _findings(
     count = "all" if size.identities is None else f"{size.identities:,}"
     return Findings(
         {"size": asdict(size), "vectors": made, "runs": list(runs)},
-        f"{data}, {count} identities. Those held out judge; {APART:.0%} of the others train the encoder without labels, "
-        f"{size.encoder_epochs} epochs, and nothing else; the rest train for {size.epochs} epochs, mean ± deviation of "
-        f"{size.seeds} seeds.",
+        f"{data}, {count} identities. Those held out judge; {APART:.0%} of the others train the encoder without "
+        f"labels, {size.encoder_epochs} epochs, and nothing else; the rest train for {size.epochs} epochs; mean ± "
+        f"deviation of {size.seeds} seeds.",
         [sentence for head in heads for sentence in _verdict(head, made, runs)],
         tables,
         {"accuracy": ("Accuracy by where code vectors come from", lambda path: _draw(heads, made, runs, path))},
