@@ -97,6 +97,12 @@ class TestForces:
         code, printed = gif(*self.command(tmp_path / "out"), option)
         assert code == 1 and "wanted at least" in printed and not (tmp_path / "out").exists()
 
+    def test_too_few_identities(self, tiny, gif, tmp_path, monkeypatch):
+        monkeypatch.setattr(forces_module, "groups_by_images", lambda labels: [])
+        code, printed = gif(*self.command(tmp_path / "out"))
+        assert code == 1 and "give more --identities" in printed
+        assert not (tmp_path / "out" / "peeled").exists()  # said before any of the work
+
     def test_a_document_without_its_block(self, tiny, gif, tmp_path):
         (tmp_path / "paper.md").write_text("nothing")
         code, printed = gif(*self.command(tmp_path / "out"), "--docs", tmp_path / "paper.md")
@@ -288,8 +294,8 @@ class TestEncoders:
             SelfDistillation(backbone, 16, 8)(torch.randn(4, 16), torch.zeros(4, dtype=torch.int64))
 
 
-def test_a_killed_experiment_continues(tmp_path):
-    """SIGINT after the first of its pieces: the message says what is kept, and those pieces stay."""
+def test_an_interrupt_keeps_the_pieces_that_are_done(tmp_path):
+    """SIGINT after the first of them: the message says where they are."""
     output = tmp_path / "out"
     line = [sys.executable, "-m", "gif.cli", "experiments", "forces", "--quick=true", "--output", str(output)]
     running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from gif.errors import InputError
 from gif.evaluation import groups_by_images
+from gif.evaluation.rarity import Group
 from gif.experiments.comparison import mean_and_spread
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, GlyphBench, bench_settings, folder_name
 from gif.experiments.paper import layer_peeled
@@ -98,8 +99,10 @@ def forces(
     trained = {name: CONTENDERS[name] for name in TRAINED}
     settings = {name: value for name, value in asdict(size).items() if name != "seeds"}
     with experiment(NAME, folder, {**settings, "data": data, **bench_settings(trained)}, docs):
+        paths = _runs(size, folder)
+        bench = None if all(path.exists() for path in paths.values()) else _bench(size, data, folder)
         peeled = _peeled(size, folder / "peeled")
-        training = _trained(size, data, folder)
+        training = _trained(size, paths, bench)
         publish(NAME, _findings(size, data, peeled, training), folder, docs)
 
 
@@ -132,32 +135,50 @@ def _peeled(size: Size, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _trained(size: Size, data: str, folder: Path) -> dict[str, list[dict[str, dict[str, float]]]]:
-    """By head, of each seed: measures of `ForceProbe` by the step that they are after."""
-    paths = {
+def _runs(size: Size, folder: Path) -> dict[tuple[str, int], Path]:
+    """Where what is found of each head with each seed is kept."""
+    return {
         (name, seed): folder / folder_name(name) / f"seed-{seed}" / "forces.json"
         for name in TRAINED
         for seed in range(size.seeds)
     }
-    if not all(path.exists() for path in paths.values()):
-        bench = GlyphBench.prepare(1, data=data, identities=size.identities, folder=folder / "data")
-        groups = groups_by_images(bench.data.train.labels)
-        if not groups:
-            raise InputError(f"{data} has no 20 identities with about as many images; give more --identities")
-        for (name, seed), path in paths.items():
-            training = TrainingConfig(epochs=size.epochs, batch_size=BATCH_SIZE, seed=seed)
-            every = max(1, training.steps_of(len(bench.data.train)) // size.looks)
 
-            def watch(head: nn.Module) -> Validate:
-                return ForceProbe(head, bench.data.train, groups, BATCH_SIZE)
 
-            def run(
-                of: str = name, how: TrainingConfig = training, into: Path = path.parent, steps: int = every
-            ) -> dict[int, dict[str, float]]:
-                return bench.fit(of, CONTENDERS[of], how, into, watch=watch, watch_every=steps)[2].validations
+def _bench(size: Size, data: str, folder: Path) -> tuple[GlyphBench, list[Group]]:
+    """What is trained on, and its identities by their number of images."""
+    bench = GlyphBench.prepare(1, data=data, identities=size.identities, folder=folder / "data")
+    groups = groups_by_images(bench.data.train.labels)
+    if not groups:
+        raise InputError(f"{data} has no 20 identities with about as many images; give more --identities")
+    return bench, groups
 
-            once(path, run)
-    return {name: [once(paths[name, seed], dict) for seed in range(size.seeds)] for name in TRAINED}
+
+def _run(
+    bench: GlyphBench, groups: Sequence[Group], size: Size, name: str, seed: int, folder: Path
+) -> dict[int, dict[str, float]]:
+    """Train a head; measures of `ForceProbe` by the step that they are after."""
+    training = TrainingConfig(epochs=size.epochs, batch_size=BATCH_SIZE, seed=seed)
+    every = max(1, training.steps_of(len(bench.data.train)) // size.looks)
+
+    def watch(head: nn.Module) -> Validate:
+        return ForceProbe(head, bench.data.train, groups, BATCH_SIZE)
+
+    return bench.fit(name, CONTENDERS[name], training, folder, watch=watch, watch_every=every)[2].validations
+
+
+def _trained(
+    size: Size, paths: Mapping[tuple[str, int], Path], bench: tuple[GlyphBench, list[Group]] | None
+) -> dict[str, list[dict[str, dict[str, float]]]]:
+    """By head, what each seed's run found; ``bench`` is for those that are missing."""
+    found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in TRAINED}
+    for (name, seed), path in paths.items():
+
+        def run(of: str = name, with_seed: int = seed, into: Path = path.parent) -> dict[int, dict[str, float]]:
+            assert bench is not None  # something is missing
+            return _run(*bench, size, of, with_seed, into)
+
+        found[name].append(once(path, run))
+    return found
 
 
 def _findings(
