@@ -273,6 +273,28 @@ class TestEncoders:
         for table in vectors.values():  # nobody whose images the encoder saw is trained on
             assert not set(table.identities.names) & set(apart.names)
 
+    def test_the_embedding_is_as_wide_as_a_pretrained_encoder(self, tiny, gif, tmp_path, monkeypatch):
+        asked = []
+
+        class Pretrained:
+            name, embedding_size, fit = "dino", 24, None
+
+            def __call__(self, images):
+                return images.float().flatten(1)[:, 100:124] + 1
+
+        def make(name, **options):
+            asked.append((name, options["model"], options["weights"]))
+            return Pretrained()
+
+        monkeypatch.setattr(encoders_module, "make_encoder", make)
+        chosen = ['--encoders=["dino"]', "--weights.dino_model=vit", "--weights.dino=w.pth", '--heads=["GIF"]']
+        folder = tmp_path / "out"
+        code, printed = gif(*self.command(folder, *chosen))
+        assert code == 0, printed
+        assert asked == [("dino", "vit", "w.pth")]  # once: the vectors are kept
+        assert CodeVectors.load(folder / "vectors" / "dino" / "spread.safetensors").width == 24
+        assert "| dino, spread |" in (folder / "encoders.md").read_text()
+
     def test_unknown_names(self, tiny, gif, tmp_path):
         code, printed = gif(*self.command(tmp_path / "out", '--heads=["full softmax"]'))
         assert code == 1 and "wanted heads among" in printed and not (tmp_path / "out").exists()
