@@ -14,7 +14,7 @@ SAVED ?= runs/bench/saved.json
 AOT_DIR ?= runs/aot
 TRITONS ?= 3.5.0 3.6.0 newest
 
-.PHONY: quickstart test lint docs bench bench-full bench-compare gpu campaign aot-matrix clean
+.PHONY: quickstart test lint docs matrix release release-check bench bench-full bench-compare gpu campaign aot-matrix clean
 .DELETE_ON_ERROR:
 
 # One environment for users, tests and benchmarks; made again when the project's requirements change.
@@ -39,6 +39,15 @@ test: lint
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open runs/site/index.html, or: $(BIN)/mkdocs serve"
+
+# An environment for each pair of PyTorch and Triton, oldest and newest packages, each Python at hand; gigabytes and an hour
+# each. To choose: MATRIX="--only torch-2.9-oldest --steps interpreter gif"; MATRIX=--list says what there is.
+matrix: $(VENV)/.installed
+	$(BIN)/python -m tools.matrix $(MATRIX)
+
+# RELEASING.md: sdist and wheel in dist/, tried in clean environments. release writes version and changelog's heading first.
+release release-check: $(VENV)/.installed
+	$(BIN)/python -m tools.release $(VERSION) $(if $(filter release-check,$@),--check) $(RELEASE_FLAGS)
 
 # Small sizes, minutes; bench-full: the whole grid. Each writes a report; bench-compare says what became slower since SAVED.
 bench bench-full: $(VENV)/.installed
