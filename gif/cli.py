@@ -58,6 +58,7 @@ COMMANDS: dict[str, Any] = {
     "verify": "gif.recognition.commands:verify_command",
     "search": "gif.recognition.commands:search_command",
     "export": "gif.export:export_command",
+    "hub": "gif.hub:export_to_hub",
     "accuracy": "gif.experiments.accuracy:accuracy",
     "sweep": "gif.experiments.sweep:sweep",
     "experiments": {

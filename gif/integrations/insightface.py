@@ -12,22 +12,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gif.codes import IdentityCodes
 from gif.distributed import replicate
 from gif.errors import InputError
-from gif.head import own_rows
+from gif.integrations.state import TablesInState
 from gif.losses import RECIPES, GIFLoss, Recipe
 from gif.losses.recipes import RecipeName
+from gif.progress import say_once
 from gif.vectors.store import CodeVectors
 from gif_kernels import AngularMargin, checks
 
+Scale = Literal["recipe", "margin_loss"]
 
-class PartialFC(nn.Module):
+
+class PartialFC(TablesInState):
     """GIFLoss with PartialFC_V2's constructor and forward pass; no process group is needed, and no CUDA.
 
     Every process holds the whole head, a few million parameters whatever the number of classes: initial values come
@@ -36,9 +39,9 @@ class PartialFC(nn.Module):
     codes, and the code vectors where the recipe moves them.
 
     Args:
-        margin_loss: insightface's CombinedMarginLoss, ArcFace or CosFace, or anything with their attributes. Its scale
-            and margins go where the recipe compares an embedding with identities: to L_CC of "live", to L_C of
-            "paper". ArcFace differentiates as it does there, straight through. None keeps the recipe's own.
+        margin_loss: insightface's CombinedMarginLoss, ArcFace or CosFace, or anything with their attributes. Its
+            margins go where the recipe compares an embedding with identities: to L_CC of "live", to L_C of "paper".
+            ArcFace differentiates as it does there, straight through. None keeps the recipe's own.
         embedding_size: d.
         num_classes: m, which the codes must be for.
         sample_rate: has no meaning here, since no class is left out: any rate is taken.
@@ -46,6 +49,9 @@ class PartialFC(nn.Module):
         codes: the identities' codes, or their file.
         vectors: the identities' code vectors, or their file.
         recipe: as for `GIFLoss`.
+        scale: what multiplies the cosines: "recipe" keeps the recipe's, "margin_loss" takes the margin loss's. It is
+            the inverse of the softmax's temperature, and what is right depends on how many classes are compared: 64 is for
+            all of them, and "live" compares with the batch, its siblings and 4,096 others.
 
     Raises TypeError for a margin loss of unknown form or with interclass filtering, ValueError where codes, vectors,
     num_classes and embedding_size do not fit each other.
@@ -62,6 +68,7 @@ class PartialFC(nn.Module):
         codes: IdentityCodes | str | Path,
         vectors: CodeVectors | str | Path | None,
         recipe: RecipeName | Recipe = "live",
+        scale: Scale = "recipe",
     ) -> None:
         super().__init__()
         codes = IdentityCodes.load(codes, mmap=True) if isinstance(codes, str | Path) else codes
@@ -71,7 +78,8 @@ class PartialFC(nn.Module):
                 "codes from the data set that is trained on"
             )
         recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-        self.loss = GIFLoss(codes, vectors, embedding_size, recipe=_with_margin(recipe, margin_loss))
+        checks.choice("scale", scale, get_args(Scale))
+        self.loss = GIFLoss(codes, vectors, embedding_size, recipe=_with_margin(recipe, margin_loss, scale))
         self._replicated = False
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
@@ -87,21 +95,6 @@ class PartialFC(nn.Module):
         loss: Tensor = self.loss(local_embeddings, _as_loaders_give_them(local_labels))
         return loss
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The code vectors of this process, where training moves them: part of ``state_dict()``."""
-        self.loss.settle()
-        return {name: own_rows(table) for name, table in self.loss.tables().items()}
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore them in place. Raises ValueError unless they fit the recipe and the table."""
-        self.loss.settle()
-        tables = {name: own_rows(table) for name, table in self.loss.tables().items()}
-        shapes, given = ({name: tuple(table.shape) for name, table in each.items()} for each in (tables, state))
-        if shapes != given:
-            raise InputError(f"this state has the tables {given}, wanted {shapes}; take the recipe it was trained with")
-        for name, table in tables.items():
-            table.copy_(state[name])
-
 
 def _as_loaders_give_them(labels: Tensor) -> Tensor:
     """Labels (B, 1) as (B,), and whole numbers in float32 or float64 as int64; others as they are."""
@@ -116,11 +109,20 @@ def _as_loaders_give_them(labels: Tensor) -> Tensor:
     return labels.long()
 
 
-def _with_margin(recipe: Recipe, margin_loss: Any) -> Recipe:
+def _with_margin(recipe: Recipe, margin_loss: Any, whose_scale: Scale) -> Recipe:
+    """The recipe with the margin loss's margins; and its scale, if that is asked for: if not, a line says so."""
     if margin_loss is None:
         return recipe
-    margin, scale = _margin_of(margin_loss), float(margin_loss.s)
-    if recipe.contrast_weight > 0:
+    margin, theirs = _margin_of(margin_loss), float(margin_loss.s)
+    contrasts = recipe.contrast_weight > 0
+    own = recipe.contrast_scale if contrasts else recipe.scale
+    if whose_scale == "recipe" and own != theirs:
+        say_once(
+            f"the recipe's scale, {own:g}, is kept, and not the margin loss's, {theirs:g}, which is for a softmax over "
+            'all classes; PartialFC(..., scale="margin_loss") takes that one'
+        )
+    scale = theirs if whose_scale == "margin_loss" else own
+    if contrasts:
         return replace(recipe, contrast_margin=margin, contrast_scale=scale)
     return replace(recipe, margin=margin, scale=scale)
 

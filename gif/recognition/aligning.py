@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 from gif.data.decoding import Align
 from gif.errors import InputError, MissingFileError, in_short
@@ -23,7 +24,7 @@ def load_align(name: str) -> Align:
     found = getattr(_module(place), function, None)
     if not callable(found):
         raise InputError(f"{place} has no function {function}; give --align {place}:FUNCTION")
-    return found  # type: ignore[no-any-return]
+    return cast(Align, found)
 
 
 def _module(place: str) -> ModuleType:

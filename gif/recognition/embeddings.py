@@ -101,7 +101,7 @@ def check_suffix(path: str | Path) -> Path:
 
 
 def _parquet() -> tuple[Any, Any]:
-    with needs("pyarrow", "Parquet files (.npz needs nothing)"):
+    with needs("gif-recognition[parquet]", "Parquet files (.npz needs nothing)"):
         import pyarrow
         import pyarrow.parquet as parquet
     return pyarrow, parquet

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from gif.backbones import BackboneConfig
-from gif.data import IdentityImages, IdentitySplit
+from gif.data import IdentityImages, IdentitySplit, ImageDecoder
+from gif.evaluation.alignment import FIVE_POINTS
 
 
 def example(name):
@@ -65,3 +68,71 @@ class TestExamples:
         onwards.fit(again, loader, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
         assert torch.equal(seen[0], moved)
         assert onwards.global_step == 2 * len(loader)
+
+    def test_metric_learning(self):
+        split = IdentitySplit(train=pictures(24, 0), held_out=pictures(12, 1))
+        found = example("metric_learning").run(split, BACKBONE, epochs=6, batch_size=32)
+        key = next(name for name in found if name.startswith("precision_at_1"))
+        assert found[key] > 0.3  # one in twelve by chance
+
+    def test_hugging_face_trainer(self, tmp_path):
+        module = example("hugging_face_trainer")
+        images = pictures(24, 0)
+        options = {"per_device_train_batch_size": 32, "num_train_epochs": 4, "save_steps": 10, "use_cpu": True}
+        options |= {"logging_steps": 1, "disable_tqdm": True, "save_strategy": "steps"}
+        torch.manual_seed(0)
+        whole = module.trainer_of(images, BACKBONE, tmp_path / "run", **options)
+        start = whole.model.loss_fn.vectors.table.clone()
+        whole.train()
+        moved = whole.model.loss_fn.vectors.table
+        assert not torch.equal(moved, start)
+        losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
+        assert len(losses) == 24 and sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+        torch.manual_seed(0)
+        again = module.trainer_of(images, BACKBONE, tmp_path / "run", **options)
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
+        torch.testing.assert_close(again.model.loss_fn.vectors.table, moved, rtol=1e-4, atol=1e-4)
+
+    def test_align_faces(self, tmp_path, monkeypatch):
+        """With a detector that finds two faces: the larger one's landmarks come to their places."""
+        cv2 = pytest.importorskip("cv2")
+        module = example("align_faces")
+        landmarks = FIVE_POINTS.numpy() * 0.5 + 20
+
+        class Detector:
+            def setInputSize(self, size):
+                self.size = size
+
+            def detect(self, image):
+                if not image.any():
+                    return 0, None
+                assert self.size == (image.shape[1], image.shape[0])
+                small = [0, 0, 5, 5, *range(10), 0.9]
+                return 1, np.array([small, [20, 20, 60, 60, *landmarks.ravel(), 0.9]], np.float32)
+
+        monkeypatch.setattr(module, "detector", lambda: Detector())
+        pixels = np.zeros((90, 100, 3), np.uint8)
+        for x, y in landmarks.round().astype(int):
+            pixels[y - 1 : y + 2, x - 1 : x + 2] = (255, 0, 0)
+        face = module.align(pixels)
+        assert face.shape == (112, 112, 3)
+        for x, y in FIVE_POINTS.round().int().tolist():
+            assert face[y, x, 0] > 200 and face[y, x, 1:].max() < 10
+        assert module.align(np.zeros((90, 100, 3), np.uint8)) is None
+
+        for name, image in (("ann/1.png", pixels), ("bob/2.png", np.zeros_like(pixels))):
+            (tmp_path / "in" / name).parent.mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / "in" / name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        (tmp_path / "in" / "ann" / "3.jpg").write_bytes(b"nothing")
+        assert module.align_folder(tmp_path / "in", tmp_path / "out") == (1, 2)
+        assert torch.equal(
+            ImageDecoder(fit="exact")((tmp_path / "out/ann/1.png").read_bytes()).permute(1, 2, 0),
+            torch.from_numpy(face),
+        )
+
+    def test_align_faces_says_where_its_detector_is(self, monkeypatch, tmp_path):
+        pytest.importorskip("cv2")
+        monkeypatch.setenv("YUNET", str(tmp_path / "none.onnx"))
+        with pytest.raises(FileNotFoundError, match="opencv_zoo"):
+            example("align_faces").detector()

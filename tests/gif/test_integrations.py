@@ -12,6 +12,7 @@ from torch.multiprocessing import spawn
 from gif import AngularMargin, CodeVectors, IdentityCodes
 from gif.integrations.insightface import PartialFC
 from gif.losses import RECIPES
+from gif.progress import console
 
 M, WIDTH, PIXELS, BATCH = 27, 12, 20, 16
 
@@ -121,9 +122,15 @@ class TestInsightface:
             (CosFace(), 30, AngularMargin(m2=0.0, m3=0.35)),
         ):
             make = partial(PartialFC, given, WIDTH, M, codes=codes, vectors=vectors)
-            assert make(recipe="paper").loss.recipe == replace(RECIPES["paper"], scale=scale, margin=margin)
+            theirs = make(recipe="paper", scale="margin_loss")
+            assert theirs.loss.recipe == replace(RECIPES["paper"], scale=scale, margin=margin)
             live = replace(RECIPES["live"], contrast_scale=scale, contrast_margin=margin)
-            assert make().loss.recipe == live
+            assert make(scale="margin_loss").loss.recipe == live
+            with console.capture() as capture:
+                assert make().loss.recipe == replace(RECIPES["live"], contrast_margin=margin)
+            assert f"the recipe's scale, 12, is kept, and not the margin loss's, {scale}" in capture.get()
+        with pytest.raises(ValueError, match="scale"):
+            make(scale="mine")
         assert PartialFC(None, WIDTH, M, codes=codes, vectors=vectors).loss.recipe == RECIPES["live"]
         with pytest.raises(TypeError, match="interclass filtering needs a logit for every class"):
             PartialFC(CombinedMarginLoss(64, 1, 0.5, 0, 0.2), WIDTH, M, codes=codes, vectors=vectors)

@@ -110,3 +110,33 @@ class TestMetricLearning:
                 optimizer.step()
                 losses.append(loss.item())
             assert math.isfinite(losses[-1]) and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+    def test_the_state_holds_the_vectors_that_moved(self):
+        torch.manual_seed(8)
+        trained, again = self.make(), self.make()
+        start = again.loss.vectors.table.clone()
+        trained(torch.randn(6, WIDTH, requires_grad=True), torch.arange(6)).backward()
+        again.load_state_dict(trained.state_dict())
+        assert torch.equal(again.loss.vectors.table, trained.loss.vectors.table)
+        assert not torch.equal(again.loss.vectors.table, start)
+        with pytest.raises(ValueError, match="take the recipe it was trained with"):
+            self.make(recipe="paper").load_state_dict(trained.state_dict())
+
+    def test_arguments_as_its_users_write_them(self):
+        codes, vectors = tables()
+        loss_func = metric_learning.GIFLoss(num_classes=M, embedding_size=WIDTH, codes=codes, vectors=vectors)
+        assert loss_func.num_classes == M
+        with pytest.raises(ValueError, match="num_classes is 30 and the codes are for 27"):
+            metric_learning.GIFLoss(num_classes=30, embedding_size=WIDTH, codes=codes, vectors=vectors)
+
+    def test_logits_are_scaled_cosines_to_code_vectors(self):
+        loss_func = self.make()
+        table = loss_func.loss.vectors.table
+        table[3] *= 5  # steps make rows longer
+        logits = loss_func.get_logits(2 * table)
+        assert torch.equal(logits.argmax(1), torch.arange(M))
+        wanted = loss_func.loss.recipe.contrast_scale * nn.functional.cosine_similarity(table[1], table[3], dim=0)
+        torch.testing.assert_close(logits[1, 3], wanted)
+        with pytest.raises(ValueError, match="there are none; give vectors"):
+            bare = {"vectors": None, "embedding_size": WIDTH, "regression_weight": 0, "contrast_weight": 0}
+            metric_learning.GIFLoss(tables()[0], **bare).get_logits(table)

@@ -238,7 +238,7 @@ class TestPlacesThatCannotBeWritten:
         def work(*_, **__):
             raise AssertionError("work began")
 
-        for name in ("initial_code_vectors", "spread_code_vectors", "load_data"):
+        for name in ("fitted_code_vectors", "spread_code_vectors", "load_data"):
             monkeypatch.setattr(vectors_commands, name, work)
         monkeypatch.setattr(codes_commands, "tokenize", work)
         arguments = ["--data", tiny_folder / "data"] if command == "vectors" else ["--vectors", table]

@@ -1,0 +1,52 @@
+"""A trained model as a folder for a hub."""
+
+import json
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import gif as library
+from gif.backbones import BackboneConfig, fingerprint, save_backbone
+from gif.data.identities import Identities, Names
+from gif.evaluation import roc, thresholds_of
+from gif.evaluation.calibration import Calibrated, Calibration, add_calibration
+
+
+def test_a_folder_that_loads_by_itself(gif, tmp_path):
+    torch.manual_seed(0)
+    config = BackboneConfig(embedding_size=8, image_size=16, width=4)
+    network = config.build()
+    model = tmp_path / "b.safetensors"
+    who = Identities(Names.of(["ann", "bob"]), {"size": 16, "channels": 1, "fit": "crop"}, "faces")
+    save_backbone(model, network, config, trained_on=who)
+    found = thresholds_of(roc(torch.rand(900), torch.arange(900) % 9 == 0), 100, 800)
+    add_calibration(model, Calibration(fingerprint(network), {"lfw": Calibrated(found, True, "its pairs")}))
+    code, printed = gif("hub", "--model", model, "--output", tmp_path / "hub", "--license=apache-2.0")
+    assert code == 0 and "README.md, config.json, model.safetensors, model.thresholds.json" in printed
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: gif-recognition\n") and "license: apache-2.0" in card
+    assert "trained on 2 identities" in card and "ann" not in card and "| 0.01 |" in card and "not known" in card
+    told = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert told["preprocessing"]["fit"] == "crop" and told["architecture"]["embedding_size"] == 8
+    assert set(load_file(tmp_path / "hub" / "model.safetensors")) == set(network.state_dict())  # nobody's digest
+
+    loaded, first = library.load_model(tmp_path / "hub"), library.load_model(model)
+    assert loaded.decoder == first.decoder and loaded.decoder.fit == "crop"
+    assert loaded.fingerprint == first.fingerprint and loaded.flip and loaded.calibration == first.calibration
+    image = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    assert torch.equal(loaded.embed(image), first.embed(image))
+
+    assert gif("hub", "--model", model, "--output", tmp_path / "hub")[0] == 0  # once more, over itself
+    (tmp_path / "hub" / "thesis.tex").write_text("years of work")
+    code, printed = gif("hub", "--model", model, "--output", tmp_path / "hub")
+    assert code == 1 and "holds other things (thesis.tex)" in printed
+
+
+def test_a_model_that_was_not_judged(gif, tmp_path):
+    config = BackboneConfig("mbf", 16, 3, 32)
+    torch.save(config.build().state_dict(), tmp_path / "model.pt")
+    assert gif("hub", "--model", tmp_path / "model.pt", "--output", tmp_path / "hub")[0] == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "no threshold is known" in card and "license" not in card
+    assert library.load_model(tmp_path / "hub").config == config
