@@ -21,7 +21,7 @@ from gif.experiments.comparison import (
     show,
 )
 from gif.experiments.curves import accuracy_curves
-from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS
+from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, contenders_on
 from gif.experiments.runs import Budget, Length, Machine
 from gif.files import write_text
 from gif.plotting import figure, line_style, save_figure
@@ -104,8 +104,8 @@ def accuracy(
     block = f"accuracy {budget.subject}"
     if docs is not None:
         require_block(docs, block)
-    chosen = {name: CONTENDERS[name] for name in heads}
-    found = compare(output, chosen, budget, settings_of("accuracy", budget, CONTENDERS), machine)
+    chosen = {name: contenders_on(data)[name] for name in heads}
+    found = compare(output, chosen, budget, settings_of("accuracy", budget, contenders_on(data)), machine)
 
     columns, rows = ("head", *MEASURES.values()), found.rows()
     show(columns, rows, f"held-out identities of {budget.subject}, mean ± deviation of {seeds} seeds, {epochs} epochs")

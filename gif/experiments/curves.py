@@ -13,7 +13,7 @@ import numpy as np
 from gif.data.loading import WORDS
 from gif.documents import markdown_table, replace_block, require_block
 from gif.experiments.comparison import Comparison, Rows, compare_lengths, mean_and_spread, show
-from gif.experiments.glyph_bench import CONTENDERS
+from gif.experiments.glyph_bench import contenders_on
 from gif.experiments.runs import HEAD_BYTES, PROCESSOR_SECONDS, Budget, Length, Machine
 from gif.files import write_text
 from gif.plotting import figure, line_style, save_figure
@@ -74,7 +74,9 @@ def accuracy_curves(
     block = f"accuracy curves {budget.subject}"
     if docs is not None:
         require_block(docs, block)
-    found = compare_lengths(output, {name: CONTENDERS[name] for name in heads}, budget, lengths, machine, records)
+    found = compare_lengths(
+        output, {name: contenders_on(budget.data)[name] for name in heads}, budget, lengths, machine, records
+    )
     measures = _measures(budget)
     judged = f"{'validation' if budget.validation else 'held-out'} identities of {budget.subject}, {budget.seeds} seeds"
     parts = []

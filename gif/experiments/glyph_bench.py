@@ -86,6 +86,25 @@ CONTENDERS = {
 }
 
 
+ON_WORDS = {
+    "GIF": replace(CONTENDERS["GIF"], lr=0.2),
+    **{
+        name: replace(contender, head=replace(contender.head, scale=24.0))
+        for name, contender in CONTENDERS.items()
+        if name.startswith("Partial FC 10,000")
+    },
+}
+"""Those whose best setting on words is another: of 40 seconds' training on 100,000 of them, by `gif sweep`.
+
+GIF's is its rate, since its recipe is to be the default.
+"""
+
+
+def contenders_on(data: str) -> dict[str, Contender]:
+    """Every contender by name, with the settings that were found for data of that kind."""
+    return {**CONTENDERS, **ON_WORDS} if data in WORDS else CONTENDERS
+
+
 @dataclass(frozen=True)
 class HeadResult:
     """One head's training, its judgement on the other identities, and what it did to rare ones (`rarity`).

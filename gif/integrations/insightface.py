@@ -50,8 +50,8 @@ class PartialFC(TablesInState):
         vectors: the identities' code vectors, or their file.
         recipe: as for `GIFLoss`.
         scale: what multiplies the cosines: "recipe" keeps the recipe's, "margin_loss" takes the margin loss's. It is
-            the inverse of the softmax's temperature, and what is right depends on how many classes are compared: 64 is for
-            all of them, and "live" compares with the batch, its siblings and 4,096 others.
+            the inverse of the softmax's temperature, and what is right depends on how many classes are compared: 64 is
+            for all of them, and "live" compares with the batch, its siblings and 4,096 others.
 
     Raises TypeError for a margin loss of unknown form or with interclass filtering, ValueError where codes, vectors,
     num_classes and embedding_size do not fit each other.
