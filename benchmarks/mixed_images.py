@@ -93,7 +93,8 @@ def _composed(data: IdentityDataset, row: int, random: np.random.Generator) -> I
     side = int(min(width, height) * random.uniform(*SHARES))
     ink = ink.resize((side, side), Image.Resampling.BICUBIC).rotate(random.uniform(-8, 8), Image.Resampling.BICUBIC)
     mask = Image.new("L", (width, height))
-    mask.paste(ink, tuple(round(random.uniform(0.3, 0.7) * (there - side)) for there in (width, height)))
+    left, top = (round(random.uniform(0.3, 0.7) * (there - side)) for there in (width, height))
+    mask.paste(ink, (left, top))
     background = _background(height, width, random)
     color = random.uniform(0, 255, 3)
     while np.abs(color - background.mean((0, 1))).sum() < 200:  # it can be told from what is behind it

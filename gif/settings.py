@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ def write_sections(path: Path, settings: Sections, notes: Mapping[str, str], tit
     write_text(path, text + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120))
 
 
-def read_sections(path: Path) -> Sections:
-    """What `write_sections` wrote, or a person changed in it. Raises ValueError where it is no longer in sections."""
+def read_sections(path: Path, wanted: Sequence[str] = ()) -> Sections:
+    """What `write_sections` wrote, or a person changed in it.
+
+    Raises ValueError where it is no longer in sections, or one that is ``wanted`` is not among them.
+    """
     with needs("pyyaml", "config files"):
         import yaml
     try:
@@ -66,6 +69,10 @@ def read_sections(path: Path) -> Sections:
         ) from error
     if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
         raise InputError(f"{path} holds no settings by command; mend it, or remove it to have them chosen anew")
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(
+            f"{path} has no settings for {', '.join(missing)}; mend it, or remove it to have them chosen anew"
+        )
     return found
 
 

@@ -23,7 +23,6 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | P
 
     Identities that look alike share a prefix where the codes mean something.
     """
-    first_image = _first_images(dataset)
     rows = _fullest_prefixes(codes.codes, max(1, min(2, codes.length - 1)))
     pictures = Pictures(dataset)
     height, width = dataset.image_shape[1:]
@@ -33,8 +32,9 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | P
     for axes, (prefix, members) in zip(grid, rows, strict=True):
         strip = np.full((height, MEMBERS * (width + GAP), 3), 255, np.uint8)
         for place, identity in enumerate(members.tolist()):
-            if identity in first_image:
-                strip[:, place * (width + GAP) :][:, :width] = pictures[first_image[identity]]
+            images = dataset.images_between(identity, identity + 1)
+            if len(images):
+                strip[:, place * (width + GAP) :][:, :width] = pictures[int(images[0])]
         axes.imshow(strip)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(" ".join(map(str, prefix)) + " …", rotation=0, ha="right", va="center", family="monospace")
@@ -64,14 +64,6 @@ def plot_occupancy(codes: IdentityCodes, path: str | Path) -> None:
     tokens.set_yticklabels([str(position + 1) for position in range(codes.length)])
     drawing.colorbar(shown, ax=tokens)
     save_figure(drawing, path)
-
-
-def _first_images(dataset: IdentityDataset) -> dict[int, int]:
-    """Each identity's first image."""
-    found: dict[int, int] = {}
-    for row, label in enumerate(dataset.labels.tolist()):
-        found.setdefault(label, row)
-    return found
 
 
 def _fullest_prefixes(codes: torch.Tensor, depth: int) -> list[tuple[list[int], torch.Tensor]]:

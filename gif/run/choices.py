@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gif.backbones import BackboneConfig
+from gif.backbones.iresnet import IResNetName
 from gif.codes import CodeShape, advise
 from gif.data import IdentityDataset, split_identities
 from gif.data.loading import HELD_OUT, WORDS
@@ -28,6 +29,7 @@ IN_COLOR = 0.05  # share of the images in colour where the data set is
 DRAWN = 0.8  # share of the pixels that are black or white where images are drawings
 FEWEST_IDENTITIES = 4  # two to train on and two to judge by
 WHOLE_SPLIT = 1000  # identities, below which a number is held out and not a share: a share's number is chance
+FAR_OFF = 5  # standard deviations of a share's number: then these identities were chosen by their names before
 IMPOSTORS = 10_000  # pairs, at least, to judge by: ten at a false-accept rate of 1e-3
 MOST_JUDGED = 20_000  # images: all their pairs take seconds
 SHOWN_IMAGES = 40_000  # that training shows at least, where the budget allows
@@ -85,6 +87,8 @@ def choose_held_out(data: IdentityDataset, name: str, given: int | float | None)
 
     Raises ValueError for fewer than 4 identities, of which none can be held out.
     """
+    if given == 1:
+        raise InputError("held_out 1 leaves nobody to train on; give a share of the identities, or how many, or 0")
     if given is not None:
         return Held(given, "as given")
     if name in WORDS:
@@ -101,7 +105,7 @@ def choose_held_out(data: IdentityDataset, name: str, given: int | float | None)
         return Held(0, "no identity has two images, so there is no genuine pair to judge by: all are trained on")
     fifth = max(2, round(HELD_OUT * m))
     number = fifth
-    while number < m // 2 and not _enough(split_identities(data, number, 0)[1].image_counts()):
+    while m < WHOLE_SPLIT and number < m // 2 and not _enough(split_identities(data, number, 0)[1].image_counts()):
         number += 1
     held = split_identities(data, number, 0)[1].image_counts()
     if int(held.max()) < 2:
@@ -118,6 +122,9 @@ def choose_held_out(data: IdentityDataset, name: str, given: int | float | None)
         )
     if m < WHOLE_SPLIT:
         return Held(number, "a fifth, by number: of a share so few would be chance")
+    by_name = split_identities(data, HELD_OUT, 0)[1].num_identities
+    if abs(by_name - number) > FAR_OFF * math.sqrt(HELD_OUT * (1 - HELD_OUT) * m):
+        return Held(number, f"a fifth, by number: by their names it would be {by_name:,}")
     return Held(HELD_OUT, "a fifth, by the identities' names: more identities later move nobody")
 
 
@@ -185,15 +192,19 @@ def choose_device(given: str | None) -> Choice:
 
 def choose_batch(images: int, device: str) -> Choice:
     """Images a step: a power of two that leaves enough steps in an epoch."""
-    least, most = BATCHES if device == "cpu" else (BATCHES[0], 4 * BATCHES[1])
+    least, most = BATCHES[0], _most_a_step(device)
     fits = 2 ** int(math.log2(max(images / STEPS_AN_EPOCH, 1)))
     size = max(2, min(max(fits, least), most, images))
     why = f"{images // size:,} steps an epoch of {images:,} images"
     return Choice("batch_size", size, why if size < most else f"{why}, and no more a step on a {device}")
 
 
-def choose_workers(given: int | None, seen: Survey, device: str, batch: int, shape: tuple[int, ...]) -> Choice:
-    """Processes that read images beside the one that trains."""
+def _most_a_step(device: str) -> int:
+    return BATCHES[1] if device == "cpu" else 4 * BATCHES[1]
+
+
+def choose_workers(given: int | None, seen: Survey, device: str, shape: tuple[int, ...]) -> Choice:
+    """Processes that read images of a ``shape`` beside the one that trains."""
     cores = os.cpu_count() or 1
     if given is not None:
         return Choice("workers", given, "as given")
@@ -201,7 +212,7 @@ def choose_workers(given: int | None, seen: Survey, device: str, batch: int, sha
         return Choice("workers", 0, "the images are in memory")
     number = min(8, cores - 1) if device != "cpu" else (0 if cores <= 2 else min(4, cores // 2))
     try:
-        check_workers(number, batch, shape)
+        check_workers(number, _most_a_step(device), shape)
     except InputError:
         return Choice("workers", 0, "the shared memory is too small for more")
     return Choice("workers", number, f"{cores} cores, and training on the {device}")
@@ -224,7 +235,8 @@ class Network:
 def candidates(size: int, channels: int, images: int, device: str) -> list[BackboneConfig]:
     """Networks to try, the largest first: what these images can fill, and then what a slower device can train."""
     if device != "cpu":
-        deep = ("iresnet100",) * (images >= 1_000_000) + ("iresnet50",) * (images >= 50_000) + ("iresnet18",)
+        worth: dict[IResNetName, int] = {"iresnet100": 1_000_000, "iresnet50": 50_000, "iresnet18": 0}
+        deep = [name for name, least in worth.items() if images >= least]
         large = [BackboneConfig(name=name, embedding_size=512, channels=channels, image_size=size) for name in deep]
         return [*large, BackboneConfig(channels=channels, image_size=size, width=24)]
     if size <= SMALLEST:

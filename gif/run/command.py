@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch.distributed import is_torchelastic_launched
 
 from gif.backbones import BackboneConfig
 from gif.codes.commands import tokenize_command
-from gif.data import IdentityDataset, IdentitySplit, ImageDecoder, load_data, open_data
+from gif.data import HELD_OUT, IdentityDataset, IdentitySplit, ImageDecoder, load_data, open_data
 from gif.data.encoded import EncodedImages, check_identities, left_out
 from gif.data.inspection import draw_data, look_through
 from gif.data.survey import Survey, survey
@@ -33,7 +33,7 @@ from gif.resume import claim_folder
 from gif.run import choices
 from gif.run.choices import Choice
 from gif.run.report import CHOICES, Trained, write_report
-from gif.run.stages import Stage, StageRecord, run_stages
+from gif.run.stages import Stage, StageRecord, Timing, run_stages
 from gif.settings import Sections, call, read_sections, write_sections
 from gif.training import AUGMENTATIONS, TrainingConfig
 from gif.training.command import MOST_KEPT, train_command
@@ -42,6 +42,7 @@ from gif.vectors.commands import spread_command, vectors_command
 
 CONFIG = "config.yaml"
 MAIN = "GIF"
+STAGES = ("vectors", "spread", "tokenize", "train", "evaluate")  # whose settings config.yaml has
 MOST_DECODED = 50_000  # images that are all decoded before the work; of more, training finds the broken ones
 StageName = Literal["choices", "vectors", "spread", "codes", "train", "judge", "report"]
 
@@ -172,7 +173,7 @@ class _Run:
         if self.config.until == "choices":
             say(f"the choices are in {self.folder / CONFIG}; change them there, and give the command without --until")
             return
-        sections = read_sections(self.folder / CONFIG)
+        sections = read_sections(self.folder / CONFIG, wanted=STAGES)
         run_stages(self._stages(sections), self.folder, self.config.until)
         if self.config.until in (None, "report"):
             self._say_result()
@@ -193,15 +194,24 @@ class _Run:
         if path.exists():
             say(f"settings are those in {path}, as they were chosen before")
             return
-        seen = survey(self.whole)
-        held = choices.choose_held_out(self.whole, self.config.data, self.config.held_out)
+        config, seen = self.config, survey(self.whole)
+        held = choices.choose_held_out(self.whole, config.data, config.held_out)
+        if config.identities is not None and isinstance(held.number, int) and held.number > 1:
+            held = replace(held, number=held.number / self.whole.num_identities)  # the same share of all that there are
         size, channels = choices.choose_size(seen, self.whole), choices.choose_channels(seen, self.whole)
-        self._look_through(seen)
+        device = choices.choose_device(config.device)
+        workers = choices.choose_workers(config.workers, seen, device.value, (channels.value, size.value, size.value))
         split = self._split(held.number, size.value, channels.value)
-        chosen, sections = self._sections(seen, held, size, channels, split)
+        if len(split.held_out) and int(split.held_out.image_counts().max()) < 2:
+            raise InputError(
+                f"none of the {split.held_out.num_identities} identities that are held out has two images, so there is "
+                "no genuine pair to judge by; give another --held_out, or 0 to train on all and judge nothing"
+            )
+        self._look_through(seen, workers.value)
+        chosen, sections = self._sections(seen, held, size, channels, device, workers, split)
         _print_choices(chosen)
         write_text(self.folder / CHOICES, json.dumps([asdict(each) for each in chosen], indent=2))
-        title = f"{shlex.join(['gif', 'run', '--data', self.config.data, '--output', str(self.folder)])}\n" + (
+        title = f"{shlex.join(['gif', 'run', '--data', config.data, '--output', str(self.folder)])}\n" + (
             "chose these settings; each stage takes them with --config, and what is given after it wins."
         )
         write_sections(path, sections, {f"{each.what} {each.value}": each.why for each in chosen}, title)
@@ -211,36 +221,42 @@ class _Run:
         config = self.config
         return load_data(config.data, identities=config.identities, held_out=held_out, decoder=decoder)
 
-    def _look_through(self, seen: Survey) -> None:
+    def _look_through(self, seen: Survey, workers: int) -> None:
         """Decode all images of a set that is not large, so that broken ones are named before the work."""
         images = self.whole
         if isinstance(images, EncodedImages):
             if len(images) <= MOST_DECODED:
-                look_through(images, self.config.workers or 0)
-            check_identities(images, torch.arange(len(images)))
+                look_through(images, workers)
+            check_identities(images, torch.arange(len(images)), workers)
         draw_data(images, self.folder / "data")
+        gone = (left_out(images) or "").splitlines()
         facts = {
             "data": images.origin,
             "identities": images.num_identities,
             "images": len(images),
             "looked at": seen.images,
-            "left out": (left_out(images) or "").splitlines(),
+            "left out": gone,
         }
         write_text(self.folder / "data" / "data.json", json.dumps(facts, indent=2, ensure_ascii=False))
-        for line in facts["left out"]:
+        for line in gone:
             say(line)
 
     def _sections(
-        self, seen: Survey, held: choices.Held, size: Choice, channels: Choice, split: IdentitySplit
+        self,
+        seen: Survey,
+        held: choices.Held,
+        size: Choice,
+        channels: Choice,
+        device: Choice,
+        workers: Choice,
+        split: IdentitySplit,
     ) -> tuple[list[Choice], Sections]:
         """Every choice, and the settings of each stage that follow."""
         config, train = self.config, split.train
-        device = choices.choose_device(config.device)
         batch = choices.choose_batch(len(train), device.value)
         augmentation = choices.choose_augmentation(seen, self.whole)
-        shape = (channels.value, size.value, size.value)
-        workers = choices.choose_workers(config.workers, seen, device.value, batch.value, shape)
-        kept = seen.fixed or (workers.value == 0 and len(train) * math.prod(shape) <= MOST_KEPT)
+        pixels = channels.value * size.value**2
+        kept = seen.fixed or (workers.value == 0 and len(train) * pixels <= MOST_KEPT)
         reading = 0.0 if kept else seen.seconds * batch.value / max(1, workers.value)
         network, why = self._network(size, channels, batch, augmentation, device, split, reading)
         backbone = network.backbone
@@ -387,7 +403,7 @@ class _Run:
             stages.append(Stage(f"train {head}", f"training with {head}", model, train))
             judge = work(evaluate, "evaluate", output=own, model=model)
             judging.append(Stage(f"judge {head}", f"judging {head} on identities never seen", scores, judge))
-        if sections["evaluate"]["held_out"] != 0:
+        if sections["evaluate"].get("held_out") != 0:
             stages += judging
         return [*stages, Stage("report", "the report", at.report, partial(self._report, sections))]
 
@@ -397,22 +413,20 @@ class _Run:
     def _report(self, sections: Sections) -> None:
         train = sections["train"]
         backbone = BackboneConfig(**train["backbone"])
-        split = self._split(train["held_out"], backbone.image_size, backbone.channels)
-        write_report(self.folder, self.config.data, split, self._trained(sections), sections)
+        split = self._split(train.get("held_out", HELD_OUT), backbone.image_size, backbone.channels)
+        write_report(self.folder, self.config.data, split, self._trained(sections), sections["evaluate"])
 
     def _trained(self, sections: Sections) -> list[Trained]:
         record = StageRecord(self.folder).read()
-        training = sections["train"]["training"]
-        images = training["steps"] * training["batch_size"]
-        found = []
-        for head in self.config.heads:
-            timing = record.get(f"train {head}")
-            whole = timing is not None and timing.begun == 1 and timing.seconds
-            found.append(Trained(head, self.folder / folder_name(head), images / timing.seconds if whole else math.nan))
-        return found
+        batch = TrainingConfig(**sections["train"]["training"]).batch_size
+        timings = {head: record.get(f"train {head}", Timing()) for head in self.config.heads}
+        return [
+            Trained(head, self.folder / folder_name(head), batch, timing.seconds if timing.begun == 1 else None)
+            for head, timing in timings.items()
+        ]
 
     def _say_result(self) -> None:
-        sections = read_sections(self.folder / CONFIG)
+        sections = read_sections(self.folder / CONFIG, wanted=STAGES)
         table = new_table("head", "images/s", *_MEASURES, title="held-out identities, never seen in training")
         for each in self._trained(sections):
             numbers = each.numbers()

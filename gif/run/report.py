@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gif.backbones import load_backbone
+from gif.backbones import BackboneConfig, load_backbone
 from gif.codes import IdentityCodes, judge_codes
 from gif.codes.picture import plot_code_tree
 from gif.data import IdentityDataset, IdentitySplit
@@ -26,7 +26,6 @@ from gif.report import Document
 from gif.report.pairs import PairScores, all_pairs
 from gif.report.pictures import plot_head_cost, plot_pairs, plot_scores
 from gif.run.stages import RECORD, StageRecord
-from gif.settings import Sections
 from gif.training import plot_losses
 from gif.vectors.store import CodeVectors
 
@@ -39,11 +38,12 @@ NAMED_IDENTITIES = 3
 
 @dataclass(frozen=True)
 class Trained:
-    """A head that was trained: its name, its folder, images a second (NaN where it was not measured in one go)."""
+    """A head that was trained: its name, its folder, images a step, and how long it took (s), None if not in one go."""
 
     head: str
     folder: Path
-    images_per_second: float
+    batch_size: int
+    seconds: float | None
 
     def numbers(self) -> dict[str, str]:
         """What evaluation.json says of the held-out identities, in words; empty where nothing was judged."""
@@ -58,7 +58,7 @@ class Trained:
 
     def speed(self) -> str:
         """Images a second in training, in words."""
-        return "" if math.isnan(self.images_per_second) else f"{self.images_per_second:,.0f}"
+        return f"{len(self.losses()) * self.batch_size / self.seconds:,.0f}" if self.seconds else ""
 
     def losses(self) -> torch.Tensor:
         """The loss of every step, (steps,)."""
@@ -79,7 +79,9 @@ class _Judged:
     judgement: Judgement
 
 
-def write_report(folder: Path, data: str, split: IdentitySplit, trained: Sequence[Trained], sections: Sections) -> None:
+def write_report(
+    folder: Path, data: str, split: IdentitySplit, trained: Sequence[Trained], judging: Mapping[str, Any]
+) -> None:
     """Write report.html and report.md into the ``folder`` of a run whose other stages are done, and their pictures.
 
     Args:
@@ -87,23 +89,23 @@ def write_report(folder: Path, data: str, split: IdentitySplit, trained: Sequenc
         data: what the data set is called.
         split: its identities, as the backbone reads their images.
         trained: the heads; the first is GIF.
-        sections: the settings of the stages.
+        judging: the settings of `gif evaluate`, of which processes that read images and the device are taken.
     """
     pictures = folder / "pictures"
     document = Document(f"Identity codes for {Path(data).name}")
-    judged = (
-        {each.head: _judged(each, split.held_out, sections["evaluate"]) for each in trained}
-        if len(split.held_out)
-        else {}
-    )
+    codes = IdentityCodes.load(folder / "codes.safetensors")
+    backbone = load_backbone(trained[0].folder / "backbone.safetensors")[1]
+    judged = {}
+    if len(split.held_out):
+        judged = {each.head: _judged(each, split.held_out, judging) for each in trained}
     _summary(document, split, trained, judged)
     _data(document, folder, split)
     _vectors(document, folder)
-    _codes(document, folder, split.train, pictures)
-    _training(document, trained, sections, pictures)
+    _codes(document, codes, folder, split.train, pictures)
+    _training(document, trained, backbone, pictures)
     if judged:
         _judgement(document, trained, judged, split.held_out, pictures)
-    _cost(document, split.train.num_identities, trained, sections, pictures)
+    _cost(document, codes, trained, backbone.embedding_size, trained[0].batch_size, pictures)
     _settings(document, folder)
     write_text(folder / "report.md", document.markdown(folder))
     write_text(folder / "report.html", document.html())
@@ -111,7 +113,7 @@ def write_report(folder: Path, data: str, split: IdentitySplit, trained: Sequenc
 
 def _judged(each: Trained, held_out: IdentityDataset, settings: Mapping[str, Any]) -> _Judged:
     backbone, _ = load_backbone(each.folder / "backbone.safetensors")
-    embedder = Embedder(flip=False, workers=settings["workers"], device=settings["device"])
+    embedder = Embedder(flip=False, workers=settings.get("workers", 0), device=settings.get("device", "cpu"))
     numbers, embeddings = embedder.all_shares(backbone, ReadableImages(held_out), f"embedding with {each.head}")
     labels = held_out.labels[numbers]
     return _Judged(numbers.numpy(), all_pairs(embeddings, labels, HARDEST), judge(embeddings, labels, fars=FARS))
@@ -209,8 +211,7 @@ def _vectors(document: Document, folder: Path) -> None:
     document.picture(folder / "spread-gap.png", "optimality gap over epochs")
 
 
-def _codes(document: Document, folder: Path, train: IdentityDataset, pictures: Path) -> None:
-    codes = IdentityCodes.load(folder / "codes.safetensors")
+def _codes(document: Document, codes: IdentityCodes, folder: Path, train: IdentityDataset, pictures: Path) -> None:
     document.heading("Identity codes")
     document.paragraph(
         f"Each identity has {codes.length} tokens of {codes.vocab_size} values, no two the same: "
@@ -233,12 +234,12 @@ def _codes(document: Document, folder: Path, train: IdentityDataset, pictures: P
         )
 
 
-def _training(document: Document, trained: Sequence[Trained], sections: Sections, pictures: Path) -> None:
-    training, backbone = sections["train"]["training"], sections["train"]["backbone"]
+def _training(document: Document, trained: Sequence[Trained], backbone: BackboneConfig, pictures: Path) -> None:
+    main = trained[0]
     document.heading("Training")
     document.paragraph(
-        f"{training['steps']:,} steps of {training['batch_size']} images, {backbone['name']} network, images of "
-        f"{backbone['channels']} x {backbone['image_size']} x {backbone['image_size']}."
+        f"{len(main.losses()):,} steps of {main.batch_size} images, {backbone.name} network, images of "
+        f"{backbone.channels} x {backbone.image_size} x {backbone.image_size}."
     )
     plot_losses({each.head: each.losses() for each in trained}, pictures / "losses.png")
     caption = "Losses of different heads are different quantities: compare their shape, not their height."
@@ -296,28 +297,22 @@ def _judgement(
         document.picture(path, title.lower(), caption)
 
 
-def _cost(document: Document, m: int, trained: Sequence[Trained], sections: Sections, pictures: Path) -> None:
-    width, batch = sections["train"]["backbone"]["embedding_size"], sections["train"]["training"]["batch_size"]
-    v = sections["tokenize"]["vocab_size"]
+def _cost(
+    document: Document, codes: IdentityCodes, trained: Sequence[Trained], width: int, batch: int, pictures: Path
+) -> None:
+    m, v = len(codes), codes.vocab_size
     document.heading("What the head costs")
     rows = []
     for count in (m, *(larger for larger in LARGER if larger > m)):
-        ours, theirs = (
-            gif_cost(count, width=width, batch=batch, vocab_size=v),
-            softmax_cost(count, width=width, batch=batch),
-        )
-        rows.append(
-            [
-                f"{count:,}",
-                *(f"{1e-6 * cost.bytes:,.1f}" for cost in (ours, theirs)),
-                *(f"{1e-9 * cost.flops:,.2f}" for cost in (ours, theirs)),
-            ]
-        )
+        ours = gif_cost(count, width=width, batch=batch, vocab_size=v)
+        costs = (ours, softmax_cost(count, width=width, batch=batch))
+        memory, work = [f"{1e-6 * cost.bytes:,.1f}" for cost in costs], [f"{1e-9 * cost.flops:,.2f}" for cost in costs]
+        rows.append([f"{count:,}", *memory, *work])
     document.table(["identities", "GIF, MB", "softmax, MB", "GIF, GFLOP", "softmax, GFLOP"], rows)
     document.paragraph(
         f"A step of the head alone, by formula: width {width}, batches of {batch}, float32. A softmax has a centre for "
-        "each identity, and all take part in each step; the code's head knows the length of the codes alone. Of few "
-        "identities it costs more.",
+        "each identity, and all take part in each step; the code's head knows the length of the codes alone. Of a few "
+        "thousand identities and fewer it costs more than a softmax.",
         note=True,
     )
     plot_head_cost(m, width, batch, pictures / "head-cost.png")

@@ -58,7 +58,10 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.images, self.loads, self.text = [], [], [], ""
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
         self.feed(text)
         assert not self.open
 
@@ -296,7 +299,7 @@ def test_the_largest_network_that_there_is_time_for():
 
 
 def test_a_config_may_hold_sections():
-    commands = {"train": None, "spread": None, "data": {}}
+    commands = dict.fromkeys(("train", "spread", "data"))
     text = "train: {lr: 1}\nspread: {epochs: 2}\n"
     assert json.loads(section_of(Path("c"), text, "spread", commands)) == {"epochs": 2}
     assert section_of(Path("c"), "data: glyphs\n", "train", commands) == "data: glyphs\n"
