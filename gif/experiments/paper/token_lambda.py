@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gif.codes import TokenizeConfig, advise, tokenize
 from gif.codes.advise import CodeShape
@@ -178,7 +179,7 @@ def _findings(size: Size, data: str, shapes: Sequence[CodeShape], runs: Sequence
     return Findings(
         {"size": asdict(size), "runs": list(runs)},
         conditions,
-        [_verdict(shape, runs) for shape in shapes],
+        [sentence for shape in shapes for sentence in _verdict(shape, runs)],
         tables,
         {
             "weights": ("Fig. 6a: lambda by the token's place", lambda path: _draw_weights(shapes[-1], runs, path)),
@@ -187,20 +188,23 @@ def _findings(size: Size, data: str, shapes: Sequence[CodeShape], runs: Sequence
     )
 
 
-def _verdict(shape: CodeShape, runs: Sequence[Mapping[str, Any]]) -> str:
-    """Whether uniform weights win: over the best other, by more than the spread of their difference over the seeds."""
+def _verdict(shape: CodeShape, runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Whether uniform weights win, among the supplement's patterns and against those that follow the losses."""
     scores = {name: np.array(_scores(runs, name, shape.length, JUDGED_BY)) for name in CODES_ALONE}
     uniform = scores.pop("uniform")
-    name, other = max(scores.items(), key=lambda item: float(item[1].mean()))
-    ahead = uniform - other
+    given = {name: scores.pop(name) for name in PATTERNS if name in scores}
+    for among, others in (("the supplement's patterns", given), ("those that follow the losses", scores)):
+        name, best = max(others.items(), key=lambda item: float(item[1].mean()))
+        yield f"l = {shape.length}, {among}: {_compared(uniform - best, name)}"
+
+
+def _compared(ahead: NDArray[np.float64], name: str) -> str:
+    """Uniform weights against the best other: won or lost by more than the spread of the difference over the seeds."""
     mean, spread = float(ahead.mean()), float(ahead.std())
-    told = f"{abs(mean):.3f} ± {spread:.3f} by TAR@{JUDGED_BY}, seed by seed"
-    if abs(mean) <= spread or len(ahead) == 1:
-        apart = f"{mean:+.3f} ± {spread:.3f}" if len(ahead) > 1 else f"{mean:+.3f}, one seed"
-        return f"l = {shape.length}: uniform and {name}, the best other, cannot be told apart ({apart})."
-    if mean > 0:
-        return f"l = {shape.length}: uniform wins, ahead of {name}, the best other, by {told}."
-    return f"l = {shape.length}: uniform does not win; {name} is ahead by {told}."
+    if len(ahead) == 1:
+        return f"uniform {mean:+.3f} against {name}, the best, by TAR@{JUDGED_BY}, one seed."
+    told = "cannot be told from" if abs(mean) <= spread else "wins, ahead of" if mean > 0 else "does not win, behind"
+    return f"uniform {told} {name}, the best other, by TAR@{JUDGED_BY}: {mean:+.3f} ± {spread:.3f}."
 
 
 def _draw_weights(shape: CodeShape, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
