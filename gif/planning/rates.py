@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from gif_kernels.gaussian_potential.blocked import TILE
 from gif_kernels.precision import product
 from gif_kernels.rounding import stochastic_round
 
+Clock = Callable[[], float]
 REPEATS = 7
 EFFICIENCY = 0.6
 """Share of a card's peak that is planned with: what the potential is to reach at least."""
@@ -76,15 +78,21 @@ CARDS = {
 
 
 def measure_rates(
-    width: int, batch: int, folder: Path | None = None, vocab_size: int = TokenizeConfig.vocab_size
+    width: int,
+    batch: int,
+    folder: Path | None = None,
+    vocab_size: int = TokenizeConfig.vocab_size,
+    clock: Clock = time.perf_counter,
 ) -> Rates:
     """This machine's rates on CPU for steps of ``batch`` rows of ``width`` and tokens of ``vocab_size`` values.
 
     It takes a few seconds.
 
     Products and exponentials are timed in the tiles that the potential is computed in, pages in a sparse file in
-    ``folder`` (a temporary one where it is not given), which is removed.
+    ``folder`` (a temporary one where it is not given), which is removed. ``clock`` tells seconds; by the processor's,
+    other work on the machine does not count.
     """
+    seconds = partial(median_seconds, clock=clock)
     size = min(batch, TILE)
     rows = torch.nn.functional.normalize(torch.randn(size, width), dim=1)
     pairs, gradient = torch.zeros(size, size), torch.zeros(size, width)
@@ -100,17 +108,17 @@ def measure_rates(
         products=4 * size * size * width / products,
         exponentials=size * size / exponential,
         memory=2 * _COPY_BYTES / copy,
-        pages=_page_rate(width, folder),
+        pages=_page_rate(width, folder, clock),
         overhead=overhead,
         capacity=torch.inf,
         roundings=rows.numel() / rounding,
-        images=_image_rate(),
-        cuts=_cut_rate(width, vocab_size),
+        images=_image_rate(clock),
+        cuts=_cut_rate(width, vocab_size, clock),
         sorts=_SORTED_ROWS * _SORTED_LEVELS / sort,
     )
 
 
-def _image_rate() -> float:
+def _image_rate(clock: Clock) -> float:
     """Images a second in memory, of 32 x 32, that a loader gives to `PixelEncoder` and whose features are summed."""
     images = torch.randint(256, (_BATCHES * _IMAGES, 1, SIDE, SIDE), dtype=torch.uint8)
     data = IdentityImages(images, torch.arange(len(images)), [str(number) for number in range(len(images))])
@@ -121,10 +129,10 @@ def _image_rate() -> float:
         for some, labels in loader:
             sums.index_add_(0, labels, encoder(some).double())
 
-    return len(images) / seconds(read)
+    return len(images) / median_seconds(read, clock)
 
 
-def _cut_rate(width: int, vocab_size: int) -> float:
+def _cut_rate(width: int, vocab_size: int, clock: Clock) -> float:
     """Rows a second that `split` cuts, of nodes so large that it takes all of their rows."""
     rows, config = _ROWS_A_CHILD * vocab_size, TokenizeConfig()
     index = torch.arange(_CUT_NODES * rows).view(_CUT_NODES, rows)
@@ -135,10 +143,10 @@ def _cut_rate(width: int, vocab_size: int) -> float:
         factor, rounds = config.capacity_factor, config.iterations
         split(nodes, vocab_size, capacity_factor=factor, limit=rows, iterations=rounds, seeds=seeds)
 
-    return index.numel() / seconds(cut)
+    return index.numel() / median_seconds(cut, clock)
 
 
-def _page_rate(width: int, folder: Path | None) -> float:
+def _page_rate(width: int, folder: Path | None, clock: Clock) -> float:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gif-rates-") as place:
         table = sparse_table(Path(place) / "pages", _SPARSE_BYTES // (4 * width), width)
         shared = DistributedTable(table, table.device, mapped=True)
@@ -147,7 +155,7 @@ def _page_rate(width: int, folder: Path | None) -> float:
             rows = torch.randint(len(table), (_SPARSE_ROWS,))
             shared.put(rows, shared.take(rows))
 
-        return _SPARSE_ROWS * pages_of_a_row(4 * width) / seconds(touch)
+        return _SPARSE_ROWS * pages_of_a_row(4 * width) / median_seconds(touch, clock)
 
 
 def pages_of_a_row(row_bytes: int) -> float:
@@ -160,12 +168,12 @@ def sparse_table(path: Path, m: int, width: int) -> torch.Tensor:
     return torch.from_file(str(path), shared=True, size=m * width).view(m, width)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def median_seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """Median time of a call, after one to warm up."""
     call()
     times = []
     for _ in range(REPEATS):
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return statistics.median(times)

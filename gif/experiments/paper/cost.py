@@ -6,8 +6,7 @@ import itertools
 import math
 import statistics
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from gif.devices import check_device
 from gif.errors import InputError
-from gif.experiments.paper.report import Findings, Table, chosen, experiment, once, place, publish
+from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
 from gif.experiments.paper.spreaders import IN_FILE, LR, OURS, SPREADERS, Shape, Spreader, Spreading
 from gif.planning import Rates
 from gif.planning.curves import CARD_BYTES, Curve, draw_card, draw_curves, draw_legend
@@ -109,7 +108,7 @@ def _machine(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     processor = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.9 has none
-    return f"{processor.get('cpu_name') or 'a CPU'}, {torch.get_num_threads()} threads"
+    return f"{processor.get('cpu_name') or 'a CPU'}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def _measure(spreader: Spreader, m: int, shape: Shape) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def _measure(spreader: Spreader, m: int, shape: Shape) -> dict[str, Any]:
             spreading.step(subsets[seed % 2].to(spreading.table.device), seed)
 
         peak = peak_bytes(step, shape.device)
-        seconds = _seconds(step, shape.device, SLOW_ROUNDS if spreader.slow else ROUNDS)
+        seconds = _seconds(step, shape, SLOW_ROUNDS if spreader.slow else ROUNDS)
     return {"seconds": seconds, "held_bytes": spreading.held + peak}
 
 
@@ -148,19 +147,16 @@ def _check(spreader: Spreader, spreading: Spreading, index: Tensor) -> None:
         raise AssertionError(f"{spreader.name}: a coordinate is off by {error:.1e}, more than bfloat16's rounding")
 
 
-def _seconds(step: Any, device: str, rounds: int) -> float:
-    """Median time of a step; on a CPU the processor's, of each thread."""
-    cuda = torch.device(device).type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    threads = 1 if cuda else torch.get_num_threads()
+def _seconds(step: Callable[[], None], shape: Shape, rounds: int) -> float:
+    """Median time of a step, by the clock of ``shape``."""
     times = []
     for number in range(WARM + rounds):
-        begin = clock()
+        begin = shape.clock()
         step()
-        if cuda:
-            torch.cuda.synchronize(device)
+        if torch.device(shape.device).type == "cuda":
+            torch.cuda.synchronize(shape.device)
         if number >= WARM:
-            times.append((clock() - begin) / threads)
+            times.append(shape.clock() - begin)
     return statistics.median(times)
 
 

@@ -32,7 +32,7 @@ from gif.experiments.glyph_bench import (
     bench_settings,
     folder_name,
 )
-from gif.experiments.paper.report import Findings, Table, chosen, experiment, once, place, publish
+from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
 from gif.experiments.paper.self_distillation import distilled_encoder
 from gif.plotting import COLORS, figure, save_figure
 from gif.training import TrainingConfig
@@ -366,8 +366,8 @@ def _findings(
     return Findings(
         {"size": asdict(size), "vectors": made, "runs": list(runs)},
         f"{data}, {count} identities. Those held out judge; {APART:.0%} of the others train the encoder without "
-        f"labels, {size.encoder_epochs} epochs, and nothing else; the rest train for {size.epochs} epochs; mean ± "
-        f"deviation of {size.seeds} seeds.",
+        f"labels, {counted(size.encoder_epochs, 'epoch')}, and nothing else; the rest train for "
+        f"{counted(size.epochs, 'epoch')}; mean ± deviation of {counted(size.seeds, 'seed')}.",
         [sentence for head in heads for sentence in _verdict(head, made, runs)],
         tables,
         {"accuracy": ("Accuracy by where code vectors come from", lambda path: _draw(heads, made, runs, path))},

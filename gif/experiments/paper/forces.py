@@ -19,7 +19,7 @@ from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, GlyphBench, benc
 from gif.experiments.paper import layer_peeled
 from gif.experiments.paper.force_probe import ForceProbe
 from gif.experiments.paper.layer_peeled import Descent, LayerPeeled, minority_cosine, solve, threshold
-from gif.experiments.paper.report import Findings, Table, chosen, experiment, once, place, publish
+from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
 from gif.plotting import COLORS, figure, line_style, save_figure
 from gif.progress import say
 from gif.training import TrainingConfig, Validate
@@ -214,8 +214,9 @@ def _findings(
         ],
     )
     conditions = (
-        f"Layer-peeled model: {size.steps:,} steps of Adam, {size.seeds} seeds, float64. Training: {data}, "
-        f"{size.identities:,} identities of which a fifth is held out, {size.epochs} epochs, {size.seeds} seeds."
+        f"Layer-peeled model: {size.steps:,} steps of Adam, {counted(size.seeds, 'seed')}, float64. Training: {data}, "
+        f"{size.identities:,} identities of which a fifth is held out, {counted(size.epochs, 'epoch')}, "
+        f"{counted(size.seeds, 'seed')}."
     )
     return Findings(
         {"layer-peeled": peeled, "training": training, "size": asdict(size)},

@@ -56,6 +56,11 @@ def chosen(settings: Settings, **given: Any) -> Settings:
     return replace(settings, **{name: value for name, value in given.items() if value is not None})  # type: ignore[type-var]
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 seed" and "3 seeds"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def place(name: str, output: Path | None, quick: bool) -> Path:
     """The folder of an experiment: ``output``, or its own; the quick form has another."""
     return output or FOLDER / (f"{name}-quick" if quick else name)

@@ -6,6 +6,7 @@ Autograd's results are rounded to nearest here, which loses small steps; ours ar
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,16 @@ class Shape:
     batch: int = 2048
     device: str = "cpu"
 
+    def clock(self) -> float:
+        """Seconds: of a CPU its own, of each thread, so that other work on the machine does not count."""
+        if torch.device(self.device).type == "cuda":
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()
+
     def rates(self) -> Rates | None:
-        """This machine's, now: measured on a CPU, from the data sheet for a card that `gif plan` knows."""
-        if self.device == "cpu":
-            return measure_rates(self.width, self.batch)
+        """This machine's, by `clock`: measured on a CPU, from the data sheet for a card that `gif plan` knows."""
+        if torch.device(self.device).type == "cpu":
+            return measure_rates(self.width, self.batch, clock=self.clock)
         name = torch.cuda.get_device_name(self.device).lower()
         return next((known for card, known in CARDS.items() if card in name), None)
 

@@ -18,7 +18,7 @@ from gif.evaluation import embed, judge
 from gif.experiments.comparison import MEASURES, mean_and_spread
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender, GlyphBench, bench_settings, folder_name
 from gif.experiments.paper.adaptive_tokens import AdaptiveTokens, DifficultTokens, LearnedTokens
-from gif.experiments.paper.report import Findings, Table, chosen, experiment, once, place, publish
+from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
 from gif.losses import GIFLoss, HeadConfig, TokenWeights
 from gif.plotting import figure, line_style, save_figure
 from gif.training import TrainingConfig
@@ -173,8 +173,8 @@ def _findings(size: Size, data: str, shapes: Sequence[CodeShape], runs: Sequence
         for shape in shapes
     ]
     conditions = (
-        f"L_C alone on {data}, {size.identities:,} identities of which a fifth is held out, {size.epochs} epochs, mean "
-        f"± deviation of {size.seeds} seeds."
+        f"L_C alone on {data}, {size.identities:,} identities of which a fifth is held out, "
+        f"{counted(size.epochs, 'epoch')}, mean ± deviation of {counted(size.seeds, 'seed')}."
     )
     return Findings(
         {"size": asdict(size), "runs": list(runs)},
