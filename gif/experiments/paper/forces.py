@@ -275,10 +275,9 @@ def _of_training(last: Mapping[str, Sequence[Mapping[str, float]]], groups: Sequ
         rare, frequent = (
             float(np.mean([MEASURES["push / pull"](run, group) for run in runs])) for group in (groups[0], groups[-1])
         )
-        which = "rarest" if rare > frequent else "most frequent"
         told.append(
-            f"{name}: push over pull is {rare:.2f} for identities with {groups[0]} and {frequent:.2f} for those with "
-            f"{groups[-1]}, so it weighs most on the {which}."
+            f"{name}: at the end push over pull is {rare:.2f} for identities with {groups[0]} and {frequent:.2f} for "
+            f"those with {groups[-1]}."
         )
     return told
 
