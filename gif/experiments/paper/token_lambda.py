@@ -226,7 +226,15 @@ def _draw_accuracy(shapes: Sequence[CodeShape], runs: Sequence[Mapping[str, Any]
         for number, name in enumerate(CODES_ALONE):
             scores = _scores(runs, name, shape.length, JUDGED_BY)
             color = line_style(number)["color"]
-            axes.errorbar(number, np.mean(scores), np.std(scores), marker="o", markersize=8, color=color, capsize=4)
+            axes.errorbar(
+                number,
+                np.mean(scores),
+                np.std(scores) if len(scores) > 1 else None,
+                marker="o",
+                markersize=8,
+                color=color,
+                capsize=4,
+            )
         axes.set_xticks(range(len(CODES_ALONE)), list(CODES_ALONE), rotation=25, ha="right")
         axes.set_title(f"l = {shape.length}, v = {shape.vocab_size}")
     np.atleast_1d(panels)[0].set_ylabel(f"TAR@{JUDGED_BY}, held-out identities")
