@@ -70,9 +70,7 @@ def read_sections(path: Path, wanted: Sequence[str] = ()) -> Sections:
     if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
         raise InputError(f"{path} holds no settings by command; mend it, or remove it to have them chosen anew")
     if missing := [name for name in wanted if name not in found]:
-        raise InputError(
-            f"{path} has no settings for {', '.join(missing)}; mend it, or remove it to have them chosen anew"
-        )
+        raise InputError(f"{path} has no settings for {', '.join(missing)}; mend it, or remove it to choose anew")
     return found
 
 
