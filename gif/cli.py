@@ -10,8 +10,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib import import_module, metadata
+from inspect import Parameter, signature
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -126,9 +126,7 @@ def _run(arguments: Sequence[str]) -> None:
     """The command line, by jsonargparse, which it alone needs."""
     with needs("jsonargparse[signatures]", "the command line"):
         from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
-    with suppress(ModuleNotFoundError):
-        import shtab  # noqa: F401 (which makes the completion)
-
+    if "add_print_completion_argument" in signature(set_parsing_settings).parameters:
         set_parsing_settings(add_print_completion_argument=True)
 
     class Parser(ArgumentParser):
@@ -174,12 +172,23 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _option(key: str) -> str:
-    """--option of a key such as train.output or data.convert.input."""
+    """--option of a key such as train.output or data.convert.input; of what stands by itself its name alone."""
     level: Any = COMMANDS
     names = key.split(".")
     while len(names) > 1 and isinstance(level, dict) and names[0] in level:
         level = level[names.pop(0)]
-    return f"--{'.'.join(names)}"
+    by_itself = _is_by_itself(level) and _is_positional(_function(level), names[0])
+    return names[0].upper() if by_itself else f"--{'.'.join(names)}"
+
+
+def _is_by_itself(target: Any) -> bool:
+    """Whether it is a command whose images stand by themselves."""
+    return isinstance(target, str) and target.partition(":")[2] in BY_THEMSELVES.values()
+
+
+def _is_positional(command: Callable[..., Any], name: str) -> bool:
+    """Whether a parameter of such a command is given by its place."""
+    return signature(command).parameters[name].kind is Parameter.POSITIONAL_OR_KEYWORD
 
 
 def main() -> None:
