@@ -79,8 +79,7 @@ class InsightFaceTransformer(nn.Module):
             raise InputError(f"image_size must be at least {PATCH}, a patch, got {image_size}; resize the images")
         width, patches = kind.width, (image_size // PATCH) ** 2
         self.mask, self.checkpointed = kind.mask, kind.checkpointed
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(channels, width, PATCH, PATCH)
+        self.patch_embed = _Patches(channels, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, patches, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         drops = torch.linspace(0, kind.drop_path, kind.depth).tolist()
@@ -101,7 +100,7 @@ class InsightFaceTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=_INITIAL_STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.pos_embed  # (B, patches, width)
+        x = self.patch_embed(images) + self.pos_embed  # (B, patches, width)
         masks = self.training and self.mask > 0
         if masks:
             order = torch.rand(x.shape[:2], device=x.device).argsort(1)
@@ -116,19 +115,37 @@ class InsightFaceTransformer(nn.Module):
         return embeddings
 
 
+class _Patches(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, PATCH, PATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches: Tensor = self.proj(images)
+        return patches.flatten(2).transpose(1, 2)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(F.relu6(self.fc1(x)))
+        return y
+
+
 class _Block(nn.Module):
     def __init__(self, width: int, drop: float) -> None:
         super().__init__()
         self.drop = drop
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = _Attention(width)
-        self.mlp = nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
+        self.mlp = _Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._dropped(self.attn(self.norm1(x)))
-        inner: Tensor = self.mlp.fc2(F.relu6(self.mlp.fc1(self.norm2(x))))
-        return x + self._dropped(inner)
+        return x + self._dropped(self.mlp(self.norm2(x)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
         """The branch, in training 0 for some images at random, and larger for the others (stochastic depth)."""

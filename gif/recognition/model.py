@@ -223,7 +223,7 @@ def _fit_of(path: Path) -> Fit:
     trained_on, told = load_trained_on(path), path.with_name(HUB_CONFIG)
     if path.name == HUB_WEIGHTS and told.exists():
         try:
-            return read_json(told)["preprocessing"]["fit"]  # type: ignore[no-any-return]
+            return read_json(told)["preprocessing"]["fit"]
         except (KeyError, TypeError) as error:
             raise InputError(f"{told} does not say how images are prepared; make the folder again") from error
     return ImageDecoder.fit if trained_on is None else trained_on.images.get("fit", ImageDecoder.fit)

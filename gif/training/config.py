@@ -111,7 +111,11 @@ class TrainingConfig:
             del decides["steps"]  # as records of earlier versions have it
         else:
             del decides["epochs"]
-        defaults = {"freeze": [], "ema": None, "patience": None}  # which records of earlier versions do not have
+        defaults: dict[str, Any] = {
+            "freeze": [],
+            "ema": None,
+            "patience": None,
+        }  # which records of earlier versions do not have
         return {name: value for name, value in decides.items() if name not in defaults or value != defaults[name]}
 
     def steps_of(self, images: int) -> int:

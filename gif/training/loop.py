@@ -119,8 +119,8 @@ def train(
     if config.patience is not None and validate is None:
         raise InputError("patience counts validations, and there is none; name something to judge by, or leave it out")
 
-    model = _Trained(backbone, head, config).to(device).train()
-    average = model["average"] if config.ema else None
+    average = None if config.ema is None else AverageBackbone(backbone, config.ema)
+    model = _Trained(backbone, head, average, freeze(backbone, config.freeze)).to(device).train()
     judged = average or backbone
     if config.channels_last:
         backbone.to(memory_format=torch.channels_last)
@@ -213,15 +213,15 @@ def _kept(keeper: Checkpoints | None) -> Iterator[StopRequest]:
 class _Trained(nn.ModuleDict):
     """What a run trains: backbone and head, and the average of the backbone; frozen parts stay in eval mode."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, config: TrainingConfig) -> None:
-        frozen = freeze(backbone, config.freeze)
-        average = {} if config.ema is None else {"average": AverageBackbone(backbone, config.ema)}
-        super().__init__({"backbone": backbone, "head": head, **average})
-        self._frozen = (frozen,)  # in a tuple, for it is no module of this one
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, average: nn.Module | None, frozen: Sequence[nn.Module]
+    ) -> None:
+        self._frozen = tuple(frozen)
+        super().__init__({"backbone": backbone, "head": head} | ({} if average is None else {"average": average}))
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for part in self._frozen[0] if hasattr(self, "_frozen") else ():
+        for part in self._frozen:
             part.eval()
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,13 +134,14 @@ def _timm_weights(init: str, config: BackboneConfig, network: nn.Module) -> dict
     file = None if init == TIMM else Path(init)
     if file is not None:
         check_pytorch(file)
-    options = {"num_classes": 0, "in_chans": config.channels, "img_size": config.image_size}
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": config.channels, "img_size": config.image_size}
     with loading(f"timm's {config.model}", file):
         if file is None:
             found = timm.create_model(config.model, pretrained=True, **options)
         else:
-            overlay = {"pretrained_cfg_overlay": {"file": str(file)}}
-            found = timm.create_model(config.model, pretrained=True, **overlay, **options)
+            found = timm.create_model(
+                config.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options
+            )
     own = network.state_dict()
     weights = dict(found.state_dict())
     if unknown := sorted(weights.keys() - own.keys()):

@@ -1,6 +1,7 @@
 """Runs that begin with another's weights, go on for longer, end early, average, or leave parts as they are."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,9 @@ def equal(one, other):
 
 
 class Net(torch.nn.Module):
+    body: Any
+    norm: Any
+
     def __init__(self):
         super().__init__()
         self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 16))
@@ -61,19 +65,19 @@ class Net(torch.nn.Module):
         return self.norm(self.body(images))
 
 
-def fresh(identities=24):
+def fresh(identities=24) -> tuple[Any, Any]:
     torch.manual_seed(0)
     return Net(), MarginSoftmax(identities, 16, scale=8.0)
 
 
-CONFIG = {"batch_size": 16, "lr": 0.05, "device": "auto"}
+CONFIG: dict[str, Any] = {"batch_size": 16, "lr": 0.05, "device": "auto"}
 
 
 class TestAverage:
     def test_is_the_moving_average(self):
         torch.manual_seed(0)
-        network = Net()
-        average = AverageBackbone(network, 0.9)
+        network: Any = Net()
+        average: Any = AverageBackbone(network, 0.9)
         wanted = network.body[1].weight.detach().clone()
         for step in range(1, 6):
             with torch.no_grad():
@@ -97,7 +101,7 @@ class TestAverage:
         images = tiny_images(24, 0)
         config = TrainingConfig(epochs=2, ema=0.95, **CONFIG)
         network, head = fresh()
-        log = train(network, head, images, config, validate=validate)
+        log: Any = train(network, head, images, config, validate=validate)
         plain, _ = fresh()
         trained = train(plain, fresh()[1], images, TrainingConfig(epochs=2, **CONFIG))
         assert torch.equal(log.losses, trained.losses) and trained.average is None  # averaging changes no step
@@ -181,7 +185,7 @@ class TestEarlyStopping:
     def test_a_run_ends_and_stays_ended(self, tmp_path):
         scores = iter([0.1, 0.3, 0.2, 0.2, 0.9])
         config = TrainingConfig(epochs=8, patience=2, **CONFIG)
-        arguments = {"validate_every": 5, "checkpoints": tmp_path / "c"}
+        arguments: dict[str, Any] = {"validate_every": 5, "checkpoints": tmp_path / "c"}
         with console.capture() as capture:
             log = train(*fresh(), tiny_images(24, 0), config, validate=lambda network: {"a": next(scores)}, **arguments)
         assert list(log.validations) == [5, 10, 15, 20] and len(log.losses) == 20
@@ -309,8 +313,9 @@ class TestLoggers:
         found = loggers_of(tmp_path, ["tensorboard", "wandb"], {})
         assert [type(logger) for logger in found] == [MeasuresFile, TensorBoard, WeightsAndBiases]
         assert [type(logger) for logger in loggers_of(tmp_path, "tensorboard", {})] == [MeasuresFile, TensorBoard]
+        wrong: Any = ["mlflow"]
         with pytest.raises(InputError, match="no logger mlflow; there are tensorboard, wandb"):
-            loggers_of(tmp_path, ["mlflow"], {})
+            loggers_of(tmp_path, wrong, {})
 
     @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
     def test_a_package_that_is_not_there(self, tmp_path, monkeypatch, name):

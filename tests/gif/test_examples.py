@@ -78,7 +78,12 @@ class TestExamples:
     def test_hugging_face_trainer(self, tmp_path):
         module = example("hugging_face_trainer")
         images = pictures(24, 0)
-        options = {"per_device_train_batch_size": 32, "num_train_epochs": 4, "save_steps": 10, "use_cpu": True}
+        options: dict[str, Any] = {
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 4,
+            "save_steps": 10,
+            "use_cpu": True,
+        }
         options |= {"logging_steps": 1, "disable_tqdm": True, "save_strategy": "steps"}
         torch.manual_seed(0)
         whole = module.trainer_of(images, BACKBONE, tmp_path / "run", **options)

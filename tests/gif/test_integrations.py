@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -129,8 +130,9 @@ class TestInsightface:
             with console.capture() as capture:
                 assert make().loss.recipe == replace(RECIPES["live"], contrast_margin=margin)
             assert f"the recipe's scale, 12, is kept, and not the margin loss's, {scale}" in capture.get()
+        wrong: Any = "mine"
         with pytest.raises(ValueError, match="scale"):
-            make(scale="mine")
+            make(scale=wrong)
         assert PartialFC(None, WIDTH, M, codes=codes, vectors=vectors).loss.recipe == RECIPES["live"]
         with pytest.raises(TypeError, match="interclass filtering needs a logit for every class"):
             PartialFC(CombinedMarginLoss(64, 1, 0.5, 0, 0.2), WIDTH, M, codes=codes, vectors=vectors)

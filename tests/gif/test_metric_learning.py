@@ -138,5 +138,10 @@ class TestMetricLearning:
         wanted = loss_func.loss.recipe.contrast_scale * nn.functional.cosine_similarity(table[1], table[3], dim=0)
         torch.testing.assert_close(logits[1, 3], wanted)
         with pytest.raises(ValueError, match="there are none; give vectors"):
-            bare = {"vectors": None, "embedding_size": WIDTH, "regression_weight": 0, "contrast_weight": 0}
+            bare: dict[str, Any] = {
+                "vectors": None,
+                "embedding_size": WIDTH,
+                "regression_weight": 0,
+                "contrast_weight": 0,
+            }
             metric_learning.GIFLoss(tables()[0], **bare).get_logits(table)

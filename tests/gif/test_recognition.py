@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,7 +134,9 @@ class TestCalibration:
     def test_evaluate_stores_them_and_verify_takes_them(self, gif, tmp_path, monkeypatch):
         model = make_model(tmp_path / "b.safetensors")
         torch.manual_seed(1)
-        images = IdentityImages(torch.randint(0, 256, (60, 1, SIZE, SIZE)).byte(), torch.arange(60) // 3, range(20))
+        images = IdentityImages(
+            torch.randint(0, 256, (60, 1, SIZE, SIZE)).byte(), torch.arange(60) // 3, list(map(str, range(20)))
+        )
         split = type("Split", (), {"held_out": images, "sets": None})()
         monkeypatch.setattr(evaluate_module, "load_data", lambda *_, **__: split)
         code, printed = gif("evaluate", "--model", model, "--data", "x", "--output", tmp_path / "out")
@@ -202,8 +205,9 @@ class TestModel:
             loaded.embed(np.zeros((4, 4, 3)))
         with pytest.raises(InputError, match=r"\(4, 4, 2\)"):
             loaded.embed(np.zeros((4, 4, 2), np.uint8))
+        number: Any = 3
         with pytest.raises(TypeError, match="got int"):
-            loaded.embed([3])
+            loaded.embed([number])
 
     def test_a_folder_that_holds_no_model(self, tmp_path):
         with pytest.raises(InputError, match=r"without a model\.safetensors"):
@@ -369,8 +373,9 @@ class TestSearch:
             search(rows, rows[:, :2])
         with pytest.raises(InputError, match="at least one"):
             search(rows, rows[:0])
+        wrong: Any = "annoy"
         with pytest.raises(ValueError, match="backend"):
-            search(rows, rows, backend="annoy")
+            search(rows, rows, backend=wrong)
 
     def test_command(self, gif, model, faces, tmp_path):
         gallery = tmp_path / "g.npz"
