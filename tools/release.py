@@ -46,6 +46,7 @@ table = torch.randn(40, 16)
 codes = gif.IdentityCodes(torch.cartesian_prod(torch.arange(7), torch.arange(7))[:40].to(torch.uint8), 7)
 loss_fn = gif.GIFLoss(codes, gif.CodeVectors(table), embedding_size=16)
 loss_fn(torch.randn(8, 16, requires_grad=True), torch.arange(8)).backward()
+assert gif.__file__.startswith(sys.prefix), gif.__file__
 assert gif.__version__ == gif_kernels.__version__ == "{version}", gif.__version__
 print("kernels and losses alone:", gif.__version__)
 """
@@ -170,7 +171,7 @@ def try_wheel(wheel: Path, version: str, *, full: bool) -> None:
 
 def run(command: Sequence[str], cwd: Path = ROOT) -> None:
     """Run a command to its end; what it prints is shown if it fails."""
-    print("$", " ".join(command), flush=True)
+    print("$", " ".join(command).strip().splitlines()[0], flush=True)
     where = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=cwd, env=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
