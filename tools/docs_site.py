@@ -21,17 +21,24 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("gif_kernels", "gif")
 HOME = "README.md"
+REFERENCE, PROJECT = "Reference", "Project"
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Tutorials": ("docs/tutorials/*.md", "docs/tutorial*.md", "docs/coming-from-*.md"),
     "How to": ("docs/data.md", "docs/spreading.md", "docs/training.md", "docs/evaluation.md", "docs/gpu.md"),
     "The method": ("docs/method.md", "docs/paper.md", "docs/architecture.md", "docs/reliability.md"),
     "Measured": ("docs/accuracy.md", "docs/benchmarks.md"),
     "Kernels": ("gif_kernels/*/README.md",),
-    "Project": ("CONTRIBUTING.md", "CHANGELOG.md", "RELEASING.md", "SECURITY.md", "CODE_OF_CONDUCT.md"),
+    PROJECT: (
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/compatibility.md",
+        "RELEASING.md",
+        "SECURITY.md",
+        "CODE_OF_CONDUCT.md",
+    ),
     "More": ("docs/**/*.md",),
 }
 """What stands under which heading, by pattern. A page stands under the first that fits; a new one needs no entry."""
-REFERENCE = "Reference"
 FILES = ("LICENSE", "CITATION.cff", "Makefile", "pyproject.toml", "docs/**/*", "examples/*.py", "gif/configs/*.yaml")
 """What pages may link to beside each other."""
 WITHOUT_EXPORTS = ("gif.integrations.insightface", "gif.integrations.metric_learning")
@@ -129,10 +136,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     from pymdownx.arithmatex import arithmatex_fenced_format
 
     nav: list[Any] = []
-    for section, paths in pages().items():
-        nav += [{section: paths}] if section else paths
     described = sorted(reference(), key=lambda page: page.module)
-    nav.insert(-1, {REFERENCE: [{page.module: f"reference/{page.module}.md"} for page in described]})
+    for section, paths in pages().items():
+        if section == PROJECT:
+            nav.append({REFERENCE: [{page.module: f"reference/{page.module}.md"} for page in described]})
+        nav += [{section: paths}] if section else paths
     config.nav = nav
     fence = {"name": "math", "class": "arithmatex", "format": arithmatex_fenced_format(mode="generic")}
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}

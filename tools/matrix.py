@@ -129,7 +129,8 @@ def try_environment(environment: Environment, steps: Sequence[str], output: Path
                 start = time.monotonic()
                 command = [str(python), *STEPS[step], *(aot.split() if step == "aot" else [])]
                 passed = run(command)
-                result.steps[step] = {"passed": passed, "seconds": round(time.monotonic() - start)}
+                seconds = round(time.monotonic() - start)
+                result.steps[step] = {"passed": passed, "seconds": seconds, "day": result.day}
                 print(f"{environment.name}: {step} {'passed' if passed else f'FAILED, see {log}'}", flush=True)
         finally:
             if not keep:
@@ -152,8 +153,9 @@ def table(results: dict[str, Result]) -> str:
     for name, result in results.items():
         seen = [result.versions.get(package, "") for package in SHOWN]
         steps = ", ".join(f"{step}{'' if told['passed'] else ' FAILED'}" for step, told in result.steps.items())
-        rows.append((name, result.python, *seen, result.failed.partition(", see")[0] or steps, result.day))
-    return markdown_table(("environment", "Python", "PyTorch", "Triton", "NumPy", "passed", "on"), rows)
+        day = min((told["day"] for told in result.steps.values()), default=result.day)
+        rows.append((name, result.python, *seen, result.failed.partition(", see")[0] or steps, day))
+    return markdown_table(("environment", "Python", "PyTorch", "Triton", "NumPy", "passed", "since"), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,9 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {name: Result(**told) for name, told in json.loads(kept.read_text()).items()} if kept.exists() else {}
     chosen = [environment for environment in ENVIRONMENTS if environment.name in given.only]
     for environment in chosen:
-        results[environment.name] = try_environment(
-            environment, given.steps, given.output, keep=given.keep, aot=given.aot
-        )
+        found = try_environment(environment, given.steps, given.output, keep=given.keep, aot=given.aot)
+        before = results.get(environment.name)
+        if before is not None and before.versions == found.versions:  # what passed there before still has
+            found.steps = {**before.steps, **found.steps}
+        results[environment.name] = found
         ordered = {name: results[name] for name in names if name in results}
         kept.write_text(json.dumps({name: vars(result) for name, result in ordered.items()}, indent=1) + "\n")
     print(table(ordered))

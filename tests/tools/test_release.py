@@ -141,15 +141,18 @@ class TestMatrix:
         outcomes = {"torch-2.9-oldest": True, "newest": False}
 
         def tried(environment, steps, output, *, keep, aot):
-            steps = {step: {"passed": outcomes[environment.name], "seconds": 1} for step in steps}
-            return matrix.Result("3.11", {"torch": "2.9.0", "triton": "3.5.0", "numpy": "2.0.0"}, steps, "2026-11-27")
+            day = "2026-11-28" if "kernels" in steps else "2026-11-27"
+            told = {"passed": outcomes[environment.name], "seconds": 1, "day": day}
+            versions = {"torch": "2.9.0", "triton": "3.5.0", "numpy": "2.0.0"}
+            return matrix.Result("3.11", versions, dict.fromkeys(steps, told), day)
 
         monkeypatch.setattr(matrix, "try_environment", tried)
         common = ["--output", str(tmp_path / "out"), "--docs", str(document), "--steps", "aot", "gif"]
         assert matrix.main([*common, "--only", "torch-2.9-oldest"]) == 0
         assert matrix.main([*common, "--only", "newest"]) == 1
+        assert matrix.main([*common[:-2], "kernels", "--only", "torch-2.9-oldest"]) == 0
         text = document.read_text()
-        assert "| torch-2.9-oldest | 3.11 | 2.9.0 | 3.5.0 | 2.0.0 | aot, gif | 2026-11-27 |" in text
+        assert "| torch-2.9-oldest | 3.11 | 2.9.0 | 3.5.0 | 2.0.0 | aot, gif, kernels | 2026-11-27 |" in text
         assert "aot FAILED, gif FAILED" in text
         assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == set(outcomes)
 
