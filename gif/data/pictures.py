@@ -10,7 +10,8 @@ from torch import Tensor
 from gif.data.encoded import EncodedImages
 from gif.data.images import IdentityDataset
 
-DARK = 64  # mean grey level below which images of one channel are ink on black
+DARK = 64  # mean grey level below which drawings are ink on black
+DRAWN, EXTREME = 0.8, 40  # share of a drawing's pixels that are so near to black or white
 LOOKED_AT = 64  # images, evenly spaced
 BROKEN = 224  # grey level that stands for an image that cannot be read
 
@@ -20,13 +21,13 @@ Pixels = NDArray[np.uint8]
 class Pictures:
     """Images (h, w, 3) uint8 to look at, of a data set.
 
-    Drawings in white on black, as the glyphs are stored, are turned into black on white. One that cannot be read is
-    plain grey.
+    Grey drawings in white on black, as the glyphs are stored, are turned into black on white. One that cannot be read
+    is plain grey.
     """
 
     def __init__(self, data: IdentityDataset) -> None:
         self._data = data
-        self._turned = data.image_shape[0] == 1 and len(data) > 0 and self._mean() < DARK
+        self._turned = len(data) > 0 and self._is_white_on_black()
 
     def __getitem__(self, index: int) -> Pixels:
         if isinstance(self._data, EncodedImages):
@@ -47,10 +48,13 @@ class Pictures:
                 sheet[row * height :, column * width :][: shown.shape[0], : shown.shape[1]] = shown
         return sheet
 
-    def _mean(self) -> float:
+    def _is_white_on_black(self) -> bool:
         places = torch.linspace(0, len(self._data) - 1, min(LOOKED_AT, len(self._data))).long().tolist()
         images = self._data.batch(places)[0]
-        return float(images.float().mean()) if len(images) else float(DARK)
+        if not len(images) or not bool((images == images[:, :1]).all()):
+            return False
+        extreme = ((images < EXTREME) | (images > 255 - EXTREME)).float().mean()
+        return float(images.float().mean()) < DARK and float(extreme) >= DRAWN
 
     def _shown(self, image: Tensor) -> Pixels:
         pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()

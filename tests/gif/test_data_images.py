@@ -697,3 +697,18 @@ class TestSharedMemory:
         monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda path: usage(1, 0, 1))
         with pytest.raises(InputError, match="20 images take a byte each there"):
             open_data(str(faces))
+
+
+def test_images_that_are_kept_are_decoded_once(tmp_path, png):
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.png").write_bytes(png(torch.randint(256, (3, 9, 9), dtype=torch.uint8)))
+    data = open_data(str(tmp_path), decoder=ImageDecoder(8))
+    before = data.batch([0, 1, 2])[0]
+    assert not data.keep(3 * 3 * 64 - 1) and data.keep(3 * 3 * 64)
+    assert torch.equal(data.batch([2, 0])[0], before[[2, 0]])
+    for path in (tmp_path / "a").iterdir():
+        path.unlink()
+    assert torch.equal(data.batch([0, 2])[0], before[[0, 2]])  # as they were
+    with pytest.raises(BrokenImageError):
+        data[1]  # which was never decoded since

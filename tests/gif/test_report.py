@@ -70,9 +70,12 @@ def test_pictures_turn_white_ink_on_black_and_leave_photographs():
     ink[:, :, 2:4, 2:4] = 255
     drawn = Pictures(IdentityImages(ink, torch.arange(4), list("abcd")))
     assert drawn[0].shape == (6, 6, 3) and drawn[0][0, 0, 0] == 255 and drawn[0][2, 2, 0] == 0
-    photos = torch.full((4, 3, 6, 6), 20, dtype=torch.uint8)
-    shown = Pictures(IdentityImages(photos, torch.arange(4), list("abcd")))
-    assert (shown[1] == 20).all()
+    colored = torch.tensor([20, 10, 60], dtype=torch.uint8)[:, None, None].expand(4, 3, 6, 6)
+    for photos in (colored, torch.full((4, 1, 6, 6), 50, dtype=torch.uint8)):  # at night, and grey
+        shown = Pictures(IdentityImages(photos, torch.arange(4), list("abcd")))
+        assert shown[1][0, 0, 0] == photos[1, 0, 0, 0]
+    same = Pictures(IdentityImages(ink.expand(-1, 3, -1, -1), torch.arange(4), list("abcd")))
+    assert same[0][0, 0, 0] == 255  # read in colour, and grey all the same
     assert drawn.sheet([[0, 1], [2]]).shape == (14, 14, 3)
 
 

@@ -20,10 +20,11 @@ from gif.losses import MarginSoftmax, PartialFC
 from gif.progress import console
 from gif.training import TrainingConfig, plot_losses, plot_validations, train
 from gif.training import loop as loop_module
-from gif.training.augmentation import RandomAffine
+from gif.training.augmentation import AUGMENTATIONS, RandomAffine
 from gif.training.loggers import TensorBoard
 from gif.training.monitor import summary
 from gif.training.order import EpochOrder, begin_epoch
+from gif.training.statistics import recompute_statistics
 from gif_kernels import checks
 
 CONFIG_FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -532,3 +533,25 @@ def test_pictures(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no validation to draw"):
         plot_validations({}, tmp_path / "none.png")
+
+
+def test_recomputed_statistics_are_those_of_the_batches():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.ReLU())
+    network(torch.randn(8, 3) * 100)  # statistics of other inputs
+    batches = [torch.randn(6, 3) for _ in range(4)]
+    network.eval()
+    recompute_statistics(network, batches)
+    features = [network[0](batch) for batch in batches]
+    assert torch.allclose(network[1].running_mean, torch.stack([each.mean(0) for each in features]).mean(0), atol=1e-6)
+    assert torch.allclose(network[1].running_var, torch.stack([each.var(0) for each in features]).mean(0), atol=1e-6)
+    assert network[1].momentum == 0.1 and not network.training
+
+
+def test_photographs_keep_their_shape_and_range_and_have_no_black_corners():
+    torch.manual_seed(0)
+    images = torch.full((16, 3, 20, 20), 0.5)
+    changed = AUGMENTATIONS["photo"](images)
+    assert changed.shape == images.shape and changed.min() >= 0.5 / 1.3 - 0.2 - 1e-6 and changed.max() <= 1
+    assert all(each.std() < 1e-5 for each in changed)  # one colour stays one colour, to the border
+    assert len({round(float(each.mean()), 3) for each in changed}) > 8
