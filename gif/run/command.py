@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -197,7 +197,10 @@ class _Run:
         config, seen = self.config, survey(self.whole)
         held = choices.choose_held_out(self.whole, config.data, config.held_out)
         if config.identities is not None and isinstance(held.number, int) and held.number > 1:
-            held = replace(held, number=held.number / self.whole.num_identities)  # the same share of all that there are
+            share = held.number / self.whole.num_identities
+            held = choices.Held(
+                share, "so large a share: identities are taken of those held out and of the others alike"
+            )
         size, channels = choices.choose_size(seen, self.whole), choices.choose_channels(seen, self.whole)
         device = choices.choose_device(config.device)
         workers = choices.choose_workers(config.workers, seen, device.value, (channels.value, size.value, size.value))
@@ -343,7 +346,7 @@ class _Run:
                 "vectors": place["spread"],
                 "head": {"kind": "gif", "recipe": "live"},
                 "backbone": asdict(backbone),
-                "training": asdict(training),
+                "training": {name: value for name, value in asdict(training).items() if name != "epochs"},
                 "augmentation": augmentation.value,
                 "statistics": statistics.value,
             },

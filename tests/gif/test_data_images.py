@@ -704,6 +704,7 @@ def test_images_that_are_kept_are_decoded_once(tmp_path, png):
     for number in range(3):
         (tmp_path / "a" / f"{number}.png").write_bytes(png(torch.randint(256, (3, 9, 9), dtype=torch.uint8)))
     data = open_data(str(tmp_path), decoder=ImageDecoder(8))
+    assert isinstance(data, EncodedImages)
     before = data.batch([0, 1, 2])[0]
     assert not data.keep(3 * 3 * 64 - 1) and data.keep(3 * 3 * 64)
     assert torch.equal(data.batch([2, 0])[0], before[[2, 0]])

@@ -537,15 +537,16 @@ def test_pictures(tmp_path):
 
 def test_recomputed_statistics_are_those_of_the_batches():
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.ReLU())
+    linear, norm = torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5)
+    network = torch.nn.Sequential(linear, norm, torch.nn.ReLU())
     network(torch.randn(8, 3) * 100)  # statistics of other inputs
     batches = [torch.randn(6, 3) for _ in range(4)]
     network.eval()
     recompute_statistics(network, batches)
-    features = [network[0](batch) for batch in batches]
-    assert torch.allclose(network[1].running_mean, torch.stack([each.mean(0) for each in features]).mean(0), atol=1e-6)
-    assert torch.allclose(network[1].running_var, torch.stack([each.var(0) for each in features]).mean(0), atol=1e-6)
-    assert network[1].momentum == 0.1 and not network.training
+    features = [linear(batch) for batch in batches]
+    assert torch.allclose(norm.running_mean, torch.stack([each.mean(0) for each in features]).mean(0), atol=1e-6)
+    assert torch.allclose(norm.running_var, torch.stack([each.var(0) for each in features]).mean(0), atol=1e-6)
+    assert norm.momentum == 0.1 and not network.training
 
 
 def test_photographs_keep_their_shape_and_range_and_have_no_black_corners():
