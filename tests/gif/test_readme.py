@@ -21,8 +21,3 @@ def test_the_kernels_tutorial_runs_from_top_to_bottom(capsys):
     for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(example, scope)
     assert scope["embeddings"].grad.abs().sum() > 0 and "because" in capsys.readouterr().out
-
-
-def test_every_linked_file_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).exists(), target
