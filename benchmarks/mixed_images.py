@@ -1,6 +1,6 @@
 """A folder of images as people have them: in colour, of mixed sizes, as JPEG and PNG, some damaged; made of glyphs.
 
-`python -m benchmarks.mixed_images --output faces` writes the folder that docs/tutorial-folder.md and the tests use.
+`python -m benchmarks.mixed_images --output faces` writes the folder that docs/tutorials/folder.md and the tests use.
 """
 
 from __future__ import annotations

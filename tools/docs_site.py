@@ -23,7 +23,7 @@ PACKAGES = ("gif_kernels", "gif")
 HOME = "README.md"
 REFERENCE, PROJECT = "Reference", "Project"
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Tutorials": ("docs/tutorials/*.md", "docs/tutorial*.md", "docs/coming-from-*.md"),
+    "Tutorials": ("docs/tutorials/*.md", "docs/coming-from-*.md"),
     "How to": ("docs/data.md", "docs/spreading.md", "docs/training.md", "docs/evaluation.md", "docs/gpu.md"),
     "The method": ("docs/method.md", "docs/paper.md", "docs/architecture.md", "docs/reliability.md"),
     "Measured": ("docs/accuracy.md", "docs/benchmarks.md"),

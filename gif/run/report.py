@@ -19,7 +19,6 @@ from gif.codes.picture import plot_code_tree
 from gif.data import IdentityDataset, IdentitySplit
 from gif.evaluation import Embedder, Judgement, judge, plot_det, plot_roc
 from gif.evaluation.embedding import ReadableImages
-from gif.evaluation.verification import Roc, unresolved
 from gif.files import load_tensors, read_json, write_text
 from gif.planning.heads import gif_cost, softmax_cost
 from gif.report import Document
@@ -117,17 +116,6 @@ def _judged(each: Trained, held_out: IdentityDataset, settings: Mapping[str, Any
     numbers, embeddings = embedder.all_shares(backbone, ReadableImages(held_out), f"embedding with {each.head}")
     labels = held_out.labels[numbers]
     return _Judged(numbers.numpy(), all_pairs(embeddings, labels, HARDEST), judge(embeddings, labels, fars=FARS))
-
-
-def threshold_at(curve: Roc, far: float) -> float:
-    """The lowest cosine at which no more than ``far`` of the impostor pairs are accepted."""
-    return float(curve.thresholds[np.flatnonzero(curve.fpr <= far)[-1]])
-
-
-def equal_error(curve: Roc) -> tuple[float, float]:
-    """The rate at which as many genuine pairs are refused as impostor pairs are accepted, and its threshold."""
-    place = int(np.abs(1 - curve.tpr - curve.fpr).argmin())
-    return float((1 - curve.tpr[place] + curve.fpr[place]) / 2), float(curve.thresholds[place])
 
 
 def _summary(
@@ -265,17 +253,16 @@ def _judgement(
         f"A curve begins at the smallest rate that {judgement.impostor:,} impostor pairs can show.",
     )
     document.picture(pictures / "det.png", "false-reject rate against false-accept rate")
-    known = [far for far in FARS if far not in unresolved([far], judgement.impostor)]
-    thresholds = {far: threshold_at(judgement.roc, far) for far in known}
-    rate, at = equal_error(judgement.roc)
-    rows = [[f"{far:g}", f"{threshold:.3f}", f"{judgement.tar[far]:.3f}"] for far, threshold in thresholds.items()]
-    rows.append(["equal error", f"{at:.3f}", f"{1 - rate:.3f}"])
+    found = judgement.thresholds
+    known = {far: at for far, at in found.at.items() if at is not None}
+    rows = [[f"{far:g}", f"{at.threshold:.3f}", f"{at.tar:.3f}"] for far, at in known.items()]
+    rows.append(["equal error", f"{found.eer_threshold:.3f}", f"{1 - found.eer:.3f}"])
     document.paragraph(
         f"Accept two images as one identity where their cosine is at least the threshold ({trained[0].head}); at "
-        f"{at:.3f} as many genuine pairs are refused as impostor pairs accepted, {rate:.1%}."
+        f"{found.eer_threshold:.3f} as many genuine pairs are refused as impostor pairs accepted, {found.eer:.1%}."
     )
     document.table(["false-accept rate", "threshold", "true-accept rate"], rows)
-    plot_scores(main.scores, thresholds, pictures / "scores.png")
+    plot_scores(main.scores, {far: at.threshold for far, at in known.items()}, pictures / "scores.png")
     document.picture(pictures / "scores.png", "distribution of cosines, with thresholds")
     for kind, pairs, title, caption in (
         (

@@ -13,11 +13,3 @@ def test_the_drop_in_example_runs():
     exec(example, scope)
     assert scope["embeddings"].grad.abs().sum() > 0
     assert scope["loss_fn"].centers.grad.abs().sum() > 0
-
-
-def test_the_kernels_tutorial_runs_from_top_to_bottom(capsys):
-    text = (README.parent / "docs" / "tutorial-kernels.md").read_text(encoding="utf-8")
-    scope: dict[str, Any] = {}
-    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(example, scope)
-    assert scope["embeddings"].grad.abs().sum() > 0 and "because" in capsys.readouterr().out

@@ -7,11 +7,9 @@ from torch.nn.functional import normalize
 
 from gif.data import IdentityImages
 from gif.data.pictures import Pictures
-from gif.evaluation.verification import Roc
 from gif.report import Document
 from gif.report.pairs import all_pairs
 from gif.report.pictures import plot_head_cost, plot_pairs, plot_scores
-from gif.run.report import equal_error, threshold_at
 from gif.training import plot_losses
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,13 +54,6 @@ def test_all_pairs_are_those_of_two_loops(count):
         assert len(images) == len(set(images))  # none twice
         assert all((labels[pair.first] == labels[pair.second]) == kind for pair in pairs)
         assert all(abs(cosines[pair.first, pair.second] - pair.cosine) < 1e-5 for pair in pairs)
-
-
-def test_thresholds():
-    curve = Roc(np.array([0, 0.01, 0.1, 1]), np.array([0.2, 0.6, 0.9, 1]), np.array([np.inf, 0.8, 0.5, -1]))
-    assert threshold_at(curve, 0.05) == 0.8 and threshold_at(curve, 0.1) == 0.5
-    rate, threshold = equal_error(curve)
-    assert rate == pytest.approx(0.1) and threshold == 0.5
 
 
 def test_pictures_turn_white_ink_on_black_and_leave_photographs():
