@@ -19,7 +19,7 @@ from benchmarks.clusters import clustered
 from gif.codes import CodeQuality, IdentityCodes, TokenizeConfig, code_length, judge_codes, tokenize
 from gif.codes.clustering import kmeans
 from gif.codes.nodes import Nodes, Scores
-from gif.codes.prices import PRICE_RATES, Market, balancing_prices
+from gif.codes.prices import Market, balancing_prices
 from gif.codes.repair import capacities, repair
 from gif.codes.splitmix import node_seeds
 from gif.documents import markdown_table
@@ -28,6 +28,8 @@ from gif_kernels.sphere import unit
 
 ROUNDS = 8
 """How often the quantiser's codebook is improved: rows are assigned within the capacities, then means are taken."""
+PRICE_RATES = tuple(0.2 * 0.88**i for i in range(30))
+"""Steps of the prices that begin at none, in units of the mean spread of similarities."""
 COLUMNS = ("codes", "read-out of tokens", "cosine to centroids", "neighbours share", "random pairs share")
 
 

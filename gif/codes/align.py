@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.clustering import seed_centroids
-from gif.codes.nodes import Nodes
+from gif.codes.clustering import Points, seed_centroids
 from gif.codes.splitmix import node_seeds, uniforms
 from gif.packages import needs
 from gif_kernels.sphere import unit
@@ -31,16 +30,14 @@ def fit_codebook(residuals: Tensor, seed: int, depth: int) -> Tensor:
     """
     g, v, d = residuals.shape
     rows = residuals.reshape(1, g * v, d)
-    present = rows.any(-1)
-    everything = Nodes(rows[0], torch.arange(g * v, device=rows.device)[None], present)
-    codebook = seed_centroids(everything, v, node_seeds(seed, depth, np.zeros(1, np.int64)))[0]
+    codebook = seed_centroids(Points(rows, rows.any(-1)), v, node_seeds(seed, depth, np.zeros(1, np.int64)))[0]
     names = None
     for _ in range(CODEBOOK_ROUNDS):
         previous, names = names, match(residuals, codebook)
         if previous is not None and torch.equal(names, previous):
             break
-        children = names.argsort(1)[:, :, None].expand_as(residuals)  # children by name
-        codebook = unit(residuals.gather(1, children).sum(0))
+        named = names.flatten() == torch.arange(v, device=rows.device)[:, None]
+        codebook = unit(named.to(rows.dtype) @ rows[0])
     return codebook
 
 
@@ -51,11 +48,13 @@ def match(residuals: Tensor, codebook: Tensor) -> Tensor:
     """
     with needs("scipy", 'codes with alignment "residual"'):
         from scipy.optimize import linear_sum_assignment
-    weights = residuals @ codebook.mT
-    if weights.shape[1] == 1:
-        return weights.argmax(-1)
-    names = [linear_sum_assignment(weight, maximize=True)[1] for weight in weights.cpu().numpy()]
-    return torch.from_numpy(np.array(names, np.int64).reshape(weights.shape[:2])).to(residuals.device)
+    weights = (residuals @ codebook.mT).cpu().numpy()
+    best = weights.argmax(-1)
+    ordered = np.sort(best, 1)
+    contested = (ordered[:, 1:] == ordered[:, :-1]).any(1)  # elsewhere each child has the name that suits it best
+    for node in np.flatnonzero(contested):
+        best[node] = linear_sum_assignment(weights[node], maximize=True)[1]
+    return torch.from_numpy(best).to(residuals.device)
 
 
 def random_names(seeds: np.ndarray, v: int) -> Tensor:

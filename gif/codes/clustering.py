@@ -1,7 +1,7 @@
 """One level of balanced spherical k-means: many nodes at once, each cut into k children that have capacities.
 
-`split` is the entry: k-means on a sample of each node's rows (here), prices that make nearly every child fit
-(`gif.codes.prices`), and the moves that make all of them fit (`gif.codes.repair`).
+`split` is the entry: k-means on a sample of each node's rows, in a sketch of them (here, `gif.codes.sketch`), with
+prices that make nearly every child fit (`gif.codes.prices`), and the moves that make all fit (`gif.codes.repair`).
 
 Nodes are padded to the largest and every step is a batched product or an integer count, so that a level of 160,000
 small nodes costs what its rows cost. A node of more rows than a block is streamed: its centroids and prices come from a
@@ -10,24 +10,28 @@ sample, each row is read once for its child and again where it might have to mov
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gif.codes.nodes import Nodes, Scores
-from gif.codes.prices import PRICE_RATES, Market, balancing_prices, dearest, final_prices
+from gif.codes.prices import Market, final_prices
 from gif.codes.repair import capacities, repair
+from gif.codes.sketch import sketch
 from gif.codes.splitmix import uniforms
 from gif.seeds import mix
+from gif_kernels.sphere import inverse_norm, unit
 
 SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
 CANDIDATES = 2  # rows it draws for each centroid
-LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last assignment sees every row
-DISTANCE_UNIT = 2.0**-24  # 1 - cosine in float32 is a whole multiple of it
+LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last of them, and the assignment, see every row
 RESTARTS = 8  # of k-means in a node of so many samples' rows, for the seeding decides most; else as many as it has
-BALANCING_ROUNDS = 3  # assignment within the capacities, and new centroids
+TRIAL_ROUNDS = 3  # before the starts are compared, on the rows that they were seeded from
+MARKET_ROWS = 1024  # a child, from which the prices of a large node come; repair moves what they err by
+DISTANCE_UNIT = 2.0**-24  # 1 - cosine in float32 is a whole multiple of it
+FIRST_RATE, LAST_RATE = 0.4, 0.1  # of prices in the rounds of k-means, in units of the mean spread of similarities
 
 
 def split(
@@ -35,45 +39,101 @@ def split(
 ) -> tuple[Tensor, Tensor]:
     """Cut each node of n rows into k children of at most min(limit, ceil(capacity_factor n / k)) rows.
 
-    Spherical k-means (k-means++, then Lloyd), and then the assignment that keeps the capacities and loses little
-    cosine: a child has a price >= 0, rows take the largest similarity - price, and prices rise where too many come.
-    ``seeds`` (g,) make a node's result independent of the nodes beside it. Needs k * limit >= n.
+    Spherical k-means (k-means++, then Lloyd) within the capacities: a child has a price >= 0, rows take the largest
+    similarity - price, and prices rise where too many come. ``seeds`` (g,) make a node's result independent of the
+    nodes beside it. Needs k * limit >= n.
 
     Returns child (g, M) uint8 in [0, k), meaningless on padding, and the sum (g, k, d) of each child's unit rows. Of
     shared nodes child is that of this process's own columns.
     """
-    sample = nodes.sample(LLOYD_ROWS * k, seeds)
-    capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
-    centroids, prices, cosine = balanced_kmeans(sample, k, capacity, iterations, seeds)
+    sample, own = nodes.sample(LLOYD_ROWS * k, seeds), nodes.own(k)
+    share = largest_share(nodes, k, capacity_factor, limit)
     attempts = (nodes.sizes // (LLOYD_ROWS * k)).clamp(1, RESTARTS)
-    for attempt in range(1, int(attempts.max())):
-        others = balanced_kmeans(sample, k, capacity, iterations, mix(seeds + np.uint64(attempt)))
-        better = ((attempts > attempt) & (others[2] > cosine))[:, None]
-        centroids = torch.where(better[:, :, None], others[0], centroids)
-        prices = torch.where(better, others[1], prices)
-        cosine = torch.where(better[:, 0], others[2], cosine)
-    assigned = partial(assign, nodes, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
-    own, child = nodes.own(k), assigned(centroids, prices)
-    sampled = attempts > 1
-    if bool(sampled.any()):  # a sample's centroids fit its own rows best: once more from those of all rows
-        centroids = torch.where(sampled[:, None, None], own.centroids(child, centroids), centroids)
-        child = assigned(centroids, prices)
+    seeding = sample.sample(SEEDING_ROWS * k, seeds)
+    points = Points.sketched(sample, k)
+    start = best_start(points if seeding is sample else Points.sketched(seeding, k), k, share, attempts, seeds)
+    _, prices, member, _ = rounds(points, start, share, iterations)
+    centroids = own.means(unit(sample.member_sums(member)), prices)  # a sample's fit its own rows best
+    child = assign(nodes, centroids, prices, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
     return child, own.sums(child, k)
 
 
-def balanced_kmeans(
-    sample: Nodes, k: int, capacity: Tensor, iterations: int, seeds: np.ndarray
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit centroids (g, k, d), prices (g, k) that keep the ``capacity`` (g, 1) nearly, and the mean cosine (g,) so."""
-    centroids = kmeans(sample, k, iterations, seeds)
+@dataclass(frozen=True)
+class Points:
+    """What rounds of k-means look at: rows (g, M, s) of g nodes, zero on padding; mask: (g, M), False there."""
+
+    rows: Tensor
+    mask: Tensor
+
+    @classmethod
+    def sketched(cls, nodes: Nodes, k: int) -> Points:
+        """The unit rows of ``nodes`` in fewer columns, made in blocks that go with (., k)."""
+        sketches = [sketch(rows) for _, rows in nodes.blocks(k)]
+        return cls(sketches[0] if len(sketches) == 1 else torch.cat(sketches, 1), nodes.mask)
+
+    def market(self, centroids: Tensor, share: Tensor) -> Market:
+        """What they want of ``centroids`` (g, k, s) that may have a ``share`` (g, 1) of them each."""
+        return Market(torch.bmm(centroids, self.rows.mT).mT, self.mask, share * self.mask.sum(1, keepdim=True))
+
+    def means(self, member: Tensor, empty: Tensor) -> Tensor:
+        """Unit mean (g, k, s) of the rows that each child has, of ``member`` (g, k, M); of none ``empty`` (g, k, s)."""
+        sums = torch.bmm(member, self.rows)
+        factor = inverse_norm(sums)
+        return torch.where(factor > 0, sums * factor, empty)
+
+
+def best_start(points: Points, k: int, share: Tensor, attempts: Tensor, seeds: np.ndarray) -> Tensor:
+    """Centroids (g, k, s) to start from: the best of ``attempts`` (g,) times k-means++ and a few rounds.
+
+    What is compared is the dual objective, that no assignment within the capacities can pass.
+    """
+    start = seed_centroids(points, k, seeds)
+    tried, most = start, torch.full_like(share[:, 0], -torch.inf)
+    for attempt in range(int(attempts.max()) if bool((attempts > 1).any()) else 0):
+        other = start if attempt == 0 else seed_centroids(points, k, mix(seeds + np.uint64(attempt)))
+        other, _, _, dual = rounds(points, other, share, TRIAL_ROUNDS)
+        better = (attempts > max(1, attempt)) & (dual > most)
+        tried = torch.where(better[:, None, None], other, tried)
+        most = torch.where(better, dual, most)
+    return tried
+
+
+def rounds(points: Points, centroids: Tensor, share: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rounds of k-means from ``centroids`` (g, k, s), each with a step of the prices.
+
+    Returns centroids, prices (g, k) at which nearly no child has more than its ``share`` (g, 1) of the rows, who takes
+    which row (g, k, M) at them, and the dual objective (g,).
+    """
     prices = torch.zeros_like(centroids[:, :, 0])
-    for _ in range(BALANCING_ROUNDS):
-        similarity = sample.similarity(centroids)
-        prices = balancing_prices(Market(similarity, sample.mask, capacity), prices, PRICE_RATES)
-        child = dearest(similarity, prices)
-        centroids = sample.centroids(child, centroids)
-    kept = similarity.gather(2, child[:, :, None])[:, :, 0]
-    return centroids, prices, (kept * sample.mask).sum(1) / sample.sizes
+    for rate in np.geomspace(FIRST_RATE, LAST_RATE, iterations):
+        market = points.market(centroids, share)
+        member = market.takers(prices)[1]
+        prices = market.dearer(prices, market.wanted(member), rate)
+        centroids = points.means(member, centroids)
+    dual, member = points.market(centroids, share).takers(prices)
+    return centroids, prices, member, dual
+
+
+def seed_centroids(points: Points, k: int, seeds: np.ndarray) -> Tensor:
+    """Greedy k-means++ on the sphere: k rows (g, k, s) of each node.
+
+    Candidates are drawn in proportion to 1 - cosine to the nearest so far; the one that leaves the least sum is taken.
+    """
+    rows, present = points.rows, points.mask
+    random = uniforms(seeds, k * CANDIDATES).view(-1, k, CANDIDATES).to(rows.device)
+    node = torch.arange(len(rows), device=rows.device)
+    distance = 2 * present.to(rows.dtype)  # the largest 1 - cosine
+    least = present.long()  # where all distances are zero each row is as likely
+    centroids = rows.new_empty(len(rows), k, rows.shape[2])
+    for i in range(k):
+        weight = (distance / DISTANCE_UNIT).long().add_(least).cumsum(1)  # exact: the same in any order, on any device
+        drawn = (random[:, i] * weight[:, -1:]).long()
+        pick = torch.searchsorted(weight, drawn, right=True).clamp_max(rows.shape[1] - 1)
+        candidates = rows[node[:, None], pick]
+        away = (1 - torch.bmm(candidates, rows.mT)).clamp_min_(0).minimum(distance[:, None])
+        best = away.sum(2).argmin(1)
+        centroids[:, i], distance = candidates[node, best], away[node, best]
+    return centroids
 
 
 def assign(
@@ -90,7 +150,7 @@ def _prices_of_all(
 ) -> Tensor:
     """Prices (g, k) for all rows, or as many as fit a block; what they come from is let go of."""
     k = prices.shape[1]
-    sample, similarity = scores.sample(seeds)
+    sample, similarity = scores.sample(MARKET_ROWS * k, seeds)
     capacity = largest_share(nodes, k, capacity_factor, limit) * sample.sizes[:, None]
     market = Market(similarity, sample.mask, capacity)
     return final_prices(market, prices, sample.sizes[:, None] > LLOYD_ROWS * k)
@@ -103,28 +163,8 @@ def largest_share(nodes: Nodes, k: int, capacity_factor: float, limit: int) -> T
 
 def kmeans(nodes: Nodes, k: int, iterations: int, seeds: np.ndarray) -> Tensor:
     """Spherical k-means without capacities: unit centroids (g, k, d)."""
-    centroids = seed_centroids(nodes.sample(SEEDING_ROWS * k, seeds), k, seeds)
+    seeding = nodes.sample(SEEDING_ROWS * k, seeds)
+    centroids = seed_centroids(Points(seeding.rows, seeding.mask), k, seeds)
     for _ in range(iterations):
         centroids = nodes.centroids(nodes.similarity(centroids).argmax(-1), centroids)
-    return centroids
-
-
-def seed_centroids(nodes: Nodes, k: int, seeds: np.ndarray) -> Tensor:
-    """Greedy k-means++ on the sphere: k rows (g, k, d) of each node.
-
-    Candidates are drawn in proportion to 1 - cosine to the nearest so far; the one that leaves the least sum is taken.
-    """
-    rows, present = nodes.rows, nodes.mask.float()
-    random = uniforms(seeds, k * CANDIDATES).view(-1, k, CANDIDATES).to(rows.device)
-    node = torch.arange(len(rows), device=rows.device)
-    distance = 2 * present  # the largest 1 - cosine
-    centroids = rows.new_empty(len(rows), k, rows.shape[2])
-    for i in range(k):
-        weight = torch.where(distance.any(1, keepdim=True), distance, present)
-        weight = (weight / DISTANCE_UNIT).long().cumsum(1).double()  # exact: the same in any order, on any device
-        pick = torch.searchsorted(weight, random[:, i] * weight[:, -1:], right=True).clamp_max(rows.shape[1] - 1)
-        candidates = rows[node[:, None], pick]
-        away = (1 - torch.bmm(candidates, rows.mT)).clamp_min(0).minimum(distance[:, None])
-        best = away.sum(2).argmin(1)
-        centroids[:, i], distance = candidates[node, best], away[node, best]
     return centroids

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gif.codes.blocks import block_floats, column_blocks, take
 from gif.codes.moves import Moves
-from gif.codes.prices import dearest
+from gif.codes.prices import dearest, takers
 from gif.codes.splitmix import uniforms
 from gif.distributed import gather_rows, in_turn, rank, sum_over_processes, world_size
-from gif_kernels.sphere import unit
+from gif_kernels.sphere import inverse_norm, unit
 
 
 @dataclass(frozen=True)
@@ -64,28 +64,50 @@ class Nodes:
 
     def similarity(self, centroids: Tensor) -> Tensor:
         """Cosine of each row to its node's ``centroids`` (g, k, d): (g, M, k)."""
-        similarity = centroids.new_empty(*self.index.shape, centroids.shape[1])
-        for columns, block in self.similarities(centroids):
-            similarity[:, columns] = block
-        return similarity
+        blocks = [block.mT for _, block in self.similarities(centroids)]
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)).mT
 
     def similarities(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`similarity` in blocks: columns of the index, and their (g, columns, k)."""
-        for columns, rows in self._blocks(centroids.shape[1]):
-            yield columns, torch.bmm(rows, centroids.mT)
+        for columns, rows in self.blocks(centroids.shape[1]):
+            yield columns, torch.bmm(centroids, rows.mT).mT
 
     def sums(self, child: Tensor, k: int) -> Tensor:
         """Sum (g, k, d) of the unit rows of each ``child`` (g, M)."""
         children = torch.arange(k, device=child.device)
 
         def add(sums: Tensor) -> Tensor:
-            for columns, rows in self._blocks(k):
+            for columns, rows in self.blocks(k):
                 member = (child[:, columns, None] == children) & self.mask[:, columns, None]
                 sums.baddbmm_(member.to(rows.dtype).mT, rows)
             return sums
 
         sums = torch.zeros(len(child), k, self.table.shape[1], device=child.device)
         return in_turn(add, sums) if self.shared else add(sums)
+
+    def member_sums(self, member: Tensor) -> Tensor:
+        """Sum (g, k, d) of the unit rows that ``member`` (g, k, M) gives each child. Of nodes that are not shared."""
+        sums = torch.zeros(*member.shape[:2], self.table.shape[1], device=member.device)
+        for columns, rows in self.blocks(member.shape[1]):
+            sums.baddbmm_(member[:, :, columns], rows)
+        return sums
+
+    def means(self, centroids: Tensor, prices: Tensor) -> Tensor:
+        """Unit mean (g, k, d) of the rows that each of ``centroids`` (g, k, d) is dearest to at ``prices`` (g, k).
+
+        Or the centroid itself where there are none.
+        """
+
+        def add(sums: Tensor) -> Tensor:
+            for _, rows in self.blocks(centroids.shape[1]):
+                member = takers(torch.bmm(centroids, rows.mT), prices)[1]
+                sums.baddbmm_(member, rows)
+            return sums
+
+        sums = torch.zeros_like(centroids)
+        sums = in_turn(add, sums) if self.shared else add(sums)
+        factor = inverse_norm(sums)
+        return torch.where(factor > 0, sums * factor, centroids)
 
     def count(self, child: Tensor, k: int) -> Tensor:
         """Rows (g, k) int64 of each ``child`` (g, M)."""
@@ -97,7 +119,7 @@ class Nodes:
         k = empty.shape[1]
         return torch.where((self.count(child, k) > 0)[:, :, None], unit(self.sums(child, k)), empty)
 
-    def _blocks(self, k: int) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, k: int) -> Iterator[tuple[slice, Tensor]]:
         """Columns of the index, and their unit rows (g, columns, d) in float32, zero on padding, to go with (., k)."""
         width, step = self.index.shape[1], self._step(k)
         if step >= width:
@@ -112,8 +134,8 @@ class Nodes:
 
     def _gather(self, columns: slice) -> Tensor:
         rows = take(self.table, self.index[:, columns])
-        rows /= torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-        return rows if self.full else rows.mul_(self.mask[:, columns, None])
+        factor = inverse_norm(rows)
+        return rows.mul_(factor if self.full else factor.mul_(self.mask[:, columns, None]))
 
 
 class Scores:
@@ -128,9 +150,10 @@ class Scores:
         fit = nodes.index.numel() * centroids.shape[1] <= block_floats(centroids.device)
         self._held = self._own.similarity(centroids) if fit else None
 
-    def sample(self, seeds: np.ndarray) -> tuple[Nodes, Tensor]:
-        """Nodes of as many rows as fit a CPU's block, whatever the device, and their similarity."""
-        sample = self._nodes.sample(max(1, block_floats() // self._centroids.shape[1]), seeds)
+    def sample(self, rows: int, seeds: np.ndarray) -> tuple[Nodes, Tensor]:
+        """``rows`` rows of each node at most, or as many as fit a CPU's block, and their similarity."""
+        rows = min(rows, max(1, block_floats() // self._centroids.shape[1]))
+        sample = self._nodes.sample(rows, seeds)
         if sample is self._own and self._held is not None:
             return sample, self._held
         return sample, sample.similarity(self._centroids)

@@ -1,12 +1,12 @@
 """Prices of children that have capacities: at the right ones, each row takes the child that is dearest to it and no
 child is taken by more rows than it has room for.
 
-Entry: `balancing_prices`, from any prices, and `final_prices`, from prices that are nearly right.
+Entry: `Market`, what rows want at given prices; `final_prices`, from prices that are nearly right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -15,24 +15,22 @@ from torch import Tensor
 from gif.codes.blocks import block_floats
 
 CACHE_FLOATS = 1 << 18  # similarities that demand is counted on at a time by a CPU: 1 MiB, that stays in its caches
-ANY_CHILD = 1e30  # a similarity beside which no price shows
-PRICE_RATES = tuple(0.2 * 0.88**i for i in range(30))  # of a node's mean spread of similarities; falls to 0.005
-FINAL_RATES = tuple(0.02 * 0.86**i for i in range(10))  # from prices that are nearly right already
+FINAL_RATES = tuple(0.05 * 0.7**i for i in range(6))  # of a node's mean spread; from prices that are nearly right
 MISPLACED = 0.01  # of a node's rows by which children with a price are not just full: beyond, prices are refined
-REFINING_ROUNDS = 60
+REFINING_ROUNDS = 30
 FASTER, SLOWER = 1.2, 0.5  # a price's next step where demand still errs to the same side, and where it has crossed
 
 
 class Market:
     """What rows want at given prices: ``similarity`` (g, M, k), ``mask`` (g, M), False on padding, ``capacity`` (g, k).
 
-    Similarities are kept with rows last, so that the largest of k is found for many rows at a time.
+    Similarities whose rows are last in memory, as `Nodes.similarity` makes them, are read as they are, so that the
+    largest of k is found for many rows at a time.
     """
 
     def __init__(self, similarity: Tensor, mask: Tensor, capacity: Tensor) -> None:
         self._similarity = similarity.mT.contiguous()
-        self._similarity += torch.where(mask, 0, ANY_CHILD)[:, None]
-        self._present = mask.to(similarity.dtype)
+        self._present = mask.to(similarity.dtype)[:, :, None]
         self.capacity = capacity
         self.rows = mask.sum(1, keepdim=True)
 
@@ -40,7 +38,7 @@ class Market:
     def spread(self) -> Tensor:
         """(g, 1): how far a row's best similarity is above its mean, on average over a node's rows."""
         above = self._similarity.amax(1) - self._similarity.mean(1)
-        return torch.linalg.vecdot(above, self._present)[:, None] / self.rows
+        return torch.linalg.vecdot(above, self._present[:, :, 0])[:, None] / self.rows
 
     def demand(self, prices: Tensor) -> tuple[Tensor, Tensor]:
         """The dual objective (g, 1) at ``prices`` (g, k), and how many rows (g, k) want each child.
@@ -48,13 +46,31 @@ class Market:
         A row whose best children are alike counts for each of them.
         """
         dual = (self.capacity * prices).sum(1, keepdim=True)
-        wanted = self.rows.repeat(1, prices.shape[1])
+        wanted = torch.zeros_like(prices)
         for nodes, columns in self._tiles():
-            score = self._similarity[nodes, :, columns] - prices[nodes, :, None]
-            best = score.amax(1, keepdim=True)
-            dual[nodes] += torch.linalg.vecdot(best[:, 0], self._present[nodes, columns])[:, None]
-            wanted[nodes] += score.sub_(best).sign_().sum(2).long()  # -1 where another child is better; 0 on padding
+            present = self._present[nodes, columns]
+            best, member = takers(self._similarity[nodes, :, columns], prices[nodes])
+            dual[nodes] += torch.bmm(best, present)[:, 0]
+            wanted[nodes] += torch.bmm(member, present)[:, :, 0]  # whole numbers, exact up to 2^24
         return dual, wanted
+
+    def takers(self, prices: Tensor) -> tuple[Tensor, Tensor]:
+        """The dual objective (g,) at ``prices`` (g, k), a row; and 1 (g, k, M) where a row wants a child, else 0."""
+        best, member = takers(self._similarity, prices)
+        dual = (self.capacity * prices).sum(1) + torch.bmm(best, self._present)[:, 0, 0]
+        return dual / self.rows[:, 0], member
+
+    def wanted(self, member: Tensor) -> Tensor:
+        """How many rows (g, k) want each child, of ``member`` (g, k, M)."""
+        return torch.bmm(member, self._present)[:, :, 0]
+
+    def dearer(self, prices: Tensor, wanted: Tensor, rate: float) -> Tensor:
+        """Prices (g, k) >= 0, a subgradient step of the dual at ``prices``, at which (g, k) rows wanted each child.
+
+        That is the dual of the transport problem, sum_i max_k(similarity - price) + sum_k capacity * price. ``rate`` is
+        in units of the node's mean spread of similarities.
+        """
+        return (prices + rate * self.spread * (wanted / self.capacity - 1)).clamp_min(0)
 
     def _tiles(self) -> Iterator[tuple[slice, slice]]:
         """Slices of the nodes and of their rows whose similarities fit a CPU's cache, or a block of another device."""
@@ -68,12 +84,18 @@ class Market:
                 yield slice(first, first + nodes), slice(begin, begin + columns)
 
 
-def balancing_prices(market: Market, initial: Tensor, rates: tuple[float, ...]) -> Tensor:
+def takers(similarity: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
+    """The best (g, 1, M) of ``similarity`` (g, k, M) less ``prices`` (g, k), and 1 (g, k, M) where it is that."""
+    score = similarity - prices[:, :, None]
+    best = score.amax(1, keepdim=True)
+    return best, (score >= best).to(score.dtype)
+
+
+def balancing_prices(market: Market, initial: Tensor, rates: Sequence[float]) -> Tensor:
     """Prices (g, k) >= 0 of children with capacities: dual ascent from ``initial`` ones.
 
-    Minimises the dual of the transport problem, sum_i max_k(similarity - price) + sum_k capacity * price, by
-    subgradient steps at ``rates``, in units of the node's mean spread of similarities. Returns the best prices met,
-    lest one end higher than it need be.
+    At ``rates`` in units of the node's mean spread of similarities. Returns the best prices met, lest one end higher
+    than it need be.
     """
     prices = best = initial
     least = torch.full_like(market.spread, torch.inf)
@@ -81,7 +103,7 @@ def balancing_prices(market: Market, initial: Tensor, rates: tuple[float, ...]) 
         dual, wanted = market.demand(prices)
         best = torch.where(dual < least, prices, best)
         least = least.minimum(dual)
-        prices = (prices + rate * market.spread * (wanted / market.capacity - 1)).clamp_min(0)
+        prices = market.dearer(prices, wanted, rate)
     return best
 
 
@@ -125,5 +147,5 @@ def dearest(similarity: Tensor, prices: Tensor) -> Tensor:
     child = torch.empty(similarity.shape[:2], dtype=torch.int64, device=similarity.device)
     step = max(1, block_floats(similarity.device) // (similarity.shape[0] * similarity.shape[2]))
     for rows, which in zip(similarity.split(step, 1), child.split(step, 1), strict=True):
-        torch.argmax(rows - prices[:, None], dim=-1, out=which)
+        which.copy_((rows - prices[:, None]).max(-1)[1])  # argmax is slower where rows are last in memory
     return child

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gif.codes.blocks import block_floats, take
-from gif_kernels.sphere import unit
+from gif_kernels.sphere import inverse_norm, unit
 
 
 def offsets_of(sizes: Tensor) -> Tensor:
@@ -91,7 +91,8 @@ def _segment_sums(table: Tensor, order: Tensor, offsets: Tensor) -> Iterator[tup
         sizes = offsets[nodes.start : nodes.stop + 1].diff().long()
         sums = torch.zeros(len(sizes), table.shape[1], device=order.device)
         if len(sizes) > 1:
-            rows = unit(take(table, order[members]))
+            rows = take(table, order[members])
+            rows *= inverse_norm(rows)
             sums += torch.segment_reduce(rows, "sum", lengths=sizes, axis=0)
         else:
             for part in order[members].split(block):

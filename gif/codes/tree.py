@@ -25,10 +25,11 @@ from gif.codes.nodes import Nodes
 from gif.codes.segments import ancestors, counting_sort, offsets_of, tree_sums, whole_segments
 from gif.codes.splitmix import node_seeds
 from gif.distributed import rank, sum_over_processes, world_size
-from gif_kernels.sphere import unit
+from gif_kernels.sphere import inverse_norm, unit
 
-CODEBOOK_NODES = 1024  # a level's codebook is fitted to the children of this many nodes at most
+CODEBOOK_NODES = 256  # a level's codebook is fitted to the children of this many nodes at most
 PADDING = 0.25  # nodes worked on together differ by this share in size at most
+FEW_ROWS = 1 << 13  # up to so many padded rows, whatever their sizes: calls would take longer than the padding does
 SORTED_ROWS = 1 << 20  # rows, or nodes, that are sorted at a time
 
 
@@ -69,7 +70,8 @@ class BySize:
         while start < len(self.node):
             largest = self.sizes[np.searchsorted(self.ends, start, side="right")]
             similar = self.ends[np.searchsorted(-self.sizes, -largest * (1 - PADDING), side="right") - 1]
-            end = min(int(similar), start + max(1, rows // int(largest)))
+            few = start + min(rows, FEW_ROWS) // int(largest)
+            end = min(max(int(similar), few), start + max(1, rows // int(largest)), len(self.node))
             yield self.node[start:end]
             start = end
 
@@ -369,5 +371,4 @@ def _mean_direction(nodes: Nodes) -> Tensor:
 def _residuals(children: Tensor, bases: Tensor) -> Tensor:
     """Unit residuals (g, w, d) of ``children`` (g, w, d) to ``bases`` (g, d); zero where a child is zero."""
     residuals = children - bases[:, None]
-    norm = torch.linalg.vector_norm(residuals, dim=-1, keepdim=True)
-    return residuals.div_(torch.where(norm > 0, norm, 1)).mul_(children.any(-1, keepdim=True))
+    return residuals.mul_(inverse_norm(residuals).mul_(inverse_norm(children) > 0))

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from gif.codes.blocks import BLOCK_FLOATS, DEVICE_BLOCKS
-from gif.codes.clustering import BALANCING_ROUNDS, LLOYD_ROWS, RESTARTS
-from gif.codes.prices import FINAL_RATES, PRICE_RATES
+from gif.codes.clustering import LLOYD_ROWS, RESTARTS
+from gif.codes.prices import FINAL_RATES
 from gif.codes.quality import KMEANS_RESTARTS
 from gif.codes.tokenize import BLOCKS_HELD, BYTES_A_ROW
 from gif.encoders.pixels import ROWS_WHITENED, SIDE
@@ -127,8 +127,8 @@ def tokenize_cost(
     is many small steps, whose rate is measured.
     ``mapped``: the vectors stay in their file, as they do on a CPU; one process on a card copies them there.
     """
-    rounds = LLOYD_ROUNDS + BALANCING_ROUNDS + 1
-    sweeps = BALANCING_ROUNDS * len(PRICE_RATES) + len(FINAL_RATES)
+    rounds = LLOYD_ROUNDS + 1
+    sweeps = rounds + len(FINAL_RATES)
     moved = rounds * width * itemsize + sweeps * 3 * FLOAT * vocab_size
     row = max(1 / rates.cuts, rounds * 4 * vocab_size * width / rates.products + moved / rates.memory)
     rows = kmeans_rows(m, vocab_size, length) + length * min(m, SAMPLE) * KMEANS_RESTARTS

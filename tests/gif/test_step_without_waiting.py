@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gif import CodeVectors, GIFLoss, IdentityCodes
-from gif.codes.clustering import balanced_kmeans
+from gif.codes.clustering import Points, rounds, seed_centroids
 from gif.codes.nodes import Nodes
 from gif_kernels import dispatch, uniformity_step_
 
@@ -149,8 +149,9 @@ def test_clustering_the_nodes_of_a_level():
         with torch.device("cuda"):
             index = torch.empty(3, 40, dtype=torch.int64)
             nodes = Nodes(torch.empty(M, WIDTH), index, torch.empty(3, 40, dtype=torch.bool))
-            wanted = torch.empty(3, VOCAB)
-        found = balanced_kmeans(nodes, VOCAB, wanted, 4, np.arange(3, dtype=np.uint64))
+            share = torch.empty(3, 1)
+        points = Points.sketched(nodes, VOCAB)
+        found = rounds(points, seed_centroids(points, VOCAB, np.arange(3, dtype=np.uint64)), share, 4)
         assert all(each.device.type == "cuda" for each in found)
 
 

@@ -29,7 +29,7 @@ from gif.codes import prices as prices_module
 from gif.codes.align import match
 from gif.codes.clustering import kmeans, split
 from gif.codes.nodes import Nodes, count
-from gif.codes.prices import PRICE_RATES, Market, balancing_prices
+from gif.codes.prices import Market, balancing_prices
 from gif.codes.splitmix import node_seeds
 from gif.codes.tree import Level
 from gif.resume import UnfinishedWork
@@ -37,6 +37,7 @@ from gif.vectors.store import CodeVectors
 from gif_kernels.sphere import unit
 
 M, V = 20_000, 20
+PRICE_RATES = tuple(0.2 * 0.88**i for i in range(30))  # from none to nearly right
 tokenize_module = import_module("gif.codes.tokenize")  # the package has the function by that name
 
 
@@ -227,26 +228,22 @@ def test_sampled_rounds_keep_the_quality(vectors, quality, monkeypatch):
 
 def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
     monkeypatch.setattr(clustering, "LLOYD_ROWS", 10)
-    starts, assigned = [], []
+    tried, begun = [], []
 
-    def remember(*arguments, run=clustering.balanced_kmeans):
-        starts.append(run(*arguments))
-        return starts[-1]
+    def remember(points, centroids, share, iterations, run=clustering.rounds):
+        found = run(points, centroids, share, iterations)
+        tried.append((found[0], found[3])) if iterations == clustering.TRIAL_ROUNDS else begun.append(centroids)
+        return found
 
-    def look(nodes, centroids, *arguments, run=clustering.assign, **options):
-        assigned.append(centroids)
-        return run(nodes, centroids, *arguments, **options)
-
-    monkeypatch.setattr(clustering, "balanced_kmeans", remember)
-    monkeypatch.setattr(clustering, "assign", look)
+    monkeypatch.setattr(clustering, "rounds", remember)
     index = torch.arange(2000).view(2, 1000)
     mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 5 samples of 10 rows a child, and 3
     options: dict[str, Any] = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
     split(Nodes(vectors, index, mask), V, seeds=node_seeds(0, 1, np.arange(2)), **options)
-    assert len(starts) == 5
+    assert len(tried) == 5
     for node, samples in enumerate((5, 3)):
-        best = max(range(samples), key=lambda start: starts[start][2][node])
-        assert torch.equal(assigned[0][node], starts[best][0][node])
+        best = max(range(samples), key=lambda start: tried[start][1][node])
+        assert torch.equal(begun[0][node], tried[best][0][node])
 
 
 def test_a_node_depends_on_the_nodes_beside_it_by_rounding_alone(vectors):
@@ -458,7 +455,7 @@ def test_what_is_held_beyond_blocks_is_24_bytes_an_identity(levels, monkeypatch)
     monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", block)
     for module, name in ((tree, "SORTED_ROWS"), (code_table, "_ROWS_A_BLOCK"), (tokenize_module, "ROWS_A_BLOCK")):
         monkeypatch.setattr(module, name, 1000)
-    for name, value in (("LLOYD_ROWS", 8), ("SEEDING_ROWS", 8), ("RESTARTS", 1), ("PRICE_RATES", PRICE_RATES[::5])):
+    for name, value in (("LLOYD_ROWS", 8), ("SEEDING_ROWS", 8), ("RESTARTS", 1)):
         monkeypatch.setattr(clustering, name, value)
     monkeypatch.setattr(prices_module, "REFINING_ROUNDS", 5)
     config = TokenizeConfig(vocab_size=16, iterations=1, alignment="none", centroid_levels=levels)

@@ -16,6 +16,7 @@ from gif.codes.clustering import DISTANCE_UNIT, split
 from gif.codes.commands import tokenize_command
 from gif.codes.nodes import Nodes
 from gif.codes.prices import Market, dearest
+from gif.codes.sketch import WIDTH, sketch
 from gif.codes.splitmix import node_seeds
 from gif.codes.tokenize import working_device
 from gif.vectors import CodeVectors
@@ -61,11 +62,11 @@ def test_rounds_of_clustering_wait_for_nothing():
     """A tensor without data cannot be looked at: bool(x), x.tolist(), x.nonzero() and x[mask] would all fail."""
     sample, seeds = meta_nodes(64, 5120), np.arange(64, dtype=np.uint64)
     with Operations() as operations:
-        clustering.balanced_kmeans(sample, V, torch.empty(64, V, device="meta"), 8, seeds)
+        points = clustering.Points.sketched(sample, V)
+        clustering.rounds(points, clustering.seed_centroids(points, V, seeds), torch.empty(64, 1, device="meta"), 8)
     cumulated = [dtype for name, dtype in operations.done if name == "aten::cumsum"]
     assert cumulated == [torch.int64] * V  # PyTorch has no deterministic sum of floats there
-    # 90 rounds of prices at 20, 11 of centroids at 100, 20 of seeding at 40, in 2 or 3 blocks of similarities each
-    assert len(operations.work) < 8000
+    assert len(operations.work) < 1500  # 8 rounds at 40, 20 of seeding at 30
 
 
 def test_looking_for_the_dearest_child_does_not_wait():
@@ -130,6 +131,23 @@ def test_distances_are_whole_multiples_of_a_unit():
     units = distance.double() / DISTANCE_UNIT
     assert torch.equal(units, units.round())
     assert torch.equal((distance / DISTANCE_UNIT).long().double(), units)
+
+
+@pytest.mark.parametrize("d", [256, 300, 512])
+def test_a_sketch_keeps_products_in_the_mean_over_pairs(d):
+    rows = torch.nn.functional.normalize(torch.randn(500, d, dtype=torch.float64), dim=1)
+    short = sketch(rows)
+    assert short.shape == (500, WIDTH)
+    error = (short @ short.T - rows @ rows.T)[~torch.eye(500, dtype=torch.bool)]
+    assert error.abs().mean() < WIDTH**-0.5  # of standard deviation 1 / sqrt(WIDTH) at most
+    assert abs(error.mean()) < 0.1 * WIDTH**-0.5
+    inside = rows * (torch.arange(d) < WIDTH)
+    torch.testing.assert_close(sketch(inside) @ sketch(inside).T, inside @ inside.T)  # nothing is folded onto them
+
+
+def test_short_rows_are_not_sketched():
+    rows = torch.randn(3, 2 * WIDTH - 1)
+    assert sketch(rows) is rows
 
 
 class TestDevice:
