@@ -30,4 +30,4 @@ def column_blocks(mask: Tensor) -> Iterator[slice]:
 def take(table: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (...) of ``table`` (m, d), wherever that is, as (..., d) float32 where the index is."""
     rows = table.index_select(0, index.flatten().to(table.device))
-    return rows.view(*index.shape, -1).to(index.device).float()
+    return rows.view(*index.shape, table.shape[1]).to(index.device).float()
