@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gif.codes.nodes import Nodes, Scores
-from gif.codes.prices import Market, final_prices
+from gif.codes.prices import FINAL_RATES, Market, balancing_prices, final_prices
 from gif.codes.repair import capacities, repair
 from gif.codes.sketch import sketch
 from gif.codes.splitmix import uniforms
@@ -28,7 +28,8 @@ SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
 CANDIDATES = 2  # rows it draws for each centroid
 LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last of them, and the assignment, see every row
 RESTARTS = 8  # of k-means in a node of so many samples' rows, for the seeding decides most; else as many as it has
-TRIAL_ROUNDS = 3  # before the starts are compared, on the rows that they were seeded from
+TRIAL_ROUNDS = 3  # before the starts are compared
+BALANCING_ROUNDS = 3  # after the others
 MARKET_ROWS = 1024  # a child, from which the prices of a large node come; repair moves what they err by
 DISTANCE_UNIT = 2.0**-24  # 1 - cosine in float32 is a whole multiple of it
 FIRST_RATE, LAST_RATE = 0.4, 0.1  # of prices in the rounds of k-means, in units of the mean spread of similarities
@@ -51,8 +52,9 @@ def split(
     attempts = (nodes.sizes // (LLOYD_ROWS * k)).clamp(1, RESTARTS)
     seeding = sample.sample(SEEDING_ROWS * k, seeds)
     points = Points.sketched(sample, k)
-    start = best_start(points if seeding is sample else Points.sketched(seeding, k), k, share, attempts, seeds)
-    _, prices, member, _ = rounds(points, start, share, iterations)
+    seeds_from = points if seeding is sample else Points.sketched(seeding, k)
+    start = best_start(points, seeds_from, k, share, attempts, seeds)
+    prices, member = balanced(points, *rounds(points, start, share, iterations)[:2], share)
     centroids = own.means(unit(sample.member_sums(member)), prices)  # a sample's fit its own rows best
     child = assign(nodes, centroids, prices, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
     return child, own.sums(child, k)
@@ -82,15 +84,16 @@ class Points:
         return torch.where(factor > 0, sums * factor, empty)
 
 
-def best_start(points: Points, k: int, share: Tensor, attempts: Tensor, seeds: np.ndarray) -> Tensor:
+def best_start(points: Points, seeding: Points, k: int, share: Tensor, attempts: Tensor, seeds: np.ndarray) -> Tensor:
     """Centroids (g, k, s) to start from: the best of ``attempts`` (g,) times k-means++ and a few rounds.
 
-    What is compared is the dual objective, that no assignment within the capacities can pass.
+    k-means++ looks at the points of ``seeding`` alone. What is compared is the dual objective, that no assignment
+    within the capacities can pass.
     """
-    start = seed_centroids(points, k, seeds)
+    start = seed_centroids(seeding, k, seeds)
     tried, most = start, torch.full_like(share[:, 0], -torch.inf)
     for attempt in range(int(attempts.max()) if bool((attempts > 1).any()) else 0):
-        other = start if attempt == 0 else seed_centroids(points, k, mix(seeds + np.uint64(attempt)))
+        other = start if attempt == 0 else seed_centroids(seeding, k, mix(seeds + np.uint64(attempt)))
         other, _, _, dual = rounds(points, other, share, TRIAL_ROUNDS)
         better = (attempts > max(1, attempt)) & (dual > most)
         tried = torch.where(better[:, None, None], other, tried)
@@ -112,6 +115,15 @@ def rounds(points: Points, centroids: Tensor, share: Tensor, iterations: int) ->
         centroids = points.means(member, centroids)
     dual, member = points.market(centroids, share).takers(prices)
     return centroids, prices, member, dual
+
+
+def balanced(points: Points, centroids: Tensor, prices: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Better prices (g, k), and who takes which row (g, k, M) at them, after rounds whose prices are right in each."""
+    for _ in range(BALANCING_ROUNDS):
+        market = points.market(centroids, share)
+        prices = balancing_prices(market, prices, FINAL_RATES)
+        centroids = points.means(market.takers(prices)[1], centroids)
+    return prices, points.market(centroids, share).takers(prices)[1]
 
 
 def seed_centroids(points: Points, k: int, seeds: np.ndarray) -> Tensor:
