@@ -91,6 +91,9 @@ class TestPairs:
             expected = verify_pairs(embeddings, pairs.issame)
             unit = embeddings / embeddings.norm(dim=1, keepdim=True)
             tar = tar_at_far((unit[::2] * unit[1::2]).sum(1), pairs.issame, [1e-3])[1e-3]
+            thresholds = found["pairs"][name].pop("thresholds")
+            assert thresholds["genuine"] + thresholds["impostor"] == PAIRS and 0 <= thresholds["eer"] <= 1
+            assert thresholds["at"]["0.001"] is None  # which so few impostor pairs do not resolve
             assert found["pairs"][name] == {
                 "accuracy": pytest.approx(expected.accuracy, abs=1e-12),
                 "std": pytest.approx(expected.std, abs=1e-12),
