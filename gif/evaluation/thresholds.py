@@ -52,7 +52,8 @@ class Thresholds:
             no threshold is known.
         eer: the equal error rate, where as many impostor pairs are accepted as genuine pairs are rejected, in shares.
         eer_threshold: the cosine there.
-        genuine, impostor: how many pairs there were.
+        genuine: how many pairs there were of one identity.
+        impostor: and of two.
     """
 
     at: dict[float, Threshold | None]
@@ -127,7 +128,8 @@ def thresholds_of(curve: Roc, genuine: int, impostor: int, fars: Sequence[float]
 
     Args:
         curve: points of rising FPR; not thinned out, or the thresholds are those of its points.
-        genuine, impostor: how many pairs it is of.
+        genuine: how many pairs of one identity it is of.
+        impostor: how many of two.
         fars: false-accept rates in [0, 1].
 
     Raises ValueError for a wrong rate.

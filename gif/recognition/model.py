@@ -108,7 +108,8 @@ class Model:
         """Whether two images show the same identity: their cosine, against a threshold.
 
         Args:
-            one, other: as for `embed`.
+            one: as for `embed`.
+            other: likewise.
             far: the false-accept rate whose threshold decides, 0.01 to 1e-6, where none is given.
             threshold: the cosine that decides.
             by: which judgement's thresholds, by name; those of the most impostor pairs where not given.
