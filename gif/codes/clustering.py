@@ -54,7 +54,8 @@ def split(
     points = Points.sketched(sample, k)
     seeds_from = points if seeding is sample else Points.sketched(seeding, k)
     start = best_start(points, seeds_from, k, share, attempts, seeds)
-    prices, member = balanced(points, *rounds(points, start, share, iterations)[:2], share)
+    centroids, prices, _ = rounds(points, start, share, iterations)
+    prices, member = balanced(points, centroids, prices, share)
     centroids = own.means(unit(sample.member_sums(member)), prices)  # a sample's fit its own rows best
     child = assign(nodes, centroids, prices, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
     return child, own.sums(child, k)
@@ -94,18 +95,18 @@ def best_start(points: Points, seeding: Points, k: int, share: Tensor, attempts:
     tried, most = start, torch.full_like(share[:, 0], -torch.inf)
     for attempt in range(int(attempts.max()) if bool((attempts > 1).any()) else 0):
         other = start if attempt == 0 else seed_centroids(seeding, k, mix(seeds + np.uint64(attempt)))
-        other, _, _, dual = rounds(points, other, share, TRIAL_ROUNDS)
+        other, _, dual = rounds(points, other, share, TRIAL_ROUNDS)
         better = (attempts > max(1, attempt)) & (dual > most)
         tried = torch.where(better[:, None, None], other, tried)
         most = torch.where(better, dual, most)
     return tried
 
 
-def rounds(points: Points, centroids: Tensor, share: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rounds(points: Points, centroids: Tensor, share: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds of k-means from ``centroids`` (g, k, s), each with a step of the prices.
 
-    Returns centroids, prices (g, k) at which nearly no child has more than its ``share`` (g, 1) of the rows, who takes
-    which row (g, k, M) at them, and the dual objective (g,).
+    Returns centroids, prices (g, k) at which nearly no child has more than its ``share`` (g, 1) of the rows, and the
+    dual objective (g,) at them.
     """
     prices = torch.zeros_like(centroids[:, :, 0])
     for rate in np.geomspace(FIRST_RATE, LAST_RATE, iterations):
@@ -113,8 +114,7 @@ def rounds(points: Points, centroids: Tensor, share: Tensor, iterations: int) ->
         member = market.takers(prices)[1]
         prices = market.dearer(prices, market.wanted(member), rate)
         centroids = points.means(member, centroids)
-    dual, member = points.market(centroids, share).takers(prices)
-    return centroids, prices, member, dual
+    return centroids, prices, points.market(centroids, share).takers(prices)[0]
 
 
 def balanced(points: Points, centroids: Tensor, prices: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,13 @@ from PIL import Image
 
 from benchmarks.campaign.inputs import write_ijb, write_python2_bin
 from gif import cli
+from gif.data import IdentityImages, IdentitySplit
 from gif.data.glyphs.halves import MIN_DRAWINGS, Halves, group_alike
+from gif.evaluation import command as evaluate_module
+from gif.experiments import glyph_bench
 from gif.progress import console
+from gif.training import command as training_command
+from gif.vectors import commands as vectors_commands
 
 
 @pytest.fixture
@@ -42,6 +47,30 @@ def make_halves():
         return Halves(drawings, ends, "".join(map(chr, range(begin, begin + letters))), group_alike(drawings, ends))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_images():
+    """(number of identities, seed, first name) -> images that tell them apart, 6 each, 16 x 16."""
+
+    def make(identities: int, seed: int, first: str = "a") -> IdentityImages:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(identities).repeat(6)
+        patterns = torch.randint(0, 200, (identities, 1, 16, 16), generator=generator)
+        noise = torch.randint(0, 55, (len(labels), 1, 16, 16), generator=generator)
+        names = [chr(ord(first) + i) for i in range(identities)]
+        return IdentityImages((patterns[labels] + noise).to(torch.uint8), labels, names)
+
+    return make
+
+
+@pytest.fixture
+def tiny_data(tiny_images, monkeypatch):
+    """Commands find some of them, whatever data set they are given."""
+    split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1, "A"))
+    for module in (vectors_commands, training_command, evaluate_module, glyph_bench):
+        monkeypatch.setattr(module, "load_data", lambda name, **options: split)
+    return split
 
 
 @pytest.fixture(scope="session")

@@ -12,36 +12,15 @@ from gif import cli
 from gif.arguments import CONFIGS, parsed
 from gif.backbones import BackboneConfig, load_backbone
 from gif.codes import IdentityCodes
-from gif.data import IdentityImages, IdentitySplit
 from gif.errors import DivergedError, InputError, MissingFileError, UnavailableError
-from gif.evaluation import command as evaluate_module
 from gif.experiments import glyph_bench
 from gif.experiments import sweep as sweep_module
 from gif.files import load_tensors, read_json
 from gif.run import command as run_module
-from gif.training import command as training_command
 from gif.vectors import CodeVectors
 from gif.vectors import commands as vectors_commands
 
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
-
-
-def tiny_images(identities, seed, first="a"):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(identities).repeat(6)
-    patterns = torch.randint(0, 200, (identities, 1, 16, 16), generator=generator)
-    noise = torch.randint(0, 55, (len(labels), 1, 16, 16), generator=generator)
-    names = [chr(ord(first) + i) for i in range(identities)]
-    return IdentityImages((patterns[labels] + noise).to(torch.uint8), labels, names)
-
-
-@pytest.fixture
-def tiny_data(monkeypatch):
-    split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1, "A"))
-    for module in (vectors_commands, training_command, evaluate_module):
-        monkeypatch.setattr(module, "load_data", lambda name, **options: split)
-    monkeypatch.setattr(glyph_bench, "load_data", lambda name, **options: split)
-    return split
 
 
 def test_step_by_step(tiny_data, gif, tmp_path):
@@ -241,7 +220,7 @@ def test_every_head_of_the_sweep_gets_as_many_trials(head):
     assert contenders[0] == glyph_bench.CONTENDERS[head]
 
 
-def test_quickstart(tiny_data, monkeypatch, gif, tmp_path):
+def test_quickstart(tiny_images, tiny_data, monkeypatch, gif, tmp_path):
     whole = tiny_images(36, 0)
     monkeypatch.setattr(run_module, "open_data", lambda name, **options: whole)
     monkeypatch.setattr(run_module, "load_data", lambda name, **options: tiny_data)

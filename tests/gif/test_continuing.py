@@ -7,36 +7,17 @@ import pytest
 import torch
 
 from gif.backbones import BackboneConfig, load_backbone, save_backbone
-from gif.data import IdentityImages, IdentitySplit
 from gif.errors import InputError, UnavailableError
 from gif.files import load_tensors
 from gif.losses import MarginSoftmax
 from gif.progress import console
 from gif.training import TrainingConfig, train
-from gif.training import command as training_command
 from gif.training.average import WARM_UP, AverageBackbone
 from gif.training.early_stopping import is_stale
 from gif.training.freezing import freeze
 from gif.training.loggers import MeasuresFile, TensorBoard, WeightsAndBiases, loggers_of
 
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
-
-
-def tiny_images(identities, seed, first="a"):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(identities).repeat(6)
-    patterns = torch.randint(0, 200, (identities, 1, 16, 16), generator=generator)
-    noise = torch.randint(0, 55, (len(labels), 1, 16, 16), generator=generator)
-    return IdentityImages(
-        (patterns[labels] + noise).to(torch.uint8), labels, [chr(ord(first) + i) for i in range(identities)]
-    )
-
-
-@pytest.fixture
-def tiny_data(monkeypatch):
-    split = IdentitySplit(train=tiny_images(24, 0), held_out=tiny_images(12, 1, "A"))
-    monkeypatch.setattr(training_command, "load_data", lambda name, **options: split)
-    return split
 
 
 def command(run, *options):
@@ -91,7 +72,7 @@ class TestAverage:
         assert torch.equal(average.network.norm.num_batches_tracked, network.norm.num_batches_tracked)
         assert not average.train().network.training
 
-    def test_is_judged_kept_and_continued(self, tmp_path):
+    def test_is_judged_kept_and_continued(self, tiny_images, tmp_path):
         judged = []
 
         def validate(network):
@@ -144,7 +125,7 @@ class TestAverage:
 
 
 class TestFreezing:
-    def test_frozen_parts_stay(self):
+    def test_frozen_parts_stay(self, tiny_images):
         network, head = fresh()
         before = {name: value.clone() for name, value in network.state_dict().items()}
         train(network, head, tiny_images(24, 0), TrainingConfig(epochs=1, freeze=["norm", "body.1.bias"], **CONFIG))
@@ -152,7 +133,7 @@ class TestFreezing:
         changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
         assert changed == {"body.1.weight"}  # and not the running statistics
 
-    def test_all_of_it(self):
+    def test_all_of_it(self, tiny_images):
         network, head = fresh()
         before = {name: value.clone() for name, value in network.state_dict().items()}
         train(network, head, tiny_images(24, 0), TrainingConfig(epochs=1, freeze=["*"], **CONFIG))
@@ -182,7 +163,7 @@ class TestEarlyStopping:
     def test_patience(self, scores, patience, stale):
         assert is_stale({10 * step: {"a": score} for step, score in enumerate(scores)}, patience) is stale
 
-    def test_a_run_ends_and_stays_ended(self, tmp_path):
+    def test_a_run_ends_and_stays_ended(self, tiny_images, tmp_path):
         scores = iter([0.1, 0.3, 0.2, 0.2, 0.9])
         config = TrainingConfig(epochs=8, patience=2, **CONFIG)
         arguments: dict[str, Any] = {"validate_every": 5, "checkpoints": tmp_path / "c"}
@@ -318,7 +299,7 @@ class TestLoggers:
             loggers_of(tmp_path, wrong, {})
 
     @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-    def test_a_package_that_is_not_there(self, tmp_path, monkeypatch, name):
+    def test_a_package_that_is_not_there(self, tiny_images, tmp_path, monkeypatch, name):
         monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
         with pytest.raises(
             UnavailableError, match=rf'{name} is not installed; pip install "gif-recognition\[{name}\]"'

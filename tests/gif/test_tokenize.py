@@ -232,7 +232,7 @@ def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
 
     def remember(points, centroids, share, iterations, run=clustering.rounds):
         found = run(points, centroids, share, iterations)
-        tried.append((found[0], found[3])) if iterations == clustering.TRIAL_ROUNDS else begun.append(centroids)
+        tried.append((found[0], found[2])) if iterations == clustering.TRIAL_ROUNDS else begun.append(centroids)
         return found
 
     monkeypatch.setattr(clustering, "rounds", remember)

@@ -32,7 +32,7 @@ from gif.experiments.glyph_bench import (
     bench_settings,
     folder_name,
 )
-from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
+from gif.experiments.paper.report import Findings, Table, chosen, counted, draw_scores, experiment, once, place, publish
 from gif.experiments.paper.self_distillation import distilled_encoder
 from gif.plotting import COLORS, figure, save_figure
 from gif.training import TrainingConfig
@@ -423,15 +423,7 @@ def _draw(heads: Sequence[str], made: Mapping[str, Any], runs: Sequence[Mapping[
         for number, name in enumerate(made):
             scores = _scores(runs, name, head, JUDGED_BY)
             style = {"color": COLORS[number // 2 % len(COLORS)], "fillstyle": "full" if number % 2 else "none"}
-            axes.errorbar(
-                number,
-                np.mean(scores),
-                np.std(scores) if len(scores) > 1 else None,
-                marker="o",
-                markersize=8,
-                capsize=4,
-                **style,
-            )
+            draw_scores(axes, number, scores, **style)
         axes.set_xticks(range(len(made)), list(made), rotation=25, ha="right")
         axes.set_title(head)
     np.atleast_1d(panels)[0].set_ylabel(f"TAR@{JUDGED_BY}, held-out identities")

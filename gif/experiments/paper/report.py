@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from gif.documents import markdown_table, replace_block, require_block
 from gif.experiments.comparison import Rows, show
 from gif.files import read_json, write_text
@@ -102,6 +104,12 @@ def publish(name: str, found: Findings, output: Path, docs: Path | None) -> None
         _draw(found, path, docs.parent)
         replace_block(docs, _block(name), _text(found, path))
         say(f"wrote the block of {name} into {docs}")
+
+
+def draw_scores(axes: Any, place: float, scores: Sequence[float], **style: Any) -> None:
+    """Draw the mean of some scores at a ``place`` of the x axis, with their deviation where there are several."""
+    spread = np.std(scores) if len(scores) > 1 else None
+    axes.errorbar(place, np.mean(scores), spread, marker="o", markersize=8, capsize=4, **style)
 
 
 def _block(name: str) -> str:

@@ -18,7 +18,7 @@ from gif.evaluation import embed, judge
 from gif.experiments.comparison import MEASURES, mean_and_spread
 from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender, GlyphBench, bench_settings, folder_name
 from gif.experiments.paper.adaptive_tokens import AdaptiveTokens, DifficultTokens, LearnedTokens
-from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
+from gif.experiments.paper.report import Findings, Table, chosen, counted, draw_scores, experiment, once, place, publish
 from gif.losses import GIFLoss, HeadConfig, TokenWeights
 from gif.plotting import figure, line_style, save_figure
 from gif.training import TrainingConfig
@@ -225,16 +225,7 @@ def _draw_accuracy(shapes: Sequence[CodeShape], runs: Sequence[Mapping[str, Any]
     for axes, shape in zip(np.atleast_1d(panels), shapes, strict=True):
         for number, name in enumerate(CODES_ALONE):
             scores = _scores(runs, name, shape.length, JUDGED_BY)
-            color = line_style(number)["color"]
-            axes.errorbar(
-                number,
-                np.mean(scores),
-                np.std(scores) if len(scores) > 1 else None,
-                marker="o",
-                markersize=8,
-                color=color,
-                capsize=4,
-            )
+            draw_scores(axes, number, scores, color=line_style(number)["color"])
         axes.set_xticks(range(len(CODES_ALONE)), list(CODES_ALONE), rotation=25, ha="right")
         axes.set_title(f"l = {shape.length}, v = {shape.vocab_size}")
     np.atleast_1d(panels)[0].set_ylabel(f"TAR@{JUDGED_BY}, held-out identities")
