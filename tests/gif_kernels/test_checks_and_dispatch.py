@@ -66,6 +66,10 @@ def token_margin_tensors() -> dict[str, Tensor]:
     }
 
 
+CONTRAST_SCALE = 8.0
+"""At 64, three random rows may all be right to the last digit: nothing is left of their gradients to compare."""
+
+
 def code_contrast_tensors() -> dict[str, Tensor]:
     return {
         "embeddings": torch.randn(3, 6),
@@ -80,10 +84,11 @@ OPS = {
     "code_regression_loss": Op(
         gif_kernels.code_regression_loss, lambda: {"embeddings": torch.randn(4, 6), "targets": torch.randn(4, 6)}
     ),
-    "code_contrast_loss": Op(gif_kernels.code_contrast_loss, code_contrast_tensors),
+    "code_contrast_loss": Op(gif_kernels.code_contrast_loss, code_contrast_tensors, {"scale": CONTRAST_SCALE}),
     "code_contrast_gradients": Op(
         lambda **given: gif_kernels.code_contrast_gradients(**given)[0],  # its gradients have tests of their own
         code_contrast_tensors,
+        {"scale": CONTRAST_SCALE},
         differentiable=False,
     ),
     "gaussian_potential": Op(gif_kernels.gaussian_potential, lambda: {"vectors": torch.randn(5, 6)}),
