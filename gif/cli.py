@@ -28,6 +28,7 @@ DESCRIPTION = (
     f"{DEBUG}, anywhere in a command, shows where an error comes from."
 )
 HELP = "_help"
+INTERRUPT_AGAIN = 0.05  # seconds after it was dropped
 """The key of what a group of commands is for, as jsonargparse has it."""
 DISTRIBUTION = "gif-recognition"
 IMAGES = "images"
@@ -202,6 +203,8 @@ def main() -> None:
         faulthandler.enable(sys.__stderr__)  # a bus error, of a mapped file that was shortened, says where it was read
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
+        if sys.unraisablehook is sys.__unraisablehook__:  # nobody has one of their own
+            sys.unraisablehook = _interrupt_again
     given = sys.argv[1:]
     try:
         _run(given)
@@ -219,6 +222,17 @@ def main() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Interrupted("", number)
+
+
+def _interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a destructor or a callback: an interrupt that came there comes again."""
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        number = getattr(ignored.exc_value, "number", signal.SIGINT)
+        again = threading.Timer(INTERRUPT_AGAIN, os.kill, [os.getpid(), number])
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 if __name__ == "__main__":

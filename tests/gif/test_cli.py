@@ -1,6 +1,9 @@
 """The `gif` command, as a user types it, on a data set small enough for a test."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -451,6 +454,29 @@ class TestWhatIsNotAUsersFault:
         code, printed = gif(*command, option, device, "--output", tmp_path / "x")
         assert code == 1 and f'device "{device}"' in printed
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_python_drops_comes_again(number):
+    """In a destructor, as of what an import or the garbage collector throws away."""
+    script = f"""
+import signal, time
+from gif import cli
+
+class Thrown:
+    def __del__(self):
+        signal.raise_signal({int(number)})
+
+def work(given):
+    Thrown()
+    time.sleep(60)
+
+cli._run = work
+cli.main()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert run.returncode == 128 + number and "interrupted" in run.stdout + run.stderr, run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_every_option_goes_through_torchrun(gif, tmp_path):
