@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from gif.experiments.paper.layer_peeled import HEADS, Descent, LayerPeeled, minority_cosine, solve, threshold
+from gif.experiments.paper.layer_peeled import (
+    HEADS,
+    Descent,
+    LayerPeeled,
+    _log_loss,
+    minority_cosine,
+    solve,
+    threshold,
+)
 
 SMALL = LayerPeeled(majority=3, minority=4, bound=2.0, width=8)
 
@@ -53,3 +61,10 @@ def test_minority_cosine():
 def test_wrong_models(wrong):
     with pytest.raises(ValueError, match="wanted at least 2 majority"):
         LayerPeeled(**wrong)
+
+
+def test_a_search_that_comes_far_from_the_optimum_does_not_overflow():
+    """-log p of odds (1 - p) / p that no float holds is their logarithm."""
+    for odds in (-50.0, -3.0, 0.0, 600.0):
+        assert _log_loss(odds) == pytest.approx(math.log(math.log1p(math.exp(odds))), rel=1e-9)
+    assert _log_loss(5000.0) == pytest.approx(math.log(5000.0))

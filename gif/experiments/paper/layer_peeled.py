@@ -88,6 +88,7 @@ def solve(model: LayerPeeled, ratio: float, *, collapsed: bool = False) -> Solut
     """The optimum of the convex program at R = ``ratio``, in float64; ``collapsed`` holds beta at 0."""
     with needs("scipy", "the layer-peeled model"):
         from scipy.optimize import minimize
+        from scipy.special import expit
     ka, kb, k = model.majority, model.minority, model.classes
     log_share_a, log_share_b = np.log(ka * model.shares(ratio)[0]), np.log(kb * model.shares(ratio)[-1])
     total = k * model.bound
@@ -123,14 +124,14 @@ def solve(model: LayerPeeled, ratio: float, *, collapsed: bool = False) -> Solut
     # centres W W^T ~ (Z Z^T)^(1/2), whose minority block has beta on what differs, trivial(x) on what is shared
     shared, beta = trivial(found) * ka / k, float(found[1])
     a, b, *_ = logits(found)
-    odds = math.exp(log_odds(found)[0])
-    pull = (odds + math.exp(b - a)) / (1 + odds)  # 1 - p_a + p_b
+    odds = log_odds(found)[0]
+    pull = float(expit(odds) + expit(-odds) * math.exp(b - a))  # 1 - p_a + p_b
     return Solution((shared - beta) / (shared + (kb - 1) * beta), ratio * pull)
 
 
 def _log_loss(log_odds: float) -> float:
     """Logarithm of -log p, of the logarithm of (1 - p) / p."""
-    return log_odds if log_odds < SMALL_ODDS else math.log(math.log1p(math.exp(log_odds)))
+    return log_odds if log_odds < SMALL_ODDS else math.log(np.logaddexp(0.0, log_odds))
 
 
 def threshold(model: LayerPeeled) -> float:
