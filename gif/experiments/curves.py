@@ -14,7 +14,7 @@ from gif.data.loading import WORDS
 from gif.documents import markdown_table, replace_block, require_block
 from gif.experiments.comparison import Comparison, Rows, compare_lengths, mean_and_spread, show
 from gif.experiments.glyph_bench import contenders_on
-from gif.experiments.runs import HEAD_BYTES, PROCESSOR_SECONDS, Budget, Length, Machine
+from gif.experiments.runs import HEAD_BYTES, PROCESSOR, PROCESSOR_SECONDS, Budget, Length, Machine
 from gif.files import write_text
 from gif.plotting import figure, line_style, save_figure
 from gif.progress import say
@@ -85,7 +85,10 @@ def accuracy_curves(
         show(columns, rows, f"{measure.title}, {judged}")
         parts.append(f"{measure.title[0].upper()}{measure.title[1:]}.\n\n{markdown_table(columns, rows)}")
     columns, rows = _costs(found, heads)
-    parts.append(f"Processor time of a run in minutes, and what the head keeps.\n\n{markdown_table(columns, rows)}")
+    parts.append(
+        "Processor time of a run in minutes, all at the pace of one kind of processor, and what the head keeps.\n\n"
+        f"{markdown_table(columns, rows)}"
+    )
     tables = "\n".join(parts)
     write_text(output / "curves.md", tables)
     pictures: list[Against] = ["epochs", "time"] if all(length.unit == "epochs" for length in found) else ["time"]
@@ -119,10 +122,11 @@ def _table(found: Found, heads: Sequence[str], measure: Measure) -> tuple[tuple[
 def _costs(found: Found, heads: Sequence[str]) -> tuple[tuple[str, ...], Rows]:
     """Minutes of each budget, and MiB that the head keeps from step to step."""
     *_, last = found.values()
+    paces = _paces(found, heads)
     rows = [
         (
             name,
-            *(f"{_minutes_of(runs, name):.1f}" for runs in found.values()),
+            *(f"{_minutes(runs, name, paces):.1f}" for runs in found.values()),
             f"{float(np.mean(last.values(name, HEAD_BYTES))) / MIB:,.1f}",
         )
         for name in heads
@@ -130,10 +134,30 @@ def _costs(found: Found, heads: Sequence[str]) -> tuple[tuple[str, ...], Rows]:
     return ("head", *map(str, found), "MiB"), rows
 
 
-def _minutes_of(runs: Comparison, name: str) -> float:
-    """Mean processor time of a head's runs; NaN where none is known."""
-    seconds = [value for value in runs.values(name, PROCESSOR_SECONDS) if not math.isnan(value)]
-    return float(np.mean(seconds)) / MINUTE if seconds else math.nan
+def _minutes(runs: Comparison, name: str, paces: Mapping[str, float]) -> float:
+    """Processor time of a head's runs at its pace."""
+    return float(np.mean(runs.values(name, "steps"))) * paces[name] / MINUTE
+
+
+def _paces(found: Found, heads: Sequence[str]) -> dict[str, float]:
+    """Seconds of processor time a step of each head, by the longest runs that one kind of processor has of all.
+
+    Runs may come from several machines, and times of two tell nothing of their heads. NaN where no kind has all.
+    """
+    for runs in reversed(list(found.values())):
+        of_heads = {name: _seconds_a_step(runs.results(name)) for name in heads}
+        for processor in sorted(set.intersection(*map(set, of_heads.values()))):
+            return {name: float(np.median(seconds[processor])) for name, seconds in of_heads.items()}
+    return dict.fromkeys(heads, math.nan)
+
+
+def _seconds_a_step(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Seconds a step of runs, by kind of processor, where they are known."""
+    found: dict[str, list[float]] = {}
+    for result in results:
+        if result.get(PROCESSOR_SECONDS) is not None:
+            found.setdefault(result.get(PROCESSOR, ""), []).append(result[PROCESSOR_SECONDS] / result["steps"])
+    return found
 
 
 def _plot(found: Found, heads: Sequence[str], measures: Sequence[Measure], against: Against, path: Path) -> None:
@@ -162,11 +186,12 @@ def _panel(axes: Any, found: Found, heads: Sequence[str], measure: Measure, agai
     axes.set_xscale("log")
     axes.set_xlabel(AXES[against])
     axes.set_ylabel(measure.title if measure.of else f"{measure.title}, held-out identities")
-    widest = np.array([])
+    widest, paces = np.array([]), _paces(found, heads)
     for number, name in enumerate(heads):
         scores = np.array([runs.values(name, measure.key, measure.of) for runs in found.values()])
         counts = [length.count for length in found]
-        places = np.array(counts if against == "epochs" else [_minutes_of(runs, name) for runs in found.values()])
+        minutes = [_minutes(runs, name, paces) for runs in found.values()]
+        places = np.array(counts if against == "epochs" else minutes)
         means, spreads, style = scores.mean(1), scores.std(1), line_style(number)
         axes.plot(places, means, marker="o", markersize=3.5, label=name, **style)
         axes.fill_between(places, means - spreads, means + spreads, color=style["color"], alpha=0.15, linewidth=0)

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gif.devices import processor_name
 from gif.errors import InputError
 from gif.experiments.glyph_bench import contender_settings, folder_name
-from gif.experiments.runs import HEAD_BYTES, PROCESSOR_SECONDS, RESULT, Run
+from gif.experiments.runs import HEAD_BYTES, PROCESSOR, PROCESSOR_SECONDS, RESULT, Run
 from gif.files import read_json, write_text
 from gif.progress import say
 from gif.resume import differences
 
-KEPT = ("rank1", "tar", "pair_accuracy", "steps", HEAD_BYTES, PROCESSOR_SECONDS)  # of a result; of sets the measures
+KEPT = ("rank1", "tar", "pair_accuracy", "steps", HEAD_BYTES, PROCESSOR_SECONDS, PROCESSOR)
+"""Of a result; of a set that judges its measures."""
 
 
 @contextmanager
@@ -126,11 +126,11 @@ def _order(entry: tuple[str, Any]) -> tuple[str, int, int]:
 
 
 def _record(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's result tables and curves read, and the processor that took its time."""
+    """What of a run's result tables and curves read."""
     kept = {name: result[name] for name in KEPT if name in result}
     if sets := {name: {key: of[key] for key in KEPT if key in of} for name, of in result["sets"].items()}:
         kept["sets"] = sets
-    return {**kept, "processor": processor_name()}
+    return kept
 
 
 def _one_run_a_line(record: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from gif.devices import processor_name
 from gif.errors import InputError
 from gif.evaluation import Judgement, Roc
 from gif.experiments.glyph_bench import Contender, GlyphBench
@@ -24,7 +25,7 @@ from gif.progress import progress, say
 from gif.training import TrainingConfig
 
 ROC_FORMAT = "gif.roc/1"
-PROCESSOR_SECONDS = "processor_seconds"
+PROCESSOR_SECONDS, PROCESSOR = "processor_seconds", "processor"
 HEAD_BYTES = "head_bytes"
 SECONDS_A_STEP = "processor_seconds_a_step"
 PACE = "pace.json"
@@ -143,6 +144,7 @@ class Run:
             "steps": len(result.log.losses),
             HEAD_BYTES: result.head_bytes,
             PROCESSOR_SECONDS: None if math.isnan(seconds) else seconds,
+            PROCESSOR: processor_name(),
         }
         write_text(self.folder / RESULT, json.dumps(found, indent=2))
         return f"{self.in_words}: {_in_words(judged)}"

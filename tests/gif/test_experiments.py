@@ -1,6 +1,7 @@
 """Comparisons of heads: several runs at once, equal processor time, data that several sets judge."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from gif.backbones import BackboneConfig
 from gif.data.glyphs import word_sets
 from gif.data.glyphs.halves import PARTS
 from gif.data.glyphs.word_sets import SETS
-from gif.experiments import glyph_bench, runs
+from gif.experiments import curves, glyph_bench, runs
+from gif.experiments.comparison import Comparison
 from gif.experiments.runs import Length, Machine
 from gif.files import read_json
 
@@ -141,6 +143,29 @@ def test_words_are_judged_by_each_of_their_sets(words, small, gif, tmp_path):
     assert code == 0, printed
     result = read_json(tmp_path / "b" / "gif" / "epochs-1" / "seed-0" / "result.json")
     assert set(result["sets"]) == {"alike", "new"}  # of letters that neither training nor the judges have
+
+
+def test_time_is_of_one_kind_of_processor(tmp_path):
+    """Of two heads whose longest runs were on two machines: at the pace of where both were."""
+    seconds = {
+        ("GIF", 1): [("old", 10.0), ("old", 14.0), ("old", 12.0)],
+        ("GIF", 4): [("new", 4.0)],
+        ("full softmax", 1): [("old", 8.0), ("new", 1.0)],
+        ("full softmax", 4): [("old", 32.0), ("", None)],
+    }
+    found = {Length("epochs", count): Comparison({"GIF": [], "full softmax": []}) for count in (1, 4)}
+    for (name, count), timed in seconds.items():
+        for seed, (processor, taken) in enumerate(timed):
+            folder = tmp_path / name / str(count) / str(seed)
+            folder.mkdir(parents=True)
+            result = {"tar": {}, "steps": 100 * count, "processor_seconds": taken, "processor": processor}
+            (folder / "result.json").write_text(json.dumps(result))
+            found[Length("epochs", count)].folders[name].append(folder)
+    paces = curves._paces(found, ["GIF", "full softmax"])
+    assert paces == {"GIF": 0.12, "full softmax": 0.08}
+    assert curves._minutes(found[Length("epochs", 4)], "GIF", paces) == pytest.approx(400 * 0.12 / 60)
+    shorter = {length: runs for length, runs in found.items() if length.count == 4}
+    assert all(math.isnan(pace) for pace in curves._paces(shorter, ["GIF", "full softmax"]).values())
 
 
 @pytest.mark.parametrize("wrong", [lambda: Length("epochs", 0), lambda: Machine(0)])
