@@ -7,34 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gif import GIFLoss, SpreadConfig, TokenizeConfig, initial_code_vectors, spread_code_vectors, tokenize
 from gif.backbones import BackboneConfig, save_backbone
 from gif.data import IdentityDataset, glyphs, normalize_pixels
 from gif.encoders import PixelEncoder
+from gif.integrations.state import TablesInState
 from gif.training.augmentation import RandomAffine
 
 
-class Recognition(nn.Module):
+class Recognition(TablesInState):
     """A backbone and its loss, as the Trainer wants a model: a forward pass gives the loss.
 
-    The state that the Trainer saves holds the code vectors that training moves, as bytes of the module.
+    The state that the Trainer saves and restores holds the code vectors that training moves.
     """
 
-    def __init__(self, backbone: BackboneConfig, loss_fn: GIFLoss) -> None:
+    def __init__(self, backbone: BackboneConfig, loss: GIFLoss) -> None:
         super().__init__()
         self.backbone = backbone.build().to(memory_format=torch.contiguous_format)  # as the Trainer's files want it
-        self.loss_fn = loss_fn
+        self.loss = loss
         self.augment = RandomAffine()
-        for name, table in loss_fn.tables().items():
-            self.register_buffer(f"moved_{name}", table)  # the very tensor: it is saved, and restored in place
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         pixels = normalize_pixels(images)
         embeddings = self.backbone(self.augment(pixels) if self.training else pixels)
-        return {"loss": self.loss_fn(embeddings, labels), "embeddings": embeddings}
+        return {"loss": self.loss(embeddings, labels), "embeddings": embeddings}
 
 
 class Schedule(TrainerCallback):
@@ -44,7 +43,7 @@ class Schedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         rate = given["optimizer"].param_groups[0]["lr"]
-        given["model"].loss_fn.begin_step(rate, rate / args.learning_rate, state.global_step / state.max_steps)
+        given["model"].loss.begin_step(rate, rate / args.learning_rate, state.global_step / state.max_steps)
 
 
 def collate(pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -11,24 +11,28 @@ from gif import GIFLoss, SpreadConfig, TokenizeConfig, initial_code_vectors, spr
 from gif.backbones import BackboneConfig
 from gif.data import IdentityDataset, glyphs, normalize_pixels
 from gif.encoders import PixelEncoder
+from gif.integrations.state import TablesInState
 from gif.training.augmentation import RandomAffine
 
 
-class Recognition(lightning.LightningModule):
-    """A backbone and its loss. The loss is a part of the module, so DDP averages its gradients with the backbone's."""
+class Recognition(TablesInState, lightning.LightningModule):
+    """A backbone and its loss. The loss is a part of the module, so DDP averages its gradients with the backbone's.
 
-    def __init__(self, backbone: BackboneConfig, loss_fn: GIFLoss, lr: float = 0.1) -> None:
+    Checkpoints hold the code vectors that training moves.
+    """
+
+    def __init__(self, backbone: BackboneConfig, loss: GIFLoss, lr: float = 0.1) -> None:
         super().__init__()
         self.backbone = backbone.build()
-        self.loss_fn = loss_fn
+        self.loss = loss
         self.lr = lr
         self.augment = RandomAffine()
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         rate = self.lr_schedulers().get_last_lr()[0]
-        self.loss_fn.begin_step(rate, rate / self.lr, self.global_step / self.trainer.estimated_stepping_batches)
-        loss: Tensor = self.loss_fn(self.backbone(self.augment(normalize_pixels(images))), labels)
+        self.loss.begin_step(rate, rate / self.lr, self.global_step / self.trainer.estimated_stepping_batches)
+        loss: Tensor = self.loss(self.backbone(self.augment(normalize_pixels(images))), labels)
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -37,13 +41,6 @@ class Recognition(lightning.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["code_vectors"] = self.loss_fn.tables()  # the default recipe moves them: they are training state
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, table in self.loss_fn.tables().items():
-            table.copy_(checkpoint["code_vectors"][name])
 
 
 def prepare(images: IdentityDataset, width: int) -> GIFLoss:

@@ -91,7 +91,7 @@ def train_command(
             left them, or "recomputed" with its weights, of up to 8,192 training images: where there were few steps.
         init: what the backbone begins with: a model of `gif train`, insightface's model.pt, for a backbone "vit" a file
             of timm's, or "timm" for those of its hub. The folder of a finished run gives its head too.
-        loggers: where measures go beside the file: tensorboard, wandb, or '[tensorboard, wandb]'.
+        loggers: where measures go beside that file: csv (as a table, measures.csv), tensorboard, wandb; one or several.
         resume: "auto" continues the run that output holds, if it does; "never" refuses it; "longer" continues a run
             that had fewer epochs or steps, finished or not, to as many as are given now.
     """

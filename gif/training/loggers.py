@@ -1,9 +1,11 @@
-"""Where a run's measures go: a file of its own always, TensorBoard and Weights & Biases by name."""
+"""Where a run's measures go: a file of its own always; a table, TensorBoard and Weights & Biases by name."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
+import io
 import json
 import math
 from abc import ABC, abstractmethod
@@ -16,8 +18,8 @@ from gif.errors import InputError, UnavailableError, in_short
 from gif.files import write_text, writing
 
 Write = Callable[[int, Mapping[str, float]], None]
-LoggerName = Literal["tensorboard", "wandb"]
-MEASURES = "measures.jsonl"
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+MEASURES, TABLE = "measures.jsonl", "measures.csv"
 WANDB_PROJECT = "gif"
 
 
@@ -63,6 +65,39 @@ class MeasuresFile(Logger):
 
     def _lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+
+
+class MeasuresTable(Logger):
+    """A row of CSV for each time that a run tells something: its step, and a column a measure.
+
+    What is not told is empty; a measure that comes later is a new column at the end; no finite number is nan or inf.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @contextmanager
+    def open(self, done: int) -> Iterator[Write]:
+        rows = [row for row in self._rows() if int(row["step"]) <= done]
+        columns = list(rows[0]) if rows else ["step"]
+        write_text(self.path, _csv(columns, rows, header=True))
+
+        def write(step: int, measures: Mapping[str, float]) -> None:
+            row = {"step": step, **measures}
+            if new := [name for name in row if name not in columns]:
+                before = self._rows()
+                columns.extend(new)
+                write_text(self.path, _csv(columns, before, header=True))
+            with writing(self.path), self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(_csv(columns, [row]))
+
+        yield write
+
+    def _rows(self) -> list[dict[str, str]]:
+        """All whole rows: a killed run may have left a part of one."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        return [row for row in rows if (row.get("step") or "").isdecimal() and None not in row]
 
 
 class TensorBoard(Logger):
@@ -133,6 +168,7 @@ class WeightsAndBiases(Logger):
 def loggers_of(folder: Path, names: Sequence[LoggerName] | LoggerName, settings: Mapping[str, Any]) -> list[Logger]:
     """The loggers of the run in a folder: its file of measures, and those named. Raises ValueError for another name."""
     known: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: MeasuresTable(folder / TABLE),
         "tensorboard": lambda: TensorBoard(folder / "tensorboard"),
         "wandb": lambda: WeightsAndBiases(folder, settings),
     }
@@ -153,6 +189,16 @@ def all_open(loggers: Sequence[Logger], done: int) -> Iterator[Write]:
                 each(step, measures)
 
         yield write
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, header: bool = False) -> str:
+    """Rows as CSV, a line each."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _step_of(line: str) -> float:

@@ -1,5 +1,6 @@
 """Runs that begin with another's weights, go on for longer, end early, average, or leave parts as they are."""
 
+import csv
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ from gif.training import TrainingConfig, train
 from gif.training.average import WARM_UP, AverageBackbone
 from gif.training.early_stopping import is_stale
 from gif.training.freezing import freeze
-from gif.training.loggers import MeasuresFile, TensorBoard, WeightsAndBiases, loggers_of
+from gif.training.loggers import MeasuresFile, MeasuresTable, TensorBoard, WeightsAndBiases, loggers_of
 
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
 
@@ -290,12 +291,38 @@ class TestLoggers:
         assert {"loss", "learning rate", "images a second"} <= lines[1].keys()
         assert lines[0].keys() == {"step", "validation/held-out TAR@0.001"}
 
+    def test_a_table_of_a_run_that_goes_on(self, tmp_path):
+        path = tmp_path / "measures.csv"
+        with MeasuresTable(path).open(0) as write:
+            write(10, {"loss": 1.5})
+            write(12, {"score, held-out": 0.25})  # comes later: a new column
+            write(20, {"loss": float("nan")})
+            write(30, {"loss": 2.0})
+        path.write_text(path.read_text() + "1")  # of step 12: what a killed run left of a row
+        with MeasuresTable(path).open(20) as write:
+            write(30, {"loss": 3.0, "score, held-out": 0.5})
+        assert path.read_text().splitlines() == [
+            'step,loss,"score, held-out"',
+            "10,1.5,",
+            "12,,0.25",
+            "20,nan,",
+            "30,3.0,0.5",
+        ]
+
+    def test_the_table_holds_what_the_file_holds(self, tiny_data, gif, tmp_path):
+        assert gif(*command(tmp_path / "run", "--validation.identities=6", "--loggers", "csv", "tensorboard"))[0] == 0
+        lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
+        with (tmp_path / "run" / "measures.csv").open(newline="") as file:
+            rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+        assert rows == lines and len(rows) == 3
+        assert list((tmp_path / "run" / "tensorboard").iterdir())
+
     def test_names(self, tmp_path):
-        found = loggers_of(tmp_path, ["tensorboard", "wandb"], {})
-        assert [type(logger) for logger in found] == [MeasuresFile, TensorBoard, WeightsAndBiases]
+        found = loggers_of(tmp_path, ["csv", "tensorboard", "wandb"], {})
+        assert [type(logger) for logger in found] == [MeasuresFile, MeasuresTable, TensorBoard, WeightsAndBiases]
         assert [type(logger) for logger in loggers_of(tmp_path, "tensorboard", {})] == [MeasuresFile, TensorBoard]
         wrong: Any = ["mlflow"]
-        with pytest.raises(InputError, match="no logger mlflow; there are tensorboard, wandb"):
+        with pytest.raises(InputError, match="no logger mlflow; there are csv, tensorboard, wandb"):
             loggers_of(tmp_path, wrong, {})
 
     @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -55,16 +55,16 @@ class TestExamples:
         make = partial(lightning.Trainer, max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
         trainer = make(callbacks=[StopAfterOneEpoch()])
         trained = module.Recognition(BACKBONE, module.prepare(images, 16))
-        start = trained.loss_fn.vectors.table.clone()
+        start = trained.loss.vectors.table.clone()
         trainer.fit(trained, loader)
-        moved = trained.loss_fn.vectors.table
+        moved = trained.loss.vectors.table
         assert not torch.equal(moved, start)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
 
         again = module.Recognition(BACKBONE, module.prepare(images, 16))
         onwards = make()
         seen = []
-        again.on_train_start = lambda: seen.append(again.loss_fn.vectors.table.clone())
+        again.on_train_start = lambda: seen.append(again.loss.vectors.table.clone())
         onwards.fit(again, loader, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
         assert torch.equal(seen[0], moved)
         assert onwards.global_step == 2 * len(loader)
@@ -87,9 +87,9 @@ class TestExamples:
         options |= {"logging_steps": 1, "disable_tqdm": True, "save_strategy": "steps"}
         torch.manual_seed(0)
         whole = module.trainer_of(images, BACKBONE, tmp_path / "run", **options)
-        start = whole.model.loss_fn.vectors.table.clone()
+        start = whole.model.loss.vectors.table.clone()
         whole.train()
-        moved = whole.model.loss_fn.vectors.table
+        moved = whole.model.loss.vectors.table
         assert not torch.equal(moved, start)
         losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
         assert len(losses) == 24 and sum(losses[-4:]) < 0.8 * sum(losses[:4])
@@ -97,7 +97,24 @@ class TestExamples:
         torch.manual_seed(0)
         again = module.trainer_of(images, BACKBONE, tmp_path / "run", **options)
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
-        torch.testing.assert_close(again.model.loss_fn.vectors.table, moved, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again.model.loss.vectors.table, moved, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("name", ["hugging_face_trainer", "lightning_module"])
+    def test_what_moved_is_saved_after_the_module_went_elsewhere(self, name):
+        """A move replaces what a module has by copies; the table that steps move is saved and restored all the same."""
+        module, images = example(name), pictures(24, 0)
+        model = module.Recognition(BACKBONE, module.prepare(images, 16))
+        model._apply(lambda tensor: tensor.clone())
+        start = model.loss.vectors.table.clone()
+        model.loss(model.backbone(torch.randn(8, 1, 16, 16)), torch.arange(8)).backward()
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        moved = model.loss.vectors.table
+        assert not torch.equal(moved, start) and torch.equal(state["moved_vectors"], moved)
+        again = module.Recognition(BACKBONE, module.prepare(images, 16))
+        again._apply(lambda tensor: tensor.clone())
+        table = again.loss.vectors.table
+        again.load_state_dict(state)
+        assert again.loss.vectors.table is table and torch.equal(table, moved)
 
     def test_align_faces(self, tmp_path, monkeypatch):
         """With a detector that finds two faces: the larger one's landmarks come to their places."""
