@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from gif.backbones import BackboneConfig, TrainedOn, fingerprint, load_backbone, load_trained_on
+from gif.backbones import BackboneConfig, fingerprint, image_fit, load_backbone, model_file
 from gif.data import ImageDecoder
+from gif.data.decoding import Fit
 from gif.errors import InputError, in_short
 from gif.evaluation.calibration import load_calibration
 from gif.files import atomic_path
@@ -44,22 +45,21 @@ def export_command(model: Path, output: Path) -> None:
     onnxruntime: pip install 'gif-recognition[export]'.
 
     Args:
-        model: backbone.safetensors, as `gif train` writes it, or an IResNet's state dict (.pt), as insightface does.
+        model: backbone.safetensors of `gif train`, a folder of it or of `gif hub`, or insightface's model.pt.
         output: where to write the ONNX file.
     """
+    model = model_file(model)
     backbone, config = load_backbone(model)
-    trained_on = load_trained_on(model)
     mark = fingerprint(backbone)
-    told = {PREPROCESSING_KEY: json.dumps(preprocessing(config, trained_on)), FINGERPRINT_KEY: mark}
+    told = {PREPROCESSING_KEY: json.dumps(preprocessing(config, image_fit(model))), FINGERPRINT_KEY: mark}
     if (thresholds := load_calibration(model, mark)) is not None:
         told[THRESHOLDS_KEY] = thresholds.to_json()
     difference = export_onnx(backbone, config, output, metadata=told)
     say(f"wrote {config.name} to {output}; unit embeddings differ from PyTorch's by at most {difference:.1e}")
 
 
-def preprocessing(config: BackboneConfig, trained_on: TrainedOn | None = None) -> dict[str, Any]:
+def preprocessing(config: BackboneConfig, fit: Fit = ImageDecoder.fit) -> dict[str, Any]:
     """How an image file becomes the backbone's input, fit for JSON: in the order of the keys."""
-    fit = ImageDecoder.fit if trained_on is None else trained_on.images.get("fit", ImageDecoder.fit)
     return {
         "color": "RGB" if config.channels == 3 else "grey",
         "size": [config.image_size, config.image_size],

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from gif.backbones import fingerprint, load_backbone, load_trained_on, save_backbone
+from gif.backbones import fingerprint, image_fit, load_backbone, load_trained_on, model_file, save_backbone
 from gif.backbones.config import BackboneConfig
-from gif.backbones.files import TrainedOn
+from gif.backbones.files import HUB_CONFIG, HUB_WEIGHTS, TrainedOn
 from gif.documents import markdown_table
 from gif.errors import InputError
 from gif.evaluation.calibration import Calibration, calibration_path, load_calibration
@@ -16,7 +16,6 @@ from gif.export import preprocessing
 from gif.files import write_text
 from gif.ownership import check_folder
 from gif.progress import say
-from gif.recognition.model import HUB_CONFIG, HUB_WEIGHTS
 
 CARD = "README.md"
 
@@ -29,12 +28,13 @@ def export_to_hub(model: Path, output: Path, *, license: str | None = None) -> N
     is `huggingface_hub.upload_folder(repo_id=..., folder_path=...)`. Of whom it was trained on the folder says nothing.
 
     Args:
-        model: what `gif train` wrote, or insightface's model.pt.
+        model: what `gif train` wrote, its folder, or insightface's model.pt.
         output: the folder, which is made.
         license: of the weights, as the hub calls it, such as apache-2.0; named in the card where it is given.
 
     Raises ValueError for a model that cannot be read, or a folder that holds other things.
     """
+    model = model_file(model)
     backbone, config = load_backbone(model)
     mark = fingerprint(backbone)
     thresholds, trained_on = load_calibration(model, mark), load_trained_on(model)
@@ -46,7 +46,7 @@ def export_to_hub(model: Path, output: Path, *, license: str | None = None) -> N
     told = {
         "library_name": "gif-recognition",
         "architecture": asdict(config),
-        "preprocessing": preprocessing(config, trained_on),
+        "preprocessing": preprocessing(config, image_fit(model)),
         "fingerprint": mark,
     }
     write_text(output / HUB_CONFIG, json.dumps(told, indent=2))

@@ -63,9 +63,9 @@ def hold(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterat
     ``kept``: where the work that is done is kept, None where there is nothing, as an interrupt's message will say.
 
     Raises OutputError where nothing can be written, InputError where another process holds it, named; Interrupted
-    instead of KeyboardInterrupt.
+    instead of KeyboardInterrupt. Where nothing is kept of work inside of other work, whoever holds that says what is.
     """
-    path = output.resolve()
+    path, inside = output.resolve(), bool(_held)
     lock = first_decides(lambda: _lock(path), local=True)
     fresh = not path.exists()
     try:
@@ -74,7 +74,7 @@ def hold(output: Path, kept: Callable[[], Path | None] = lambda: None) -> Iterat
         if fresh and rank() == 0:
             unclaim(path)
         if isinstance(error, KeyboardInterrupt):
-            raise _interrupted(error, kept()) from error
+            raise _interrupted(error, kept(), inside) from error
         raise
     finally:
         if lock is not None:
@@ -123,10 +123,12 @@ def existing(path: Path) -> Callable[[], Path | None]:
     return lambda: path if path.exists() else None
 
 
-def _interrupted(stop: KeyboardInterrupt, kept: Path | None) -> Interrupted:
+def _interrupted(stop: KeyboardInterrupt, kept: Path | None, inside: bool) -> Interrupted:
     number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
     if isinstance(stop, Interrupted) and str(stop):
         return stop
+    if kept is None and inside:
+        return Interrupted("", number)
     if kept is None:
         return Interrupted("interrupted; nothing was kept, and the same command begins anew", number)
     return Interrupted(f"interrupted; the same command continues from what {kept} holds", number)

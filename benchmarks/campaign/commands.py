@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ from benchmarks.campaign import inputs
 from benchmarks.campaign.records import Found, Kind
 from gif import CodeVectors, TokenizeConfig, cli, resume, tokenize
 from gif.faults import MENDABLE_CODE
+from gif.vectors.commands import vectors_command
 from gif.vectors.distributed_table import DistributedTable
 
 KILLS, RIVALS = "kills", "two commands"
 IDENTITIES, IMAGES_EACH, WIDTH = 20, 3, 8
+NEWCOMERS = 6  # the last of them
 _MOST_KILLS = 3  # of one command, until it is let to its end
 _TOLD = "is being written by "
 _WRITES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "campaign.write")
@@ -46,9 +49,19 @@ COMMANDS: dict[str, str] = {
     "convert to rec": "data convert --data=DATA --to=rec --output=o",
     "convert to tar": "data convert --data=DATA --to=tar --shard_size=16 --output=o",
     "convert to folder": "data convert --data=DATA --to=folder --output=o",
+    "embed": "embed DATA --model=MODEL --batch_size=16 --output=o.npz",
+    "give newcomers codes": "codes grow --data=DATA --held_out=0 --codes=OLD --vectors=MADE --made=MADE --output=o",
     "run": "run --data=DATA --epochs=2 --held_out=6 --device=cpu --output=o",
 }
 """Each long command, with what `write_inputs` makes in capitals."""
+INPUTS = {
+    "DATA": "data",
+    "VECTORS": "v.safetensors",
+    "CODES": "c.safetensors",
+    "MODEL": "m.safetensors",
+    "MADE": "made.safetensors",
+    "OLD": "old.safetensors",
+}
 _WITH_TIMES = ("run",)
 """Commands whose other files than tables say when and where they were made: of those the names are compared alone."""
 _TABLES = ".safetensors"
@@ -71,7 +84,10 @@ def kinds(source: Path) -> list[Kind]:
 
 
 def write_inputs(source: Path) -> None:
-    """A folder of images, code vectors and codes; and what each command makes of them when nothing disturbs it."""
+    """Images, code vectors, codes and a model; and what each command makes of them when nothing disturbs it.
+
+    Of those who were there before the newcomers a folder of their own, code vectors as they were made of it, and codes.
+    """
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(256, (IDENTITIES, IMAGES_EACH, 16, 16, 3), generator=generator).to(torch.uint8)
     for identity, images in enumerate(pixels):
@@ -82,6 +98,12 @@ def write_inputs(source: Path) -> None:
     vectors.save(source / "v.safetensors")
     with inputs.unheard():
         tokenize(vectors, TokenizeConfig(vocab_size=3)).save(source / "c.safetensors")
+        inputs.write_backbone(source / "m.safetensors")
+        for identity in range(IDENTITIES - NEWCOMERS):
+            shutil.copytree(source / "data" / f"{identity:02d}", source / "before" / f"{identity:02d}")
+        made = source / "made.safetensors"
+        vectors_command(made, data=str(source / "before"), held_out=0, width=WIDTH, image_size=16, device="cpu")
+        tokenize(CodeVectors.load(made), TokenizeConfig(vocab_size=5)).save(source / "old.safetensors")
     for name in COMMANDS:
         (whole := source / "whole" / name).mkdir(parents=True)
         ended, writes = run(name, source, whole)
@@ -132,11 +154,7 @@ def start(
         torch.set_num_threads(1)
         resume.SECONDS, resume.LARGEST_SHARE = 0.0, math.inf  # whatever may be kept is kept at once
         _watch(folder, signal_at, counted)
-        made = {"DATA": source / "data", "VECTORS": source / "v.safetensors", "CODES": source / "c.safetensors"}
-        words = COMMANDS[name]
-        for word, path in made.items():
-            words = words.replace(f"={word} ", f"={path} ")
-        sys.argv = ["gif", *words.split(" "), *more]
+        sys.argv = ["gif", *(_filled(word, source) for word in COMMANDS[name].split(" ")), *more]
         cli.main()
         code = 0
     except SystemExit as stop:
@@ -144,6 +162,12 @@ def start(
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def _filled(word: str, source: Path) -> str:
+    """A word of a command, with the path of what is in capitals in it."""
+    before, sign, value = word.rpartition("=")
+    return f"{before}{sign}{source / INPUTS[value]}" if value in INPUTS else word
 
 
 def finish(process: int, folder: Path, log: str = "") -> Ended:

@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from gif.backbones.config import BackboneConfig
 from gif.backbones.insightface import find_network, plain_names
+from gif.data.decoding import Fit, ImageDecoder
 from gif.data.identities import Identities
 from gif.errors import InputError, in_short
-from gif.files import existing_file, load_tensors, save_tensors
+from gif.files import existing_file, load_tensors, read_json, save_tensors
 from gif.weights import load_pytorch
 
 FORMAT = "gif.backbone/1"
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
+IN_FOLDERS = (HUB_WEIGHTS, "best.safetensors", "backbone.safetensors", "gif/backbone.safetensors")
+"""Where a folder may have its model: one for a hub, of `gif train`, of `gif run`."""
 _TRAINED_ON = "trained_on"  # a tensor beside the weights
 PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin")
 PYTORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80\x02")  # a zip archive, and a pickle as old versions wrote it
@@ -64,6 +68,36 @@ def save_backbone(
         state[_TRAINED_ON] = trained_on.names.digests()
         metadata |= trained_on.metadata()
     save_tensors(path, state, format=FORMAT, **metadata)
+
+
+def model_file(path: str | Path) -> Path:
+    """The file of a model: ``path`` itself, or the one in a folder that is a run, or made for a hub.
+
+    Raises FileNotFoundError, ValueError for another folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return existing_file(path)
+    for name in IN_FOLDERS:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{path} is a folder without a model.safetensors or backbone.safetensors; give a model's file")
+
+
+def image_fit(path: str | Path) -> Fit:
+    """How images are fitted to the model in a file: as those it was trained on, or as the folder of a hub says.
+
+    Raises what `load_trained_on` does, and ValueError where that folder does not say it.
+    """
+    path = Path(path)
+    trained_on, told = load_trained_on(path), path.with_name(HUB_CONFIG)
+    if path.name == HUB_WEIGHTS and told.exists():
+        try:
+            fit: Fit = read_json(told)["preprocessing"]["fit"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{told} does not say how images are prepared; make the folder again") from error
+        return fit
+    return ImageDecoder.fit if trained_on is None else trained_on.images.get("fit", ImageDecoder.fit)
 
 
 def fingerprint(backbone: nn.Module) -> str:

@@ -28,6 +28,7 @@ RGB, to others (k, l, 3); None where there is nothing to find."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_PIXELS = 50_000_000  # a photograph of today's telephones; 150 MB in RGB
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_SIXTEEN_BITS = "I;16"
 _SIGNATURES = {".jpg": (0, b"\xff\xd8\xff"), ".png": (0, b"\x89PNG\r\n\x1a\n"), ".webp": (8, b"WEBP")}
 _PNG_BEGIN = 8  # bytes of its signature
 _PNG_CHUNK = 12  # bytes of a chunk beside its data: length, kind, checksum
@@ -155,15 +156,28 @@ def decode(
     try:
         with Image.open(BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as stored:
             _check_pixels(stored.size, max_pixels)
-            if stored.mode not in _EIGHT_BITS:
-                raise BrokenImageError(f"its pixels are of mode {stored.mode}, wanted 8 bits a channel")
             turned = _TURNS.get(_orientation(stored)) if turn else None
-            image = stored if stored.mode == mode else stored.convert(mode)
+            image = _eight_bits(stored)
+            image = image if image.mode == mode else image.convert(mode)
             return np.array(image if turned is None else image.transpose(Image.Transpose[turned]))
     except MemoryError:
         raise  # nothing is wrong with the image
     except Exception as error:  # of damaged bytes Pillow's decoders raise almost anything
         raise BrokenImageError(str(error)) from error
+
+
+def _eight_bits(stored: Image) -> Image:
+    """A grey image of 16 bits by its upper eight, as Pillow takes those in colours; others as they are.
+
+    Raises BrokenImageError for other numbers than whole ones of 8 or 16 bits.
+    """
+    from PIL import Image  # looked for before
+
+    if stored.mode in _EIGHT_BITS:
+        return stored
+    if not stored.mode.startswith(_SIXTEEN_BITS):
+        raise BrokenImageError(f"its pixels are of mode {stored.mode}, wanted 8 or 16 bits a channel")
+    return Image.fromarray((np.asarray(stored) >> 8).astype(np.uint8))
 
 
 def check_max_pixels(max_pixels: int) -> None:

@@ -196,7 +196,7 @@ def stored(source: EncodedSource, row: int) -> bytes:
 def check_identities(data: EncodedImages, indices: Tensor, workers: int = 0) -> None:
     """Raise ValueError, with their names, if of identities that some images (k,) show there are any without a readable
     one: work that needs each would fail at its end. Of most identities one image is read."""
-    nobody = Tally()
+    nobody, why = Tally(), ""
     left = indices
     while len(left):
         labels, of_label = data.labels[left].unique(return_inverse=True)
@@ -206,11 +206,22 @@ def check_identities(data: EncodedImages, indices: Tensor, workers: int = 0) -> 
         unread = data.broken(first)
         left = left[torch.isin(data.labels[left], labels[unread]) & ~torch.isin(left, first)]
         for label in labels[unread & ~torch.isin(labels, data.labels[left])].tolist():
+            why = why or _why_broken(data, int(indices[data.labels[indices] == label][0]))
             nobody.add(data.names[label])
     if nobody.number:
         raise InputError(
-            f"identities without an image that can be read: {nobody}; replace their images, or remove the identities"
+            f"identities without an image that can be read: {nobody}; replace their images, or remove the identities "
+            f"({why})"
         )
+
+
+def _why_broken(data: EncodedImages, index: int) -> str:
+    """Where a broken image lies, and what is wrong with it."""
+    try:
+        data.decoder(data.encoded(index))
+    except (ValueError, OSError) as error:
+        return f"{data.place(index)}: {error}"
+    return data.place(index)
 
 
 def read_all(data: EncodedImages, indices: Tensor, workers: int, description: str) -> None:

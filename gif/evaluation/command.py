@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gif.backbones import TrainedOn, fingerprint, load_backbone, load_trained_on
+from gif.backbones import TrainedOn, fingerprint, image_fit, load_backbone, load_trained_on, model_file
 from gif.data import HELD_OUT, IdentityDataset, ImageDecoder, left_out, load_data
 from gif.data.decoding import MAX_PIXELS
 from gif.data.identities import quote_some
@@ -49,7 +48,7 @@ def evaluate(
     torchrun --nproc-per-node 8 -m gif.cli evaluate ...
 
     Args:
-        model: backbone.safetensors, as `gif train` writes it, or insightface's model.pt.
+        model: backbone.safetensors of `gif train`, a folder of it or of `gif hub`, or insightface's model.pt.
         data: a data set, a name or a path (docs/data.md); all pairs of images of its held-out identities are judged.
             Of glyph-words four sets, which are the same whatever the number of identities.
         identities: how many of the data set's there are, as `gif train` was told.
@@ -69,11 +68,10 @@ def evaluate(
     """
     if data is None and not pairs and not ijb:
         raise InputError("nothing to judge by; give --pairs lfw.bin, --ijb IJBC, --data DATA, or several of them")
+    model = model_file(model)
     network, config = load_backbone(model)
     trained_on = load_trained_on(model)
-    decoder = ImageDecoder(config.image_size, config.channels, max_pixels=max_pixels)
-    if trained_on is not None and "fit" in trained_on.images:
-        decoder = replace(decoder, fit=trained_on.images["fit"])
+    decoder = ImageDecoder(config.image_size, config.channels, fit=image_fit(model), max_pixels=max_pixels)
     with process_group(device) as own:
         embedder = Embedder(flip, batch_size, workers, own)
         benchmarks: list[Benchmark] = []

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from gif.backbones import BackboneConfig, fingerprint, load_backbone, load_trained_on
-from gif.data.decoding import Align, BrokenImageError, Fit, ImageDecoder
+from gif.backbones import BackboneConfig, fingerprint, image_fit, load_backbone, model_file
+from gif.data.decoding import Align, BrokenImageError, ImageDecoder
 from gif.devices import resolve_device
 from gif.errors import InputError
 from gif.evaluation.calibration import Calibration, load_calibration
 from gif.evaluation.embedding import embed_batch, evaluating
 from gif.evaluation.thresholds import DEFAULT_FAR
-from gif.files import existing_file, read_json
+from gif.files import existing_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     ImageLike = str | Path | Image | np.ndarray | Tensor
 
 ONNX = ".onnx"
-HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
@@ -199,35 +198,13 @@ def load_model(
         own = torch.device("cpu")
     else:
         network, config = load_backbone(path)
-        decoder = ImageDecoder(config.image_size, config.channels, fit=_fit_of(path))
+        decoder = ImageDecoder(config.image_size, config.channels, fit=image_fit(path))
         mark = fingerprint(network)
         loaded = Model(network.to(own), config, decoder, mark, load_calibration(path, mark))
     options: dict[str, Any] = {} if max_pixels is None else {"max_pixels": max_pixels}
     if flip is None:
         flip = loaded.calibration is not None and loaded.calibration.named(None).flip
     return replace(loaded, decoder=replace(loaded.decoder, align=align, **options), flip=flip, device=own)
-
-
-def model_file(path: str | Path) -> Path:
-    """The file of a model: ``path`` itself, or the one in a folder that is a run, or made for a hub."""
-    path = Path(path)
-    if path.is_dir():
-        for name in (HUB_WEIGHTS, "best.safetensors", "backbone.safetensors"):
-            if (path / name).is_file():
-                return path / name
-        raise InputError(f"{path} is a folder without a model.safetensors or backbone.safetensors; give a model's file")
-    return existing_file(path)
-
-
-def _fit_of(path: Path) -> Fit:
-    """How images are fitted to the model in a file: as those it was trained on, or as the folder of a hub says."""
-    trained_on, told = load_trained_on(path), path.with_name(HUB_CONFIG)
-    if path.name == HUB_WEIGHTS and told.exists():
-        try:
-            return read_json(told)["preprocessing"]["fit"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{told} does not say how images are prepared; make the folder again") from error
-    return ImageDecoder.fit if trained_on is None else trained_on.images.get("fit", ImageDecoder.fit)
 
 
 def _mirrored(flip: bool) -> str:

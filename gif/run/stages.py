@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gif.errors import Interrupted
 from gif.files import read_json, write_text
 from gif.progress import say
 
@@ -68,7 +70,10 @@ class StageRecord:
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, until: str | None = None) -> None:
-    """Do the stages that are not done, in order, up to those of the kind ``until`` and with them."""
+    """Do the stages that are not done, in order, up to those of the kind ``until`` and with them.
+
+    Raises Interrupted instead of KeyboardInterrupt, which says where it was and what goes on.
+    """
     record = StageRecord(folder)
     last = max((place for place, stage in enumerate(stages) if stage.kind == until), default=len(stages) - 1)
     for number, stage in enumerate(stages[: last + 1], start=1):
@@ -80,5 +85,10 @@ def run_stages(stages: Sequence[Stage], folder: Path, until: str | None = None) 
             say(f"{where}{': goes on' if timing.begun else ''}")
             record.begin(stage.name)
             began = time.monotonic()
-            stage.work()
+            try:
+                stage.work()
+            except KeyboardInterrupt as stop:
+                told = str(stop) or "interrupted; the same command does this stage anew"
+                kept = "" if number == 1 else ", and what was done before it is kept"
+                raise Interrupted(f"{where}: {told}{kept}", getattr(stop, "number", signal.SIGINT)) from stop
             record.end(stage.name, time.monotonic() - began)

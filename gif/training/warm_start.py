@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gif.backbones import BackboneConfig, load_backbone
+from gif.backbones import BackboneConfig, load_backbone, model_file
 from gif.encoders.base import loading
 from gif.errors import InputError, MissingFileError
 from gif.files import load_tensors
@@ -88,11 +88,9 @@ def _fits(name: str, value: Tensor, own: object) -> bool:
 
 def _backbone_file(init: str) -> Path:
     path = Path(init)
-    if path.is_dir():
-        if not (path / BACKBONE).exists():
-            raise MissingFileError(f"no {BACKBONE} in {init}; give the folder of a finished run, or a model's file")
-        return path / BACKBONE
-    return path
+    if (path / BACKBONE).exists():
+        return path / BACKBONE  # and not the best one: it goes on from the last
+    return model_file(path)
 
 
 def _fill(network: nn.Module, weights: dict[str, Tensor], what: str) -> None:

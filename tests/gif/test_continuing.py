@@ -244,7 +244,7 @@ class TestInit:
         assert code == 1 and "timm has weights for --backbone.name vit" in printed
         (tmp_path / "empty").mkdir()
         code, printed = gif(*command(tmp_path / "a", "--init", tmp_path / "empty"))
-        assert code == 1 and "no backbone.safetensors in" in printed
+        assert code == 1 and "without a model.safetensors or backbone.safetensors" in printed
         assert not (tmp_path / "a").exists()
 
     def test_timms_weights_in_another_size(self, tiny_data, gif, tmp_path):

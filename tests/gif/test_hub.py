@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -38,9 +39,35 @@ def test_a_folder_that_loads_by_itself(gif, tmp_path):
     assert torch.equal(loaded.embed(image), first.embed(image))
 
     assert gif("hub", "--model", model, "--output", tmp_path / "hub")[0] == 0  # once more, over itself
+    assert gif("hub", "--model", tmp_path / "hub", "--output", tmp_path / "copy")[0] == 0  # and of a folder of its own
+    copied = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert copied["preprocessing"]["fit"] == "crop" and copied["fingerprint"] == told["fingerprint"]
     (tmp_path / "hub" / "thesis.tex").write_text("years of work")
     code, printed = gif("hub", "--model", model, "--output", tmp_path / "hub")
     assert code == 1 and "holds other things (thesis.tex)" in printed
+
+
+def test_the_folder_is_a_model_to_every_command(gif, jpeg, tmp_path, write_bin):
+    """It is judged and exported as the model it was made of, with images fitted as to that one."""
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    config = BackboneConfig(embedding_size=8, image_size=16, width=4)
+    model, hub = tmp_path / "run" / "backbone.safetensors", tmp_path / "hub"
+    who = Identities(Names.of(["ann", "bob"]), {"size": 16, "channels": 1, "fit": "crop"}, "faces")
+    save_backbone(model, config.build(), config, trained_on=who)
+    assert gif("hub", "--model", model, "--output", hub)[0] == 0
+    write_bin(tmp_path / "p.bin", [jpeg(40 + k, 60) for k in range(40)], [k % 2 == 0 for k in range(20)])
+    for given, output in ((model, tmp_path / "a"), (tmp_path / "run", tmp_path / "b"), (hub, tmp_path / "c")):
+        code, printed = gif("evaluate", "--model", given, "--pairs", tmp_path / "p.bin", "--output", output)
+        assert code == 0, printed
+    judged = [json.loads((tmp_path / name / "evaluation.json").read_text())["pairs"] for name in "abc"]
+    assert judged[0] == judged[1] == judged[2]
+    assert library.load_model(hub).calibration == library.load_model(model).calibration is not None
+    assert gif("export", "--model", hub, "--output", tmp_path / "hub.onnx")[0] == 0
+    exported, own = library.load_model(tmp_path / "hub.onnx"), library.load_model(model)
+    assert exported.decoder.fit == "crop" and exported.fingerprint == own.fingerprint
+    assert exported.calibration == own.calibration
+    assert gif("hub", "--model", model, "--output", hub)[0] == 0  # anew, over thresholds that were found since
 
 
 def test_a_model_that_was_not_judged(gif, tmp_path):

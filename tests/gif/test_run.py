@@ -17,6 +17,9 @@ from PIL import Image
 from benchmarks.mixed_images import write_mixed_images
 from gif.backbones import BackboneConfig, load_backbone
 from gif.data import Identities, IdentityImages, ImageDecoder, load_data, open_data
+from gif.data.glyphs import word_sets
+from gif.data.glyphs.halves import PARTS
+from gif.data.glyphs.word_sets import SETS
 from gif.data.survey import survey
 from gif.errors import InputError
 from gif.run import RunConfig, choices
@@ -139,6 +142,27 @@ def test_every_stage_takes_the_config(faces, gif, tmp_path):
     assert (output / "report.html").exists()
 
 
+def test_words_of_glyphs(gif, tmp_path, monkeypatch, make_halves):
+    """A data set that is computed, whose judgement is of letters never seen, in several sets."""
+    halves = {
+        part: make_halves(seed, letters=20, size=16, begin=0x4E00 + 100 * seed) for seed, part in enumerate(PARTS)
+    }
+    monkeypatch.setattr(word_sets, "glyph_halves", lambda **options: halves)
+    command = ["run", "--data=glyph-words", "--identities=30", "--output", tmp_path / "run", "--steps=4"]
+    code, printed = gif(*command)
+    assert code == 0 and "words are split by their letters" in told(printed), printed
+    found = json.loads((tmp_path / "run" / "gif" / "evaluation.json").read_text())["held_out"]
+    assert set(found) == set(SETS)
+    train = read_sections(tmp_path / "run" / "config.yaml")["train"]
+    assert train["data"] == "glyph-words" and train["identities"] == 30 and train["backbone"]["channels"] == 1
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "30 identities" in page.text and "alike" in page.text
+    code, printed = gif(*command)
+    assert code == 0 and "already finished" in printed
+    code, printed = gif(*command[:3], "--output", tmp_path / "other", "--held_out=0.3")
+    assert code == 1 and "split by letter" in printed and not (tmp_path / "other").exists()
+
+
 def test_choices_may_be_changed_before_the_work(faces, gif, tmp_path):
     output = tmp_path / "run"
     command = ["run", "--data", faces, "--output", output, "--epochs=1"]
@@ -184,6 +208,36 @@ def test_a_run_goes_on_in_the_middle_of_training(faces, tmp_path, number):
     again = subprocess.run([*line, "--until=vectors"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "already done" in again.stdout
     assert (output / "config.yaml").read_bytes() == config
+
+
+STAGES_CUT_SHORT = {  # what each stage does first: an interrupt there, and what is said of it
+    "gif.run.command.survey": "interrupted; nothing was kept",
+    "gif.vectors.commands.fitted_code_vectors": "[1/6] code vectors of the training identities: interrupted",
+    "gif.vectors.commands.spread_code_vectors": "[2/6] spreading them over the sphere: interrupted",
+    "gif.codes.commands.tokenize": "[3/6] identity codes: interrupted",
+    "gif.training.command.train": "[4/6] training with GIF: interrupted",
+    "gif.evaluation.command.write_outcomes": "[5/6] judging GIF on identities never seen: interrupted",
+    "gif.run.command.write_report": "[6/6] the report: interrupted",
+}
+
+
+def test_an_interrupt_in_any_stage(faces, gif, tmp_path, monkeypatch):
+    """It says where it was and what is kept, exits with 130, and the same command goes on."""
+    command = ["run", "--data", faces, "--output", tmp_path / "run", "--epochs=1"]
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for number, (place, message) in enumerate(STAGES_CUT_SHORT.items()):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, interrupt)
+            code, printed = gif(*command)
+        assert code == 130 and message in printed, printed
+        assert printed.count("already done") == max(0, number - 2)  # the one before was not
+        if number > 1:
+            assert printed.rstrip().endswith("what was done before it is kept") and "nothing was kept" not in printed
+    code, printed = gif(*command)
+    assert code == 0 and "[6/6] the report: goes on" in printed and (tmp_path / "run" / "report.html").exists()
 
 
 class TestWhatCannotBeRun:
