@@ -18,6 +18,8 @@ from gif.ownership import check_folder
 from gif.progress import say
 
 CARD = "README.md"
+BESIDE = (".gitattributes", ".git", ".cache", "evaluation.json", "roc.png", "det.png", "identification.png")
+"""What the hub's tools and `gif evaluate` may have put into the folder."""
 
 
 def export_to_hub(model: Path, output: Path, *, license: str | None = None) -> None:
@@ -38,7 +40,7 @@ def export_to_hub(model: Path, output: Path, *, license: str | None = None) -> N
     backbone, config = load_backbone(model)
     mark = fingerprint(backbone)
     thresholds, trained_on = load_calibration(model, mark), load_trained_on(model)
-    own = {HUB_WEIGHTS, HUB_CONFIG, CARD, calibration_path(HUB_WEIGHTS).name, ".gitattributes", ".git", ".cache"}
+    own = {HUB_WEIGHTS, HUB_CONFIG, CARD, calibration_path(HUB_WEIGHTS).name, *BESIDE}
     if output.is_dir() and (other := sorted({path.name for path in output.iterdir()} - own)):
         raise InputError(f"{output} holds other things ({', '.join(other[:3])}); give a folder of its own")
     check_folder(output)

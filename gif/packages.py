@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from gif.errors import UnavailableError
 
+OWN = "gif-recognition"
+
 
 @contextmanager
 def needs(package: str, purpose: str) -> Iterator[None]:
@@ -17,7 +19,7 @@ def needs(package: str, purpose: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        whole = "" if "[" in package.partition(OWN)[2] else f", or all that training needs: pip install '{OWN}[train]'"
         raise UnavailableError(
-            f"{purpose}: the package {package} is needed and not installed ({error}); pip install {package!r}, "
-            "or all that training needs: pip install 'gif-recognition[train]'"
+            f"{purpose}: the package {package} is needed and not installed ({error}); pip install {package!r}{whole}"
         ) from error

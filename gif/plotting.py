@@ -42,6 +42,16 @@ def figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1, rows: i
     return drawing, panels[0] if len(panels) == 1 else panels
 
 
+def legible(text: str) -> str:
+    """``text`` in letters that the pictures' font has; others are written out, as \\u65e5."""
+    with needs("matplotlib", "pictures"):
+        from matplotlib.font_manager import FontProperties, findfont, get_font
+    known = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(
+        letter if ord(letter) in known else letter.encode("ascii", "backslashreplace").decode() for letter in text
+    )
+
+
 def plain_numbers(axes: Any) -> None:
     """Write the numbers of both logarithmic axes out, 200 in place of 2 x 10^2, as many as there is room for."""
     with needs("matplotlib", "pictures"):

@@ -14,6 +14,7 @@ from gif.plotting import canvas, save_figure
 
 ROOTS, CHILDREN, MEMBERS = 4, 3, 14
 GAP = 6  # pixels between images
+NARROWEST = 4.5  # inches, for the title
 
 
 def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | Path) -> None:
@@ -26,11 +27,12 @@ def plot_code_tree(codes: IdentityCodes, dataset: IdentityDataset, path: str | P
     rows = _fullest_prefixes(codes.codes, max(1, min(2, codes.length - 1)))
     pictures = Pictures(dataset)
     height, width = dataset.image_shape[1:]
-    drawing = canvas(9.5, 0.52 * len(rows) + 0.9)
-    drawing.suptitle("Identities that share a code prefix look alike", fontsize=12)
+    columns = max(len(members) for _, members in rows)
+    drawing = canvas(max(NARROWEST, 9.5 * columns / MEMBERS), 0.52 * len(rows) + 0.9)
+    drawing.suptitle("Identities by the first tokens of their codes", fontsize=12)
     grid = drawing.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (prefix, members) in zip(grid, rows, strict=True):
-        strip = np.full((height, MEMBERS * (width + GAP), 3), 255, np.uint8)
+        strip = np.full((height, columns * (width + GAP), 3), 255, np.uint8)
         for place, identity in enumerate(members.tolist()):
             images = dataset.images_between(identity, identity + 1)
             if len(images):

@@ -149,7 +149,7 @@ def decode(
     Raises BrokenImageError.
     """
     with needs("pillow", "reading images"):
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     if suffix(encoded) == ".png":
         encoded = _without_texts(encoded)
     _check_pixels(_declared(encoded), max_pixels)
@@ -162,6 +162,8 @@ def decode(
             return np.array(image if turned is None else image.transpose(Image.Transpose[turned]))
     except MemoryError:
         raise  # nothing is wrong with the image
+    except UnidentifiedImageError as error:
+        raise BrokenImageError(f"its first bytes are right, and the rest is no {suffix(encoded)[1:]}") from error
     except Exception as error:  # of damaged bytes Pillow's decoders raise almost anything
         raise BrokenImageError(str(error)) from error
 

@@ -15,7 +15,7 @@ from gif.data.loading import open_data
 from gif.data.pictures import Pictures
 from gif.files import write_text
 from gif.ownership import check_folder
-from gif.plotting import COLORS, canvas, figure, plain_numbers, save_figure
+from gif.plotting import COLORS, canvas, figure, legible, plain_numbers, save_figure
 from gif.progress import new_table, print_table, say
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def plot_identities(data: IdentityDataset, path: str | Path) -> None:
     axes = drawing.subplots()
     axes.imshow(sheet)
     axes.set(xticks=[], yticks=[], xlabel="images", ylabel="identities, from most images to fewest")
-    axes.set_title(shorten_path(data.origin), parse_math=False)
+    axes.set_title(legible(shorten_path(data.origin)), parse_math=False)
     axes.spines[:].set_visible(False)
     save_figure(drawing, path)
 

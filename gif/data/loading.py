@@ -14,10 +14,10 @@ from gif.data.folder import read_folder
 from gif.data.glyphs import all_glyphs, all_glyphs_80k, glyph_word_sets, glyph_words
 from gif.data.glyphs.word_sets import HEADLINE, IDENTITIES, SETS
 from gif.data.images import IdentityDataset, IdentitySplit, check_held_out, split_identities
-from gif.data.listing import as_utf8
+from gif.data.listing import as_utf8, printable
 from gif.data.records import read_records
 from gif.data.shards import COMPRESSED, read_shards
-from gif.errors import InputError
+from gif.errors import InputError, MissingFileError
 
 HELD_OUT = 0.2  # of the identities
 WORDS = {"glyph-words": 32, "glyph-words-64": 64}
@@ -171,4 +171,6 @@ def find_data(path: str) -> Labelled:
         return read_records(place)
     if place.suffix == ".tar" or place.name.endswith(COMPRESSED):
         return read_shards(path)
+    if not place.exists() and len(place.parts) > 1:
+        raise MissingFileError(f"no file or folder {printable(path)}; give the path of {_PATHS}")
     raise InputError(f"unknown data set {path!r}; there are: {', '.join([*NAMES, *WORDS])}, and paths of {_PATHS}")

@@ -83,11 +83,11 @@ class Embedder:
             evaluating(backbone, self.device) as network,
             progress(description, done + len(own), "images", done=done) as advance,
         ):
-            for batch, numbers in batches_of(loader):
+            for begin, (batch, numbers) in zip(range(0, len(own), self.batch_size), batches_of(loader), strict=True):
                 if len(numbers):
                     yield numbers, embed_batch(network, batch.to(self.device), flip=self.flip)
-                    advance(len(numbers))
                     read += len(numbers)
+                advance(min(self.batch_size, len(own) - begin))  # those that cannot be read are done too
         if not read and not done:
             raise InputError(f"{description}: none of {len(own):,} images can be read; replace them")
 

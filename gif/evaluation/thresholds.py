@@ -77,6 +77,12 @@ class Thresholds:
             )
         return found
 
+    @property
+    def usual_far(self) -> float | None:
+        """The rate to decide at where none is named: `DEFAULT_FAR`, or the next above that is known; None: none is."""
+        known = (far for far, found in self.at.items() if found is not None and far >= DEFAULT_FAR)
+        return min(known, default=None)
+
     def support(self, far: float) -> str:
         """What the threshold at a rate rests on, in words."""
         found = self.require(far)

@@ -17,7 +17,6 @@ from gif.data.listing import Tally
 from gif.distributed import gather_rows, process_group, rank, wait_for_all, world_size
 from gif.errors import InputError
 from gif.evaluation.embedding import Embedder, ReadableImages
-from gif.evaluation.thresholds import DEFAULT_FAR
 from gif.files import write_text
 from gif.ownership import check_output, existing, hold
 from gif.progress import new_table, print_table, say
@@ -83,7 +82,7 @@ def verify_command(
     second: Path,
     *,
     model: Path,
-    far: float = DEFAULT_FAR,
+    far: float | None = None,
     threshold: float | None = None,
     by: str | None = None,
     flip: bool | None = None,
@@ -99,7 +98,8 @@ def verify_command(
         second: another.
         model: what `gif train` or `gif export` wrote, or insightface's model.pt. Its thresholds are those that `gif
             evaluate` has stored beside it.
-        far: the false-accept rate whose threshold decides: 0.01, 0.001, 0.0001, 1e-5 or 1e-6.
+        far: the false-accept rate whose threshold decides: 0.01, 0.001, 0.0001, 1e-5 or 1e-6. Where not given 0.001,
+            or where too few pairs were judged for that, 0.01 or the equal error rate.
         threshold: the cosine that decides, instead.
         by: which judgement's thresholds: a name in MODEL.thresholds.json; of the most impostor pairs where not given.
         flip: add the mirrored image's embedding; where not given, as the thresholds were found.
@@ -129,7 +129,7 @@ def search_command(
     query: list[str] | str,
     model: Path,
     top: int = 5,
-    far: float = DEFAULT_FAR,
+    far: float | None = None,
     threshold: float | None = None,
     by: str | None = None,
     backend: Backend = "auto",

@@ -18,7 +18,6 @@ from gif.devices import resolve_device
 from gif.errors import InputError
 from gif.evaluation.calibration import Calibration, load_calibration
 from gif.evaluation.embedding import embed_batch, evaluating
-from gif.evaluation.thresholds import DEFAULT_FAR
 from gif.files import existing_file
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class Model:
         one: ImageLike,
         other: ImageLike,
         *,
-        far: float = DEFAULT_FAR,
+        far: float | None = None,
         threshold: float | None = None,
         by: str | None = None,
     ) -> Verdict:
@@ -109,7 +108,8 @@ class Model:
         Args:
             one: as for `embed`.
             other: likewise.
-            far: the false-accept rate whose threshold decides, 0.01 to 1e-6, where none is given.
+            far: the false-accept rate whose threshold decides, 0.01 to 1e-6; 0.001 where none is given, or 0.01 or the
+                equal error rate where the judgement had too few pairs for that.
             threshold: the cosine that decides.
             by: which judgement's thresholds, by name; those of the most impostor pairs where not given.
 
@@ -121,7 +121,7 @@ class Model:
         return Verdict(cosine, None if decides is None else cosine >= decides, decides, basis)
 
     def threshold(
-        self, far: float = DEFAULT_FAR, *, threshold: float | None = None, by: str | None = None
+        self, far: float | None = None, *, threshold: float | None = None, by: str | None = None
     ) -> tuple[float | None, str]:
         """The cosine from which two images count as the same, and what it rests on; None where that is not known.
 
@@ -143,6 +143,13 @@ class Model:
             raise InputError(
                 f"the thresholds by {name} are of embeddings {_mirrored(judged.flip)}, and these are "
                 f"{_mirrored(self.flip)}; give flip as {judged.flip}, other thresholds, or a cosine"
+            )
+        far = judged.thresholds.usual_far if far is None else far
+        if far is None:
+            found = judged.thresholds
+            return found.eer_threshold, (
+                f"equal error rate, {found.eer:.1%}, on {name} of {judged.data}: {found.impostor:,} impostor pairs are "
+                "too few for a false-accept rate"
             )
         basis = f"FAR {far:g} on {name} of {judged.data}: {judged.thresholds.support(far)}"
         return judged.thresholds.require(far).threshold, basis

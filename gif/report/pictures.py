@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gif.data import IdentityDataset
 from gif.data.pictures import Pictures
 from gif.planning.heads import HeadCost, gif_cost, softmax_cost
-from gif.plotting import COLORS, canvas, figure, save_figure
+from gif.plotting import COLORS, canvas, figure, legible, save_figure
 from gif.report.pairs import Pair, PairScores
 
 PAIR_COLUMNS = 4
 PAIR_GAP = 4  # pixels between the two images
 MOST_IDENTITIES = 1e8
 NAME_CHARACTERS = 16
+FRAME = 208  # grey level
 
 
 def plot_scores(scores: PairScores, thresholds: Mapping[float, float], path: Path) -> None:
@@ -46,7 +48,7 @@ def plot_pairs(data: IdentityDataset, pairs: Sequence[Pair], title: str, path: P
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     for axes, pair in zip(drawing.axes, pairs, strict=False):
-        one, other = pictures[pair.first], pictures[pair.second]
+        one, other = (_framed(pictures[index]) for index in (pair.first, pair.second))
         gap = np.full((len(one), PAIR_GAP, 3), 255, np.uint8)
         axes.imshow(np.concatenate([one, gap, other], axis=1))
         names = dict.fromkeys(_short(data.names[int(data.labels[index])]) for index in (pair.first, pair.second))
@@ -73,7 +75,12 @@ def plot_head_cost(m: int, width: int, batch: int, path: Path) -> None:
     save_figure(drawing, path)
 
 
+def _framed(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image with a thin frame: of two on white it is seen where each ends."""
+    return np.pad(image, ((1, 1), (1, 1), (0, 0)), constant_values=FRAME)
+
+
 def _short(name: str) -> str:
-    """A name in the few characters that there is room for, its end where it is long, in letters that all fonts have."""
-    name = name.encode("ascii", "backslashreplace").decode()
+    """A name in the few characters that there is room for, its end where it is long."""
+    name = legible(name)
     return name if len(name) <= NAME_CHARACTERS else f"…{name[1 - NAME_CHARACTERS :]}"

@@ -195,7 +195,7 @@ def choose_batch(images: int, device: str) -> Choice:
     least, most = BATCHES[0], _most_a_step(device)
     fits = 2 ** int(math.log2(max(images / STEPS_AN_EPOCH, 1)))
     size = max(2, min(max(fits, least), most, images))
-    why = f"{images // size:,} steps an epoch of {images:,} images"
+    why = f"{counted(images // size, 'step')} an epoch of {images:,} images"
     return Choice("batch_size", size, why if size < most else f"{why}, and no more a step on a {device}")
 
 
@@ -216,6 +216,11 @@ def choose_workers(given: int | None, seen: Survey, device: str, shape: tuple[in
     except InputError:
         return Choice("workers", 0, "the shared memory is too small for more")
     return Choice("workers", number, f"{cores} cores, and training on the {device}")
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something: 1 step, 1,200 steps."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def wanted_epochs(images: int) -> int:
@@ -267,7 +272,7 @@ def choose_steps(budget: Budget, images: int, batch: int, seconds: float) -> Cho
     if budget.steps is not None:
         return Choice("steps", budget.steps, f"as given; {budget.steps / steps_an_epoch:.1f} epochs")
     if budget.epochs is not None:
-        return Choice("steps", budget.epochs * steps_an_epoch, f"{budget.epochs} epochs, as given")
+        return Choice("steps", budget.epochs * steps_an_epoch, f"{counted(budget.epochs, 'epoch')}, as given")
     epochs = wanted_epochs(images)
     worth = epochs * steps_an_epoch
     minutes = budget.minutes or MINUTES

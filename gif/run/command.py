@@ -22,6 +22,7 @@ from gif.data import HELD_OUT, IdentityDataset, IdentitySplit, ImageDecoder, loa
 from gif.data.encoded import EncodedImages, check_identities, left_out
 from gif.data.inspection import draw_data, look_through
 from gif.data.survey import Survey, survey
+from gif.encoders.basis import basis_path
 from gif.errors import InputError
 from gif.evaluation.command import evaluate
 from gif.experiments.glyph_bench import CONTENDERS, folder_name
@@ -32,13 +33,13 @@ from gif.progress import new_table, print_table, progress, say
 from gif.resume import claim_folder
 from gif.run import choices
 from gif.run.choices import Choice
-from gif.run.report import CHOICES, Trained, write_report
+from gif.run.report import CHOICES, Trained, data_files, write_report
 from gif.run.stages import Stage, StageRecord, Timing, run_stages
 from gif.settings import Sections, call, read_sections, write_sections
 from gif.training import AUGMENTATIONS, TrainingConfig
 from gif.training.command import MOST_KEPT, train_command
 from gif.training.trial import seconds_a_step
-from gif.vectors.commands import spread_command, vectors_command
+from gif.vectors.commands import spread_command, spread_reports, vectors_command
 
 CONFIG = "config.yaml"
 MAIN = "GIF"
@@ -160,9 +161,8 @@ class _Run:
 
     def go(self) -> None:
         claim_folder(self.folder, {"command": "run", **self.config.settings(), "data": self._summary()})
-        report = self.folder / "report.html"
-        record = StageRecord(self.folder).read()
-        if report.exists() and "report" in record and record["report"].seconds is not None:
+        report, chosen = self.folder / "report.html", self.folder / CONFIG
+        if chosen.exists() and self._is_done():
             self._say_result()
             say(
                 f"this run is already finished, its report is {report}; to repeat it remove {self.folder}, or give "
@@ -171,13 +171,20 @@ class _Run:
             return
         self._choose()
         if self.config.until == "choices":
-            say(f"the choices are in {self.folder / CONFIG}; change them there, and give the command without --until")
+            say(f"the choices are in {chosen}; change them there, and give the command without --until")
             return
-        sections = read_sections(self.folder / CONFIG, wanted=STAGES)
-        run_stages(self._stages(sections), self.folder, self.config.until)
+        run_stages(self._stages(self._settings()), self.folder, self.config.until)
         if self.config.until in (None, "report"):
             self._say_result()
             say(f"done in {time.monotonic() - self.began:.0f} s; the report is {report}")
+
+    def _settings(self) -> Sections:
+        """The settings of each stage, as they are in config.yaml."""
+        return read_sections(self.folder / CONFIG, wanted=STAGES)
+
+    def _is_done(self) -> bool:
+        record = StageRecord(self.folder).read()
+        return all(stage.is_done(record.get(stage.name)) for stage in self._stages(self._settings()))
 
     def _open(self, size: int, channels: int) -> IdentityDataset:
         decoder = ImageDecoder(size, channels)
@@ -193,6 +200,8 @@ class _Run:
         path = self.folder / CONFIG
         if path.exists():
             say(f"settings are those in {path}, as they were chosen before")
+            if not all(file.exists() for file in data_files(self.folder)):
+                self._look_through(self._settings()["train"]["training"].get("workers", 0))
             return
         config, seen = self.config, survey(self.whole)
         held = choices.choose_held_out(self.whole, config.data, config.held_out)
@@ -210,7 +219,7 @@ class _Run:
                 f"none of the {split.held_out.num_identities} identities that are held out has two images, so there is "
                 "no genuine pair to judge by; give another --held_out, or 0 to train on all and judge nothing"
             )
-        self._look_through(seen, workers.value)
+        self._look_through(workers.value)
         chosen, sections = self._sections(seen, held, size, channels, device, workers, split)
         _print_choices(chosen)
         write_text(self.folder / CHOICES, json.dumps([asdict(each) for each in chosen], indent=2))
@@ -224,7 +233,7 @@ class _Run:
         config = self.config
         return load_data(config.data, identities=config.identities, held_out=held_out, decoder=decoder)
 
-    def _look_through(self, seen: Survey, workers: int) -> None:
+    def _look_through(self, workers: int) -> None:
         """Decode all images of a set that is not large, so that broken ones are named before the work."""
         images = self.whole
         if isinstance(images, EncodedImages):
@@ -237,10 +246,9 @@ class _Run:
             "data": images.origin,
             "identities": images.num_identities,
             "images": len(images),
-            "looked at": seen.images,
             "left out": gone,
         }
-        write_text(self.folder / "data" / "data.json", json.dumps(facts, indent=2, ensure_ascii=False))
+        write_text(data_files(self.folder)[0], json.dumps(facts, indent=2, ensure_ascii=False))
         for line in gone:
             say(line)
 
@@ -274,7 +282,8 @@ class _Run:
         statistics = Choice(
             "statistics",
             "recomputed" if few else "running",
-            f"after {steps.value:,} steps the running ones {'are behind the weights' if few else 'have caught up'}",
+            f"after {choices.counted(steps.value, 'step')} the running ones "
+            f"{'are behind the weights' if few else 'have caught up'}",
         )
         chosen = [
             Choice("held_out", held.number, held.why),
@@ -373,13 +382,18 @@ class _Run:
         if len(tried) == 1 and (budget.steps or budget.epochs):
             return choices.Network(tried[0], math.nan), f"the one for images of {size.value} pixels"
         with progress("timing steps", len(tried), "networks") as advance:
+            timed = 0
 
             def time_step(backbone: BackboneConfig) -> float:
+                nonlocal timed
                 took = seconds_a_step(backbone, batch.value, augment, device.value)
                 advance(1)
+                timed += 1
                 return took + reading
 
-            return choices.choose_network(tried, time_step, wanted, 60 * (budget.minutes or choices.MINUTES))
+            found = choices.choose_network(tried, time_step, wanted, 60 * (budget.minutes or choices.MINUTES))
+            advance(len(tried) - timed)  # smaller ones need no try
+        return found
 
     def _stages(self, sections: Sections) -> list[Stage]:
         """The stages after the choices, with the settings that config.yaml has for each, in this folder."""
@@ -393,9 +407,9 @@ class _Run:
         spread = work(spread_command, "spread", output=at.spread, vectors=at.vectors)
         tokenize = work(tokenize_command, "tokenize", output=at.codes, vectors=at.spread)
         stages = [
-            Stage("vectors", "code vectors of the training identities", at.vectors, vectors),
-            Stage("spread", "spreading them over the sphere", at.spread, spread),
-            Stage("codes", "identity codes", at.codes, tokenize),
+            Stage("vectors", "code vectors of the training identities", [at.vectors, basis_path(at.vectors)], vectors),
+            Stage("spread", "spreading them over the sphere", [at.spread, *spread_reports(at.spread)], spread),
+            Stage("codes", "identity codes", [at.codes], tokenize),
         ]
         judging = []
         for head in self.config.heads:
@@ -403,12 +417,14 @@ class _Run:
             model, scores = own / "backbone.safetensors", own / "evaluation.json"
             changed = _of_head(head, sections["train"])
             train = work(train_command, "train", output=own, codes=at.codes, vectors=at.spread, **changed)
-            stages.append(Stage(f"train {head}", f"training with {head}", model, train))
+            trained = [model, own / "head.safetensors", own / "losses.safetensors"]
+            stages.append(Stage(f"train {head}", f"training with {head}", trained, train))
             judge = work(evaluate, "evaluate", output=own, model=model)
-            judging.append(Stage(f"judge {head}", f"judging {head} on identities never seen", scores, judge))
+            judging.append(Stage(f"judge {head}", f"judging {head} on identities never seen", [scores], judge))
         if sections["evaluate"].get("held_out") != 0:
             stages += judging
-        return [*stages, Stage("report", "the report", at.report, partial(self._report, sections))]
+        reports = [at.report, at.report.with_suffix(".md")]
+        return [*stages, Stage("report", "the report", reports, partial(self._report, sections))]
 
     def _places(self) -> _Places:
         return _Places(self.folder.resolve())
@@ -429,7 +445,10 @@ class _Run:
         ]
 
     def _say_result(self) -> None:
-        sections = read_sections(self.folder / CONFIG, wanted=STAGES)
+        sections = self._settings()
+        if sections["evaluate"].get("held_out") == 0:
+            say("nobody was held out, so nothing is judged")
+            return
         table = new_table("head", "images/s", *_MEASURES, title="held-out identities, never seen in training")
         for each in self._trained(sections):
             numbers = each.numbers()

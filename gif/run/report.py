@@ -19,6 +19,7 @@ from gif.codes.picture import plot_code_tree
 from gif.data import IdentityDataset, IdentitySplit
 from gif.evaluation import Embedder, Judgement, judge, plot_det, plot_roc
 from gif.evaluation.embedding import ReadableImages
+from gif.evaluation.thresholds import FIRM
 from gif.files import load_tensors, read_json, write_text
 from gif.planning.heads import gif_cost, softmax_cost
 from gif.report import Document
@@ -28,7 +29,6 @@ from gif.run.stages import RECORD, StageRecord
 from gif.training import plot_losses
 from gif.vectors.store import CodeVectors
 
-FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HARDEST = 12  # pairs of either kind
 CHOICES = "choices.json"
 LARGER = (100_000, 1_000_000, 10_000_000)  # identities that the head's cost is told of too
@@ -78,6 +78,12 @@ class _Judged:
     judgement: Judgement
 
 
+def data_files(folder: Path) -> tuple[Path, Path, Path]:
+    """What the ``folder`` of a run has of its data: what is known of it, and two pictures."""
+    place = folder / "data"
+    return place / "data.json", place / "identities.png", place / "long-tail.png"
+
+
 def write_report(
     folder: Path, data: str, split: IdentitySplit, trained: Sequence[Trained], judging: Mapping[str, Any]
 ) -> None:
@@ -115,7 +121,7 @@ def _judged(each: Trained, held_out: IdentityDataset, settings: Mapping[str, Any
     embedder = Embedder(flip=False, workers=settings.get("workers", 0), device=settings.get("device", "cpu"))
     numbers, embeddings = embedder.all_shares(backbone, ReadableImages(held_out), f"embedding with {each.head}")
     labels = held_out.labels[numbers]
-    return _Judged(numbers.numpy(), all_pairs(embeddings, labels, HARDEST), judge(embeddings, labels, fars=FARS))
+    return _Judged(numbers.numpy(), all_pairs(embeddings, labels, HARDEST), judge(embeddings, labels))
 
 
 def _summary(
@@ -144,7 +150,8 @@ def _summary(
 
 
 def _data(document: Document, folder: Path, split: IdentitySplit) -> None:
-    facts = read_json(folder / "data" / "data.json")
+    known, sheet, tail = data_files(folder)
+    facts = read_json(known)
     document.heading("Data")
     document.paragraph(f"`{facts['data']}`: {facts['identities']:,} identities, {facts['images']:,} images.")
     rows = []
@@ -157,11 +164,11 @@ def _data(document: Document, folder: Path, split: IdentitySplit) -> None:
     document.table(columns, rows)
     document.paragraph("The last five columns: images of an identity.", note=True)
     document.picture(
-        folder / "data" / "identities.png",
+        sheet,
         "images of some identities",
         "A row is an identity; from the one with most images to the one with fewest.",
     )
-    document.picture(folder / "data" / "long-tail.png", "how many images identities have")
+    document.picture(tail, "how many images identities have")
     if facts["left out"]:
         document.paragraph("Left out, and why:")
         for line in facts["left out"]:
@@ -203,8 +210,8 @@ def _codes(document: Document, codes: IdentityCodes, folder: Path, train: Identi
     document.heading("Identity codes")
     document.paragraph(
         f"Each identity has {codes.length} tokens of {codes.vocab_size} values, no two the same: "
-        f"{codes.vocab_size**codes.length:,} codes, of which {codes.free:,} are free. Whoever is alike shares the "
-        "first tokens."
+        f"{codes.vocab_size**codes.length:,} codes, of which {codes.free:,} are free. Whoever is alike should share "
+        "the first tokens."
     )
     plot_code_tree(codes, train, pictures / "code-tree.png")
     document.picture(
@@ -255,13 +262,19 @@ def _judgement(
     document.picture(pictures / "det.png", "false-reject rate against false-accept rate")
     found = judgement.thresholds
     known = {far: at for far, at in found.at.items() if at is not None}
-    rows = [[f"{far:g}", f"{at.threshold:.3f}", f"{at.tar:.3f}"] for far, at in known.items()]
-    rows.append(["equal error", f"{found.eer_threshold:.3f}", f"{1 - found.eer:.3f}"])
+    few = {far: "" if at.is_firm else " ?" for far, at in known.items()}
+    rows = [
+        [f"{far:g}", f"{at.threshold:.3f}", f"{at.tar:.3f}", f"{at.false_accepts:,}{few[far]}"]
+        for far, at in known.items()
+    ]
+    rows.append([f"{found.eer:.3g} (equal error)", f"{found.eer_threshold:.3f}", f"{1 - found.eer:.3f}", ""])
     document.paragraph(
         f"Accept two images as one identity where their cosine is at least the threshold ({trained[0].head}); at "
         f"{found.eer_threshold:.3f} as many genuine pairs are refused as impostor pairs accepted, {found.eer:.1%}."
     )
-    document.table(["false-accept rate", "threshold", "true-accept rate"], rows)
+    document.table(["false-accept rate", "threshold", "true-accept rate", "false accepts"], rows)
+    if any(few.values()):
+        document.paragraph(f"? Fewer than {FIRM} false accepts: a matter of a few pairs.", note=True)
     plot_scores(main.scores, {far: at.threshold for far, at in known.items()}, pictures / "scores.png")
     document.picture(pictures / "scores.png", "distribution of cosines, with thresholds")
     for kind, pairs, title, caption in (
@@ -312,10 +325,10 @@ def _cost(
 
 def _settings(document: Document, folder: Path) -> None:
     document.heading("Settings, and why")
-    chosen = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
-    document.table(
-        ["setting", "chosen", "because"], [[each["what"], str(each["value"]), each["why"]] for each in chosen]
-    )
+    if (folder / CHOICES).exists():
+        chosen = json.loads((folder / CHOICES).read_text(encoding="utf-8"))
+        rows = [[each["what"], str(each["value"]), each["why"]] for each in chosen]
+        document.table(["setting", "chosen", "because"], rows)
     document.paragraph("`config.yaml` has them all; each stage takes it: `gif train --config config.yaml --output X`.")
     timings = StageRecord(folder).read()
     rows = [[name, f"{timing.seconds:,.1f} s"] for name, timing in timings.items() if timing.seconds is not None]

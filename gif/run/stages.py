@@ -23,19 +23,23 @@ class Stage:
     Args:
         name: what it is called where it is kept that it is done; its first word is its kind.
         title: what is said when it begins.
-        output: what it makes; a stage whose output is gone is done once more.
+        outputs: the files it makes, the main one first; a stage of which one is gone is done once more.
         work: does it, and continues where it was interrupted.
     """
 
     name: str
     title: str
-    output: Path
+    outputs: Sequence[Path]
     work: Callable[[], None]
 
     @property
     def kind(self) -> str:
         """What several stages may be called, as those that train a head each."""
         return self.name.partition(" ")[0]
+
+    def is_done(self, timing: Timing | None) -> bool:
+        """Whether it has ended, and left all that it makes."""
+        return timing is not None and timing.seconds is not None and all(output.exists() for output in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,11 @@ def run_stages(stages: Sequence[Stage], folder: Path, until: str | None = None) 
     last = max((place for place, stage in enumerate(stages) if stage.kind == until), default=len(stages) - 1)
     for number, stage in enumerate(stages[: last + 1], start=1):
         where = f"[{number}/{len(stages)}] {stage.title}"
-        timing = record.read().get(stage.name, Timing())
-        if timing.seconds is not None and stage.output.exists():
-            say(f"{where}: already done, {stage.output}")
+        timing = record.read().get(stage.name)
+        if stage.is_done(timing):
+            say(f"{where}: already done, {stage.outputs[0]}")
         else:
-            say(f"{where}{': goes on' if timing.begun else ''}")
+            say(f"{where}{': goes on' if timing and timing.begun else ''}")
             record.begin(stage.name)
             began = time.monotonic()
             try:

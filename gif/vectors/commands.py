@@ -111,8 +111,7 @@ def spread_command(
         in_file: leave the vectors in a file, which may be larger than memory, and step them there; several processes
             always do.
     """
-    partial, picture = output.with_suffix(".partial"), output.with_suffix(".png")
-    report_file, gaps = output.with_suffix(".json"), output.with_name(f"{output.stem}-gap.png")
+    partial, (report_file, picture, gaps) = output.with_suffix(".partial"), spread_reports(output)
     check_output(output, [partial, report_file, picture, gaps], [vectors])
 
     def write_report(report: SpreadReport) -> None:
@@ -133,3 +132,8 @@ def spread_command(
                 partial.unlink()
         if rank() == 0:
             say(f"{report}\nwrote {output}")
+
+
+def spread_reports(output: Path) -> tuple[Path, Path, Path]:
+    """What `gif spread` writes beside its output: the report, the histogram, the gap over epochs."""
+    return output.with_suffix(".json"), output.with_suffix(".png"), output.with_name(f"{output.stem}-gap.png")

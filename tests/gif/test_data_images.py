@@ -425,7 +425,7 @@ def test_load_data_splits_by_identity(faces):
 
 
 def test_load_data_says_what_there_is(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown data set '.*nothing'; there are: glyphs, .* and paths of a folder"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing; give the path of a folder"):
         load_data(str(tmp_path / "nothing"))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import gif
 import gif_kernels
-from gif.errors import InputError
+from gif.errors import InputError, UnavailableError
 from gif.packages import needs
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +117,17 @@ def test_what_needs_a_package_names_it():
     for (use, package), line in zip(NEEDS.items(), lines, strict=True):
         assert f"the package {package}" in line, f"{use}: {line}"
         assert f"pip install '{package}" in line, f"{use}: {line}"
+
+
+def test_an_extra_of_this_project_is_all_that_is_named():
+    told = {
+        "gif-recognition[export]": "; pip install 'gif-recognition[export]'",
+        "pillow": "; pip install 'pillow', or all that training needs: pip install 'gif-recognition[train]'",
+    }
+    for package, end in told.items():
+        with pytest.raises(UnavailableError) as missing, needs(package, "pictures"):
+            raise ModuleNotFoundError("No module named 'x'")
+        assert str(missing.value).endswith(end)
 
 
 def test_the_command_line_says_what_is_missing_in_a_line():

@@ -82,6 +82,17 @@ class TestThresholds:
             found.require(0.5)
         assert found.at[1e-2].is_firm is False and "fewer than the 30" in found.support(1e-2)
 
+    def test_the_rate_where_none_is_named_is_one_that_is_known(self, model, faces):
+        for impostor, far in ((1000, 1e-3), (200, 1e-2), (50, None)):
+            found, _, _ = thresholds(impostor)
+            assert found.usual_far == far
+            judged = Calibration("abc", {"few": Calibrated(found, False, "faces")})
+            decides, basis = replace(load_model(model), calibration=judged).threshold()
+            if far is None:
+                assert decides == found.eer_threshold and basis.startswith("equal error rate, ")
+            else:
+                assert decides == found.at[far].threshold and basis.startswith(f"FAR {far:g} on few of faces")
+
     def test_equal_error_rate_is_where_the_errors_are_equal(self):
         found, scores, labels = thresholds()
         accepted = scores.double() >= found.eer_threshold

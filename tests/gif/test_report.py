@@ -6,9 +6,11 @@ import torch
 from torch.nn.functional import normalize
 
 from gif.data import IdentityImages
+from gif.data.inspection import plot_identities
 from gif.data.pictures import Pictures
+from gif.plotting import legible
 from gif.report import Document
-from gif.report.pairs import all_pairs
+from gif.report.pairs import Pair, all_pairs
 from gif.report.pictures import plot_head_cost, plot_pairs, plot_scores
 from gif.training import plot_losses
 
@@ -68,6 +70,17 @@ def test_pictures_turn_white_ink_on_black_and_leave_photographs():
     same = Pictures(IdentityImages(ink.expand(-1, 3, -1, -1), torch.arange(4), list("abcd")))
     assert same[0][0, 0, 0] == 255  # read in colour, and grey all the same
     assert drawn.sheet([[0, 1], [2]]).shape == (14, 14, 3)
+
+
+def test_names_are_drawn_in_letters_that_the_font_has(tmp_path, recwarn):
+    assert legible("Zoë Müller") == "Zoë Müller" and legible("日本 a") == "\\u65e5\\u672c a"
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 8, 8), generator=generator).to(torch.uint8)
+    data = IdentityImages(images, torch.arange(6) // 2, ["日本", "ë", "c"])
+    data.origin = "/data/日本"
+    plot_identities(data, tmp_path / "identities.png")
+    plot_pairs(data, [Pair(0, 1, 0.5), Pair(2, 4, 0.1)], "pairs", tmp_path / "pairs.png")
+    assert not [each for each in recwarn if "missing from" in str(each.message)]
 
 
 def test_pictures_of_a_report(tmp_path):

@@ -221,8 +221,8 @@ STAGES_CUT_SHORT = {  # what each stage does first: an interrupt there, and what
 }
 
 
-def test_an_interrupt_in_any_stage(faces, gif, tmp_path, monkeypatch):
-    """It says where it was and what is kept, exits with 130, and the same command goes on."""
+def test_an_interrupt_in_any_stage_and_files_that_are_gone(faces, gif, tmp_path, monkeypatch):
+    """It says where it was and what is kept, exits with 130, and the same command goes on; so where files are gone."""
     command = ["run", "--data", faces, "--output", tmp_path / "run", "--epochs=1"]
 
     def interrupt(*arguments, **options):
@@ -237,7 +237,20 @@ def test_an_interrupt_in_any_stage(faces, gif, tmp_path, monkeypatch):
         if number > 1:
             assert printed.rstrip().endswith("what was done before it is kept") and "nothing was kept" not in printed
     code, printed = gif(*command)
-    assert code == 0 and "[6/6] the report: goes on" in printed and (tmp_path / "run" / "report.html").exists()
+    output = tmp_path / "run"
+    assert code == 0 and "[6/6] the report: goes on" in printed and (output / "report.html").exists()
+
+    # What is removed of a finished run the same command makes again, and does no stage that has all it makes.
+    before = {path: path.read_bytes() for path in output.rglob("*.safetensors") if "checkpoints" not in path.parts}
+    gone = ["data/data.json", "choices.json", "spread.json", "report.html"]
+    gone += ["gif/losses.safetensors", "gif/evaluation.json"]
+    for name in gone:
+        (output / name).unlink()
+    code, printed = gif(*command)
+    assert code == 0 and "[1/6] code vectors of the training identities: already done" in printed, printed
+    assert printed.count("goes on") == 4 and {path: path.read_bytes() for path in before} == before
+    assert all((output / name).exists() for name in gone if name != "choices.json")  # whose reasons config.yaml has
+    assert "this run is already finished" in gif(*command)[1]
 
 
 class TestWhatCannotBeRun:
@@ -279,6 +292,7 @@ def test_one_image_an_identity_is_trained_on_and_not_judged(gif, tmp_path):
     folder = write_folder(tmp_path / "single", [1] * 20)
     code, printed = gif("run", "--data", folder, "--output", tmp_path / "run", "--epochs=1")
     assert code == 0 and "no genuine pair to judge by" in told(printed)
+    assert "nobody was held out, so nothing is judged" in printed and "rank-1" not in printed
     page = Page((tmp_path / "run" / "report.html").read_text())
     assert "nothing is judged" in page.text and "Judgement" not in page.text
 
