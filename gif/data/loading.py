@@ -13,7 +13,7 @@ from gif.data.encoded import BrokenPolicy, EncodedImages, Labelled
 from gif.data.folder import read_folder
 from gif.data.glyphs import all_glyphs, all_glyphs_80k, glyph_word_sets, glyph_words
 from gif.data.glyphs.word_sets import HEADLINE, IDENTITIES, SETS
-from gif.data.images import IdentityDataset, IdentitySplit, check_held_out, split_identities
+from gif.data.images import IdentityDataset, IdentitySplit, check_held_out, some_identities, split_identities
 from gif.data.listing import as_utf8, printable
 from gif.data.records import read_records
 from gif.data.shards import COMPRESSED, read_shards
@@ -86,7 +86,7 @@ def load_data(
     train, judged = split_identities(images, held_out, seed)
     if identities is not None:
         share = _number_of(images, identities) / images.num_identities
-        train, judged = (_some(part, round(share * part.num_identities), seed) for part in (train, judged))
+        train, judged = (_some(part, max(2, round(share * part.num_identities)), seed) for part in (train, judged))
     return IdentitySplit(train, judged)
 
 
@@ -140,7 +140,11 @@ def _open_all(data: str, decoder: ImageDecoder, on_broken: BrokenPolicy) -> Iden
 
 
 def _some(images: IdentityDataset, number: int, seed: int) -> IdentityDataset:
-    return images if number == images.num_identities else split_identities(images, number, seed)[1]
+    if number >= images.num_identities:
+        return images
+    some = some_identities(images, number, seed)
+    some.splits = images.splits + 1  # a part can be split again, by other places
+    return some
 
 
 def _number_of(images: IdentityDataset, identities: float) -> int:

@@ -18,6 +18,7 @@ from gif.data import IdentityDataset, split_identities
 from gif.data.loading import HELD_OUT, WORDS
 from gif.data.shared_memory import check_workers
 from gif.data.survey import Survey
+from gif.devices import resolve_device
 from gif.errors import InputError
 from gif.training import AugmentationName
 
@@ -182,9 +183,9 @@ def choose_codes(m: int) -> tuple[CodeShape, str]:
 
 
 def choose_device(given: str | None) -> Choice:
-    """Where to compute."""
+    """Where to compute. Raises what `resolve_device` does where that is not there."""
     if given is not None and given != "auto":
-        return Choice("device", given, "as given")
+        return Choice("device", str(resolve_device(given)), "as given")
     if torch.cuda.is_available():
         return Choice("device", "cuda", f"there is one: {torch.cuda.get_device_name()}")
     return Choice("device", "cpu", "there is no CUDA or ROCm device")

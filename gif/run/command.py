@@ -26,11 +26,11 @@ from gif.encoders.basis import basis_path
 from gif.errors import InputError
 from gif.evaluation.command import evaluate
 from gif.experiments.glyph_bench import CONTENDERS, folder_name
-from gif.files import write_text
+from gif.files import read_json, write_text
 from gif.options import options_of
 from gif.ownership import existing, hold
 from gif.progress import new_table, print_table, progress, say
-from gif.resume import claim_folder
+from gif.resume import RECORD, claim_folder
 from gif.run import choices
 from gif.run.choices import Choice
 from gif.run.report import CHOICES, Trained, data_files, write_report
@@ -160,8 +160,9 @@ class _Run:
         self.whole = self._open(choices.LARGEST, 3)
 
     def go(self) -> None:
-        claim_folder(self.folder, {"command": "run", **self.config.settings(), "data": self._summary()})
         report, chosen = self.folder / "report.html", self.folder / CONFIG
+        device = choices.choose_device(self.config.device)
+        self._claim()
         if chosen.exists() and self._is_done():
             self._say_result()
             say(
@@ -169,7 +170,7 @@ class _Run:
                 "another --output"
             )
             return
-        self._choose()
+        self._choose(device)
         if self.config.until == "choices":
             say(f"the choices are in {chosen}; change them there, and give the command without --until")
             return
@@ -177,6 +178,14 @@ class _Run:
         if self.config.until in (None, "report"):
             self._say_result()
             say(f"done in {time.monotonic() - self.began:.0f} s; the report is {report}")
+
+    def _claim(self) -> None:
+        """Make the folder this run's; where nothing was chosen yet, an earlier try may have been told otherwise."""
+        settings = {"command": "run", **self.config.settings(), "data": self._summary()}
+        record = self.folder / RECORD
+        if record.exists() and not (self.folder / CONFIG).exists() and read_json(record).get("command") == "run":
+            write_text(record, json.dumps(settings, indent=2))
+        claim_folder(self.folder, settings)
 
     def _settings(self) -> Sections:
         """The settings of each stage, as they are in config.yaml."""
@@ -195,7 +204,7 @@ class _Run:
         summary = self.whole.summary()
         return {name: value for name, value in summary.items() if name != "read as"}
 
-    def _choose(self) -> None:
+    def _choose(self, device: Choice) -> None:
         """Look through the data set and choose every setting, or take what was chosen before."""
         path = self.folder / CONFIG
         if path.exists():
@@ -211,7 +220,6 @@ class _Run:
                 share, "so large a share: identities are taken of those held out and of the others alike"
             )
         size, channels = choices.choose_size(seen, self.whole), choices.choose_channels(seen, self.whole)
-        device = choices.choose_device(config.device)
         workers = choices.choose_workers(config.workers, seen, device.value, (channels.value, size.value, size.value))
         split = self._split(held.number, size.value, channels.value)
         if len(split.held_out) and int(split.held_out.image_counts().max()) < 2:

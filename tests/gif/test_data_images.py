@@ -424,6 +424,16 @@ def test_load_data_splits_by_identity(faces):
             load_data(str(faces), held_out=held_out)
 
 
+@pytest.mark.parametrize("identities", [4, 5])
+def test_any_number_of_the_identities_in_both_parts(faces, identities):
+    """Also all but one of a part, of which a split by number would leave too few."""
+    split = load_data(str(faces), identities=identities, held_out=0.5)
+    found = split.train.num_identities, split.held_out.num_identities
+    assert min(found) >= 2 and abs(sum(found) - identities) <= 1
+    whole = load_data(str(faces), held_out=0.5)
+    assert set(split.train.names) <= set(whole.train.names)
+
+
 def test_load_data_says_what_there_is(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing; give the path of a folder"):
         load_data(str(tmp_path / "nothing"))

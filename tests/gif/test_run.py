@@ -282,6 +282,24 @@ class TestWhatCannotBeRun:
         code, printed = gif("run", "--data", faces, "--output", tmp_path / "run", "--steps=5", "--minutes=1")
         assert code == 1 and "give one of minutes, steps and epochs" in printed
 
+    def test_a_device_that_is_not_there(self, faces, gif, tmp_path, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        code, printed = gif("run", "--data", faces, "--output", tmp_path / "run", "--device=cuda")
+        assert code == 1 and "cuda" in printed and not (tmp_path / "run").exists()
+
+    def test_a_try_that_failed_before_its_choices_binds_nobody(self, gif, tmp_path):
+        same = write_folder(tmp_path / "same", [1] * 4)
+        for path in same.rglob("*.png"):
+            path.write_bytes((same / "000" / "0.png").read_bytes())
+        (same / "003" / "0.png").write_bytes(b"no image")
+        command = ["run", "--data", same, "--output", tmp_path / "run", "--until=choices"]
+        assert gif(*command, "--epochs=3")[0] == 1
+        (tmp_path / "run" / "data").mkdir(parents=True, exist_ok=True)  # as of one that failed a little later
+        (tmp_path / "run" / "settings.json").write_text('{"command": "run", "epochs": 3}')
+        (same / "003" / "0.png").write_bytes((same / "000" / "0.png").read_bytes())
+        code, printed = gif(*command, "--epochs=2")
+        assert code == 0 and "the choices are in" in printed, printed
+
     def test_several_processes(self, faces, gif, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         code, printed = gif("run", "--data", faces, "--output", tmp_path / "run")
