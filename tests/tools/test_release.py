@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 import tomllib
 import zipfile
 from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -132,40 +135,125 @@ class TestMatrix:
         assert set(oldest.pins) == {f"torch=={bounds['torch']}.*", f"triton=={bounds['triton']}.*"}
 
     def test_steps_name_tests_that_exist(self):
-        for step in matrix.STEPS.values():
-            assert all((ROOT / word).exists() for word in step if word.startswith("tests"))
+        words = [word for step in matrix.STEPS.values() for word in step.command if word.startswith("tests")]
+        assert all((ROOT / word).exists() for word in words)
+        assert sum(word.startswith("tests/gif_kernels/test_triton_") for word in words) > 5
 
-    def test_results_are_added_to_and_told(self, tmp_path, monkeypatch, capsys):
+    def test_the_workflow_tries_every_environment(self):
+        """Those of the first Python by `make matrix`, those of the others by `make test`."""
+        jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+        first = [e.name for e in matrix.ENVIRONMENTS if e.python == matrix.PYTHONS[0]]
+        assert jobs["matrix"]["strategy"]["matrix"]["environment"] == first
+        assert jobs["test"]["strategy"]["matrix"]["python"] == list(matrix.PYTHONS)
+
+    @pytest.mark.parametrize(
+        ("printed", "counts"),
+        [
+            ("....\n237 passed, 2 skipped, 1 warning in 12.30s\n", "237 passed, 2 skipped"),
+            ("FAILED tests/x.py\n==== 3 failed, 234 passed in 610.21s (0:10:10) ====\n", "3 failed, 234 passed"),
+            ("1 passed in 2.0s\n4 passed in 2.0s\n", "4 passed"),
+            ("Triton 3.5.0: 292 of 293 hold their limits\n", "292 of 293"),
+            ("INFO - Documentation built in 3 seconds\n", ""),
+        ],
+    )
+    def test_what_a_step_counts(self, printed, counts):
+        assert matrix.counts(printed) == counts
+
+    @pytest.fixture
+    def tried(self, monkeypatch):
+        """Environments are not built: ``tried.outcomes`` says what comes of a step, ``tried.steps`` which were run."""
+        tried = SimpleNamespace(outcomes={}, steps=[], numpy="2.0.0")
+
+        def try_environment(environment, steps, output, *, keep, aot):
+            versions = {"torch": "2.9.0", "triton": "3.5.0", "numpy": tried.numpy}
+            result = matrix.Result(environment.python, versions)
+            yield "", result
+            for step in steps:
+                passed = tried.outcomes.get((environment.name, step), True)
+                tried.steps.append((environment.name, step))
+                told = {"passed": passed, "counts": "1 passed" if passed else "1 failed, 2 passed", "seconds": 90}
+                result.steps[step] = told | {"day": f"2026-11-{len(tried.steps):02d}", "code": matrix.code_now()}
+                yield step, result
+
+        monkeypatch.setattr(matrix, "try_environment", try_environment)
+        monkeypatch.setattr(matrix, "interpreter_of", lambda python: None if python == "3.14" else "python")
+        monkeypatch.setattr(matrix, "code_now", lambda: "now")
+        return tried
+
+    def test_results_are_added_to_and_told(self, tmp_path, tried):
         document = tmp_path / "compatibility.md"
         document.write_text("<!-- begin matrix -->\n<!-- end matrix -->\n")
-        outcomes = {"torch-2.9-oldest": True, "newest": False}
-
-        def tried(environment, steps, output, *, keep, aot):
-            day = "2026-11-28" if "kernels" in steps else "2026-11-27"
-            told = {"passed": outcomes[environment.name], "seconds": 1, "day": day}
-            versions = {"torch": "2.9.0", "triton": "3.5.0", "numpy": "2.0.0"}
-            return matrix.Result("3.11", versions, dict.fromkeys(steps, told), day)
-
-        monkeypatch.setattr(matrix, "try_environment", tried)
         common = ["--output", str(tmp_path / "out"), "--docs", str(document), "--steps", "aot", "gif"]
+        tried.outcomes["newest", "gif"] = False
         assert matrix.main([*common, "--only", "torch-2.9-oldest"]) == 0
         assert matrix.main([*common, "--only", "newest"]) == 1
         assert matrix.main([*common[:-2], "kernels", "--only", "torch-2.9-oldest"]) == 0
         text = document.read_text()
-        assert "| torch-2.9-oldest | 3.11 | 2.9.0 | 3.5.0 | 2.0.0 | aot, gif, kernels | 2026-11-27 |" in text
-        assert "aot FAILED, gif FAILED" in text
-        assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == set(outcomes)
+        assert "| environment | Python | PyTorch | Triton | NumPy | aot | kernels | gif | minutes | since |" in text
+        assert (
+            "| torch-2.9-oldest | 3.11 | 2.9.0 | 3.5.0 | 2.0.0 | 1 passed | 1 passed | 1 passed | 4 | 2026-11-01 |"
+            in text
+        )
+        assert "| 1 passed | - | FAILED 1 failed, 2 passed | 3 | 2026-11-03 |" in text
+        assert set(json.loads((tmp_path / "out" / "results.json").read_text())) == {"torch-2.9-oldest", "newest"}
 
-    def test_a_missing_interpreter_is_no_failure_and_no_success(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(matrix, "interpreter_of", lambda python: None)
-        assert matrix.main(["--output", str(tmp_path), "--only", "newest-python-3.14"]) == 0
-        assert "no Python 3.14 here" in capsys.readouterr().out
+    def test_it_goes_on_where_it_was(self, tmp_path, tried, monkeypatch, capsys):
+        """What passed with the same code is not run again, unless asked for; what failed is, and all of other code."""
+        command = ["--output", str(tmp_path), "--only", "newest", "--steps", "aot", "gif"]
+        tried.outcomes["newest", "gif"] = False
+        assert matrix.main(command) == 1
+        del tried.outcomes["newest", "gif"]
+        assert matrix.main(command) == 0
+        assert "newest: aot passed with this code before" in capsys.readouterr().out
+        assert matrix.main(command) == 0
+        assert tried.steps == [("newest", "aot"), ("newest", "gif"), ("newest", "gif")]
+        assert matrix.main([*command, "--again"]) == 0
+        monkeypatch.setattr(matrix, "code_now", lambda: "later")
+        assert matrix.main(command) == 0
+        assert len(tried.steps) == 7
+
+    def test_other_versions_keep_nothing_of_what_passed(self, tmp_path, tried):
+        common = ["--output", str(tmp_path), "--only", "newest", "--steps"]
+        assert matrix.main([*common, "aot"]) == 0
+        tried.numpy = "2.0.1"
+        assert matrix.main([*common, "gif"]) == 0
+        assert list(json.loads((tmp_path / "results.json").read_text())["newest"]["steps"]) == ["gif"]
+
+    def test_a_missing_interpreter_is_said(self, tmp_path, tried, capsys):
+        """It is left out of all environments; one that is named is refused before anything is built."""
+        with pytest.raises(SystemExit):
+            matrix.main(["--output", str(tmp_path), "--only", "newest", "newest-python-3.14"])
+        assert "newest-python-3.14 needs Python 3.14, and there is none here" in capsys.readouterr().err
+        assert tried.steps == []
+        assert matrix.main(["--output", str(tmp_path), "--steps", "gif"]) == 0
+        assert "newest-python-3.14: left out, no Python 3.14 here" in capsys.readouterr().out
+        assert {name for name, _ in tried.steps} == {e.name for e in matrix.ENVIRONMENTS if e.python != "3.14"}
 
     def test_an_environment_that_cannot_be_built(self, tmp_path, monkeypatch):
         """A step is not run in it, and what was made of it is gone."""
         environment = matrix.Environment("impossible", ("torch==0.0.1",))
         monkeypatch.setattr(matrix, "ROOT", tmp_path)  # no project there
-        result = matrix.try_environment(environment, ["gif"], tmp_path, keep=False, aot="")
-        assert result.failed.startswith("cannot be built") and not result.steps and not result.passed
+        ((step, result),) = matrix.try_environment(environment, ["gif"], tmp_path)
+        assert step == "" and result.failed.startswith("cannot be built") and not result.steps and not result.passed
         assert not (tmp_path / "impossible").exists()
         assert "$ " in (tmp_path / "impossible.log").read_text()
+        assert "| impossible | 3.11 | cannot be built |" in matrix.table({"impossible": result})
+
+    def test_steps_are_run_in_the_environment(self, tmp_path, monkeypatch):
+        """Of two steps one passes; each has its counts, and what they print is in the log."""
+        monkeypatch.setitem(matrix.STEPS, "good", matrix.Step(("-c", "print('3 passed in 0.1s')"), {"X": "1"}))
+        monkeypatch.setitem(matrix.STEPS, "bad", matrix.Step(("-c", "print('1 failed, 2 passed in 0.1s'); exit(1)")))
+        real = subprocess.run
+
+        def run(command, **options):  # of uv's commands none, and of the rest with this interpreter
+            if "uv" in command:
+                return SimpleNamespace(returncode=0)
+            return real([sys.executable, *command[1:]], **options)
+
+        monkeypatch.setattr(matrix, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+        told = list(matrix.try_environment(matrix.ENVIRONMENTS[0], ["good", "bad"], tmp_path))
+        result = told[-1][1]
+        assert [step for step, _ in told] == ["", "good", "bad"]
+        assert [result.steps[step]["passed"] for step in ("good", "bad")] == [True, False]
+        assert [result.steps[step]["counts"] for step in ("good", "bad")] == ["3 passed", "1 failed, 2 passed"]
+        assert "torch" in result.versions and not result.passed
