@@ -37,10 +37,12 @@ __all__ = [
 ]
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of vectors that ops take."""
 INTEGER = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
+"""The dtypes of labels, codes and rows that ops take."""
 BATCH = ("B", "n")
 """Names of dimensions that count samples and may be 0; every other dimension is at least 1."""
 

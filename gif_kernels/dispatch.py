@@ -32,10 +32,14 @@ __all__ = [
 ]
 
 Impl = Literal["auto", "triton", "blocked", "reference"]
+"""The argument ``impl`` of every op."""
 Implementation = Callable[..., Any]
+"""What computes an op: a function of its tensors, then its options."""
 IMPLS: tuple[Impl, ...] = ("auto", "triton", "blocked", "reference")
+"""Every `Impl`."""
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+"""Whether Triton can be imported; it is not imported to find out."""
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 """Whether Triton runs its kernels in NumPy, on CPU tensors: slow, and how they are tested without a GPU."""
 

@@ -10,7 +10,9 @@ from torch import Tensor
 __all__ = ["REDUCTIONS", "Reduction", "reduce_rows", "row_weights"]
 
 Reduction = Literal["mean", "sum", "none"]
+"""What becomes of the losses of a batch: one number, or one a row."""
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
+"""Every `Reduction`."""
 
 
 def reduce_rows(losses: Tensor, counted: Tensor, reduction: Reduction) -> Tensor:

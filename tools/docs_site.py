@@ -11,6 +11,7 @@ import ast
 import html
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,10 @@ HOME = "README.md"
 REFERENCE, PROJECT = "Reference", "Project"
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Tutorials": ("docs/tutorials/*.md", "docs/coming-from-*.md"),
-    "How to": ("docs/data.md", "docs/spreading.md", "docs/training.md", "docs/evaluation.md", "docs/gpu.md"),
+    "How to": (
+        *("docs/data.md", "docs/spreading.md", "docs/training.md", "docs/evaluation.md"),
+        *("docs/inference.md", "docs/gpu.md"),
+    ),
     "The method": ("docs/method.md", "docs/paper.md", "docs/architecture.md", "docs/reliability.md"),
     "Measured": ("docs/accuracy.md", "docs/benchmarks.md"),
     "Kernels": ("gif_kernels/*/README.md",),
@@ -68,15 +72,26 @@ def reference() -> list[Exports]:
     described: set[tuple[str, str]] = set()
     result = []
     for module, path in _modules():
-        exports = _exported(path)
         origins = _origins(path, module)
-        new = exports
+        new = exports = list(origins)
         if module != "gif":  # whose names are links to where its parts describe them
             new = [name for name in exports if (origins[name], name) not in described]
             described.update((origins[name], name) for name in exports)
         if new or module in WITHOUT_EXPORTS:
             result.append(Exports(module, tuple(new)))
     return result
+
+
+def place_of(module: str, name: str) -> str:
+    """The dotted path under which ``name``, an export of ``module``, is described.
+
+    Where a part of the package has the same name, as the folder of `gif.codes.tokenize`, that path is the part's, and
+    the function has the one of its definition.
+    """
+    folder = ROOT.joinpath(*module.split("."))
+    if (folder / name).is_dir() or (folder / f"{name}.py").is_file():
+        return f"{_definition(module, name)}.{name}"
+    return f"{module}.{name}"
 
 
 def _modules() -> Iterator[tuple[str, Path]]:
@@ -87,24 +102,32 @@ def _modules() -> Iterator[tuple[str, Path]]:
             yield ".".join(parts).removesuffix(".__init__"), path
 
 
-def _exported(path: Path) -> list[str]:
-    """`__all__` of a module, read from its text."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+class Interface(NamedTuple):
+    """What a module's text says of it: `__all__`, and where its imports from these packages come from."""
+
+    exports: tuple[str, ...]
+    imports: dict[str, str]
+
+
+@cache
+def _interface(text: str) -> Interface:
+    tree = ast.parse(text)
+    imports = {
+        alias.name: str(node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES
+        for alias in node.names
+    }
+    for node in tree.body:
         if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["__all__"]:
-            return list(ast.literal_eval(node.value))
-    return []
+            return Interface(tuple(ast.literal_eval(node.value)), imports)
+    return Interface((), imports)
 
 
 def _origins(path: Path, module: str) -> dict[str, str]:
     """For each name that ``module`` exports, the first module of the packages that it comes from."""
-    names = _exported(path)
-    result = dict.fromkeys(names, module)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
-            for alias in node.names:
-                if alias.name in result:
-                    result[alias.name] = _definition(str(node.module), alias.name)
-    return result
+    exports, imports = _interface(path.read_text(encoding="utf-8"))
+    return {name: _definition(imports[name], name) if name in imports else module for name in exports}
 
 
 def _definition(module: str, name: str) -> str:
@@ -122,12 +145,14 @@ def _page_of(exports: Exports) -> str:
     lines += ["      members: false", ""]
     homes = {}
     if exports.module == "gif":  # what its parts describe is a link
-        homes = {name: page.module for page in reference() if page.module != "gif" for name in page.names}
-        lines += [f"- [`gif.{name}`][{homes[name]}.{name}]" for name in exports.names if name in homes]
+        pages = [page for page in reference() if page.module != "gif"]
+        homes = {name: place_of(page.module, name) for page in pages for name in page.names}
+        lines += [f"- [`gif.{name}`][{homes[name]}]" for name in exports.names if name in homes]
         lines.append("")
     for name in exports.names:
         if name not in homes:
-            lines += [f"::: {exports.module}.{name}", ""]
+            options = ["    options:", f"      heading: {exports.module}.{name}", f"      toc_label: {name}"]
+            lines += [f"::: {place_of(exports.module, name)}", *options, ""]
     return "\n".join(lines)
 
 
@@ -140,7 +165,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section, paths in pages().items():
         if section == PROJECT:
             nav.append({REFERENCE: [{page.module: f"reference/{page.module}.md"} for page in described]})
-        nav += [{section: paths}] if section else paths
+        nav += [{section: paths}] if section else [{"Home": path} for path in paths]
     config.nav = nav
     fence = {"name": "math", "class": "arithmatex", "format": arithmatex_fenced_format(mode="generic")}
     config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}

@@ -16,6 +16,7 @@ from gif.backbones.vit import vision_transformer
 from gif.errors import InputError
 
 BackboneName = Literal["small", IResNetName, "mobilefacenet", MobileName, "vit", TransformerName]
+"""The networks that `BackboneConfig` knows by name."""
 Color = Literal["rgb", "bgr"]
 
 

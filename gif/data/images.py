@@ -45,6 +45,7 @@ class IdentityDataset(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @property
     def num_identities(self) -> int:
+        """m, the number of names."""
         return len(self.names)
 
     @abstractmethod

@@ -19,7 +19,8 @@ from gif.data.records import read_records
 from gif.data.shards import COMPRESSED, read_shards
 from gif.errors import InputError, MissingFileError
 
-HELD_OUT = 0.2  # of the identities
+HELD_OUT = 0.2
+"""The share of the identities that is held out, where none is said."""
 WORDS = {"glyph-words": 32, "glyph-words-64": 64}
 """Data sets of words of two glyphs, of as many identities as are asked for, and their size in pixels."""
 

@@ -15,6 +15,7 @@ from gif.errors import InputError, UnavailableError, in_short
 from gif.packages import needs
 
 Precision = Literal["fp32", "bf16"]
+"""The dtype that an encoder multiplies in."""
 _ROWS_A_BLOCK = 1 << 14
 
 

@@ -208,6 +208,7 @@ class IjbFaces(Dataset[tuple[Tensor, int]]):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a face as it is cropped."""
         return 3, SIZE, SIZE
 
     def __len__(self) -> int:

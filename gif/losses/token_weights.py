@@ -10,6 +10,7 @@ from torch import Tensor
 from gif.errors import InputError
 
 TokenWeights = Literal["uniform", "increasing", "decreasing", "gaussian"]
+"""The patterns that `token_weights` makes weights of."""
 
 
 def token_weights(pattern: TokenWeights, length: int) -> Tensor:

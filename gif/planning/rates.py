@@ -68,13 +68,13 @@ def _card(products: float, exponentials: float, memory: float, capacity: float) 
     return Rates(EFFICIENCY * products, EFFICIENCY * exponentials, EFFICIENCY * memory, torch.inf, 1e-4, capacity)
 
 
-# peaks of the vendors' data sheets: dense bf16 products, special functions (16 a multiprocessor a clock), memory
 CARDS = {
     "a100": _card(312e12, 3.0e12, 2.04e12, 80e9),
     "h100": _card(989e12, 3.9e12, 3.35e12, 80e9),
     "h200": _card(989e12, 3.9e12, 4.8e12, 141e9),
     "mi300x": _card(1307e12, 10e12, 5.3e12, 192e9),
 }
+"""Peaks of the vendors' data sheets: dense bf16 products, special functions (16 a multiprocessor a clock), memory."""
 
 
 def measure_rates(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AugmentationName = Literal["affine", "mirror", "photo", "none"]
+"""The augmentations that a training config knows by name."""
 BRIGHTNESS, CONTRAST = 0.2, 1.3  # of photographs: the largest shift, and the largest factor
 
 

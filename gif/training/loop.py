@@ -48,6 +48,7 @@ from gif.training.statistics import RunningStatistics
 from gif.training.stop import StopRequest
 
 Validate = Callable[[nn.Module], Mapping[str, float]]
+"""Judges a backbone: the names of metrics and their values."""
 _Item = TypeVar("_Item")
 _Ready = TypeVar("_Ready")
 REPORT_EVERY = 10  # steps between looks at the loss, each of which waits for the device

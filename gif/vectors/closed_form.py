@@ -11,6 +11,7 @@ from gif.vectors.distributed_table import DistributedTable
 from gif_kernels.sphere import unit
 
 ClosedForm = Literal["none", "center", "whiten"]
+"""What `fit_closed_form` computes; "none" leaves the vectors as they are."""
 CLOSED_FORMS: tuple[ClosedForm, ...] = ("none", "center", "whiten")
 ROWS_A_BLOCK = 1 << 12
 RIDGE = 1.0  # of the mean eigenvalue; less whitens more, and keeps less of the order
