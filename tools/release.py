@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 from gif.errors import InputError
@@ -31,13 +32,19 @@ ROOT = Path(__file__).parents[1]
 VERSION = re.compile(r'^__version__ = "([^"]+)"$', re.MULTILINE)
 WANTED = re.compile(r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?")
 UNRELEASED = "## Unreleased\n"
+UV = (sys.executable, "-m", "uv")
 IN_WHEEL = (
     "gif/py.typed",
     "gif_kernels/py.typed",
     "gif/configs/ms1mv2_r100.yaml",
     "gif_kernels/token_margin/README.md",
 )
-IN_SDIST = ("LICENSE", "README.md", "pyproject.toml", *IN_WHEEL)
+IN_SDIST = (
+    *("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "Makefile", "mkdocs.yml", ".pre-commit-config.yaml"),
+    *(".github/workflows/test.yml", "docs/method.md", "tests/gif_kernels/conftest.py", "tools/release.py"),
+    *IN_WHEEL,
+)
+"""The packages, and what MANIFEST.in adds: enough for `make test`."""
 ALONE = """
 import sys
 import torch
@@ -101,18 +108,16 @@ def check_files(sdist: Path, wheel: Path, version: str) -> None:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     with zipfile.ZipFile(wheel) as packed:
         files = set(packed.namelist())
-        (path,) = (name for name in files if name.endswith(".dist-info/METADATA"))
-        metadata = message_from_bytes(packed.read(path))
+    metadata = metadata_of(wheel)
     sources = {str(path.relative_to(ROOT)) for package in ("gif", "gif_kernels") for path in modules(package)}
     for archive_name, held, wanted in (
         ("sdist", inside, {*IN_SDIST, *sources}),
         ("wheel", files, {*IN_WHEEL, *sources}),
     ):
         if missing := sorted(wanted - held):
-            raise InputError(
-                f"the {archive_name} lacks {', '.join(missing[:5])}; see [tool.setuptools] of pyproject.toml"
-            )
-    strangers = sorted({name.split("/")[0] for name in files} - {"gif", "gif_kernels", path.split("/")[0]})
+            raise InputError(f"the {archive_name} lacks {', '.join(missing[:5])}; see pyproject.toml and MANIFEST.in")
+    folders = {name.split("/")[0] for name in files if not name.split("/")[0].endswith(".dist-info")}
+    strangers = sorted(folders - {"gif", "gif_kernels"})
     if strangers:
         raise InputError(f"the wheel holds {', '.join(strangers)}, which would be installed beside other packages'")
     if metadata["Version"] != version:
@@ -131,6 +136,13 @@ def modules(package: str) -> Iterator[Path]:
     return (ROOT / package).rglob("*.py")
 
 
+def metadata_of(wheel: Path) -> Message:
+    """The metadata of a wheel, which name its version and what it requires."""
+    with zipfile.ZipFile(wheel) as packed:
+        (path,) = (name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_bytes(packed.read(path))
+
+
 @contextmanager
 def environment(wheel: Path, extra: str, torch: bool) -> Iterator[Path]:
     """The interpreter of a fresh environment with ``wheel`` installed, in an empty folder.
@@ -140,16 +152,27 @@ def environment(wheel: Path, extra: str, torch: bool) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="gif-release-") as folder:
         python = Path(folder) / "env" / "bin" / "python"
-        venv = [sys.executable, "-m", "venv", str(python.parents[1])]
-        run(venv if torch else [*venv, "--system-site-packages", "--without-pip"])
-        if torch:
-            run([str(python), "-m", "pip", "install", "--quiet", f"{wheel}{extra}"])
-        else:
+        run(
+            [
+                *UV,
+                "venv",
+                "--python",
+                sys.executable,
+                *([] if torch else ["--system-site-packages"]),
+                str(python.parents[1]),
+            ]
+        )
+        install(python, f"{wheel}{extra}", *([] if torch else ["--no-deps"]))
+        if not torch:
             site = next((python.parents[1] / "lib").glob("python*/site-packages"))
-            run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)])
             packages = Path(next(path for path in sys.path if path.endswith("site-packages")))
             (site / "borrowed.pth").write_text(f"{packages}\n")
         yield python
+
+
+def install(python: Path, package: str, *options: str) -> None:
+    """Install ``package`` into the environment of ``python``."""
+    run([*UV, "pip", "install", "--python", str(python), *options, package])
 
 
 def try_wheel(wheel: Path, version: str, *, full: bool) -> None:
@@ -163,6 +186,9 @@ def try_wheel(wheel: Path, version: str, *, full: bool) -> None:
                 raise InputError(f"an install without extras brought {came}")
     with environment(wheel, "[train]", full) as python:
         folder = python.parents[2]
+        if full:
+            every = ",".join(metadata_of(wheel).get_all("Provides-Extra", []))
+            install(python, f"{wheel}[{every}]", "--dry-run")  # their bounds go together
         for arguments in (["--help"], ["train", "--config", "glyphs", "--print_config"], ["doctor"]):
             run([str(python), "-m", "gif.cli", *arguments], cwd=folder)
         if full:
@@ -200,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"CHANGELOG.md has no heading for {version}; run this without --check first")
         sdist, wheel = build(given.output)
         check_files(sdist, wheel, version)
+        run([*UV, "tool", "run", "twine", "check", "--strict", str(sdist), str(wheel)])
         try_wheel(wheel, version, full=not given.quick)
     except InputError as error:
         print(f"error: {error}")

@@ -125,6 +125,31 @@ def test_workflows_and_hooks_call_what_there_is():
         assert yaml.safe_load(path.read_text())
 
 
+@pytest.mark.parametrize(
+    ("schema", "pattern"),
+    [
+        ("github-workflows", ".github/workflows/*.yml"),
+        ("dependabot", ".github/dependabot.yml"),
+        ("github-issue-forms", ".github/ISSUE_TEMPLATE/[!c]*.yml"),
+        ("github-issue-config", ".github/ISSUE_TEMPLATE/config.yml"),
+        ("citation-file-format", "CITATION.cff"),
+    ],
+)
+def test_what_others_read_has_their_form(schema, pattern):
+    """By the schemas that check-jsonschema brings along: no network."""
+    paths = [str(path) for path in ROOT.glob(pattern)]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *paths]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert paths and checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_actions_are_pinned():
+    """To a commit, which nobody can move; but for PyPI's own, which is a branch that its makers move."""
+    text = "".join(path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    used = set(re.findall(r"uses: (\S+)", text)) - {"pypa/gh-action-pypi-publish@release/v1"}
+    assert used and all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action) for action in used), used
+
+
 class TestMatrix:
     def test_pins_agree_with_the_bounds(self):
         """The oldest pair is what pyproject.toml names as its lower bounds."""
