@@ -164,7 +164,7 @@ def try_environment(
         def run(command: Sequence[str], variables: Mapping[str, str] | None = None) -> bool:
             out.write(f"$ {' '.join(command)}\n")
             out.flush()
-            where = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (variables or {})
+            where = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(variables or {})}
             return subprocess.run(command, cwd=ROOT, env=where, stdout=out, stderr=subprocess.STDOUT).returncode == 0
 
         try:
@@ -178,13 +178,14 @@ def try_environment(
             yield "", result
             for name in steps:
                 start, written, code = time.monotonic(), out.tell(), code_now()
-                options = aot.split() if name == "aot" else []
-                passed = run([str(python), *STEPS[name].command, *options], STEPS[name].variables)
+                options = aot if name == "aot" else ""
+                passed = run([str(python), *STEPS[name].command, *options.split()], STEPS[name].variables)
                 result.steps[name] = {
                     "passed": passed,
                     "counts": counts(log.read_bytes()[written:].decode("utf-8", "replace")),
                     "seconds": round(time.monotonic() - start),
                     "day": date.today().isoformat(),
+                    "options": options,
                     "code": code,
                 }
                 yield name, result
@@ -226,7 +227,8 @@ def table(results: Mapping[str, Result]) -> str:
 def _told(step: Mapping[str, Any] | None) -> str:
     if step is None:
         return "-"
-    return ("" if step["passed"] else "FAILED ") + (step["counts"] or ("passed" if step["passed"] else ""))
+    outcome = step["counts"] or "passed" if step["passed"] else f"FAILED {step['counts']}"
+    return f"{outcome} {step['options']}".strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,11 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work = {}
     for environment in ENVIRONMENTS:
         if environment not in missing and environment.name in (given.only or names):
-            before = results.get(environment.name, Result(environment.python)).steps
-            left = [name for name in given.steps if given.again or not passed_with(before.get(name), code_now())]
-            work[environment] = left
-            if told := [name for name in given.steps if name not in left]:
-                print(f"{environment.name}: {', '.join(told)} passed with this code before")
+            known = results.get(environment.name, Result(environment.python)).steps
+            steps = [name for name in given.steps if given.again or not has_passed(known.get(name), given.aot)]
+            work[environment] = steps
+            if passed := [name for name in given.steps if name not in steps]:
+                print(f"{environment.name}: {', '.join(passed)} passed with this code before")
     total, done, begun = sum(map(len, work.values())), 0, time.monotonic()
     for environment, steps in work.items():
         if not steps:
@@ -292,9 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not all(results[environment.name].passed for environment in work))
 
 
-def passed_with(step: Mapping[str, Any] | None, code: str) -> bool:
-    """Whether a step passed when the code was ``code``."""
-    return step is not None and bool(step["passed"]) and step["code"] == code
+def has_passed(step: Mapping[str, Any] | None, aot: str) -> bool:
+    """Whether a step passed with the code as it is, and with no options or those that are asked for."""
+    return step is not None and bool(step["passed"]) and step["code"] == code_now() and step["options"] in ("", aot)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,8 @@ class TestMatrix:
                 passed = tried.outcomes.get((environment.name, step), True)
                 tried.steps.append((environment.name, step))
                 told = {"passed": passed, "counts": "1 passed" if passed else "1 failed, 2 passed", "seconds": 90}
-                result.steps[step] = told | {"day": f"2026-11-{len(tried.steps):02d}", "code": matrix.code_now()}
+                told |= {"options": aot if step == "aot" else "", "code": matrix.code_now()}
+                result.steps[step] = told | {"day": f"2026-11-{len(tried.steps):02d}"}
                 yield step, result
 
         monkeypatch.setattr(matrix, "try_environment", try_environment)
@@ -236,6 +237,17 @@ class TestMatrix:
         monkeypatch.setattr(matrix, "code_now", lambda: "later")
         assert matrix.main(command) == 0
         assert len(tried.steps) == 7
+
+    def test_a_part_of_the_compilations_is_not_all_of_them(self, tmp_path, tried, capsys):
+        command = ["--output", str(tmp_path), "--only", "newest", "--steps", "aot"]
+        assert matrix.main([*command, "--aot", "--target sm_90"]) == 0
+        assert "| 1 passed --target sm_90 |" in capsys.readouterr().out
+        assert matrix.main([*command, "--aot", "--target sm_90"]) == 0
+        assert len(tried.steps) == 1
+        assert matrix.main(command) == 0
+        assert len(tried.steps) == 2
+        assert matrix.main([*command, "--aot", "--target sm_90"]) == 0
+        assert len(tried.steps) == 2
 
     def test_other_versions_keep_nothing_of_what_passed(self, tmp_path, tried):
         common = ["--output", str(tmp_path), "--only", "newest", "--steps"]
