@@ -53,10 +53,10 @@ def legible(text: str) -> str:
 
 
 def plain_numbers(axes: Any) -> None:
-    """Write the numbers of both logarithmic axes out, 200 in place of 2 x 10^2, as many as there is room for."""
+    """Write the numbers of logarithmic axes out, 200 in place of 2 x 10^2, as many as there is room for."""
     with needs("matplotlib", "pictures"):
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis in (axis for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
         low, high = axis.get_view_interval()
         digits = (1.0,) if high > LARGE_RANGE * low else (1.0, 2.0, 5.0)
         axis.set_major_locator(LogLocator(subs=digits))

@@ -20,7 +20,7 @@ from gif.experiments.paper import layer_peeled
 from gif.experiments.paper.force_probe import ForceProbe
 from gif.experiments.paper.layer_peeled import Descent, LayerPeeled, minority_cosine, solve, threshold
 from gif.experiments.paper.report import Findings, Table, chosen, counted, experiment, once, place, publish
-from gif.plotting import COLORS, figure, line_style, save_figure
+from gif.plotting import COLORS, figure, line_style, plain_numbers, save_figure
 from gif.progress import say
 from gif.training import TrainingConfig, Validate
 
@@ -312,6 +312,7 @@ def _draw_steps(training: Mapping[str, Sequence[Mapping[str, Any]]], groups: Seq
                 style = {"color": line_style(number)["color"], "linestyle": dash}
                 axes.plot(steps, values, marker="o", markersize=3, label=f"{force}, {group}", **style)
         axes.set(yscale="log", xlabel="step", title=name)
+        plain_numbers(axes)
     first = np.atleast_1d(panels)[0]
     first.set_ylabel("norm of the force of one pass, mean of a group")
     drawing.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
