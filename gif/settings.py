@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gif.errors import InputError
 from gif.files import existing_file, write_text
@@ -74,8 +74,28 @@ def read_sections(path: Path, wanted: Sequence[str] = ()) -> Sections:
     return found
 
 
-def call(command: Callable[..., None], settings: Mapping[str, Any]) -> None:
+def check(command: Callable[..., None], settings: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError where a command would not take ``settings``, which ``where`` has; they are read as by `call`."""
+    _parsed(command, settings, where, only=True)
+
+
+def call(command: Callable[..., None], settings: Mapping[str, Any], where: str) -> None:
     """Call a command with ``settings``, read as its --config is: types, checks and defaults are the command line's."""
+    _parsed(command, settings, where, only=False)
+
+
+def _parsed(command: Callable[..., None], settings: Mapping[str, Any], where: str, *, only: bool) -> None:
     with needs("jsonargparse[signatures]", "the command line"):
-        from jsonargparse import auto_cli
-    auto_cli(command, args=["--config", json.dumps(settings)], as_positional=False)
+        from jsonargparse import ArgumentParser, auto_cli, auto_parser
+
+    class Parser(ArgumentParser):
+        """One that raises, where the command line prints its usage and ends."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise InputError(f"{where}: {message}; mend it there") from ex
+
+    given = ["--config", json.dumps(settings)]
+    if only:
+        auto_parser(command, as_positional=False, parser_class=Parser).parse_args(given)
+    else:
+        auto_cli(command, args=given, as_positional=False, parser_class=Parser)

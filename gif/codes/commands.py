@@ -41,7 +41,7 @@ def tokenize_command(
     output: Path,
     *,
     config: TokenizeConfig,
-    device: Literal["auto", "cpu", "cuda"] = "cpu",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Cut identity codes from code vectors: similar identities share a prefix, and no two share a code.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -169,14 +168,15 @@ def search_command(
         check_output(output, inputs=[Path(gallery), model])
     loaded = _load(model, flip, align, max_pixels, device)
     embedder = Embedder(loaded.flip, batch_size, workers, loaded.device)
+    queries = open_images([query] if isinstance(query, str) else query, loaded.decoder)
     if gallery.endswith(SUFFIXES):
         stored = _gallery_of(Embeddings.load(gallery), gallery, loaded, model, flip)
         loaded = replace(loaded, flip=stored.flip)
         embedder = replace(embedder, flip=stored.flip)
     else:
-        stored = _embed_now(loaded, [gallery], embedder)
+        stored = _embed_now(loaded, open_images([gallery], loaded.decoder), embedder)
     near, basis = loaded.threshold(far, threshold=threshold, by=by)
-    asked = _embed_now(loaded, [query] if isinstance(query, str) else query, embedder)
+    asked = _embed_now(loaded, queries, embedder)
     answers = search(asked.vectors, stored.vectors, top, backend=backend)
     for name, matches in zip(asked.names, answers, strict=True):
         table = new_table("rank", "cosine", "image", *([] if near is None else ["same"]), title=name)
@@ -211,8 +211,7 @@ def _gallery_of(stored: Embeddings, path: str, loaded: Model, model: Path, flip:
     return stored
 
 
-def _embed_now(loaded: Model, inputs: Sequence[str], embedder: Embedder) -> Embeddings:
-    images = open_images(inputs, loaded.decoder)
+def _embed_now(loaded: Model, images: IdentityDataset, embedder: Embedder) -> Embeddings:
     _check_size(images, loaded)
     embeddings, left = _embed_all(loaded, images, embedder, None)
     if left.number:

@@ -35,7 +35,7 @@ from gif.run import choices
 from gif.run.choices import Choice
 from gif.run.report import CHOICES, Trained, data_files, write_report
 from gif.run.stages import Stage, StageRecord, Timing, run_stages
-from gif.settings import Sections, call, read_sections, write_sections
+from gif.settings import Sections, call, check, read_sections, write_sections
 from gif.training import AUGMENTATIONS, TrainingConfig
 from gif.training.command import MOST_KEPT, train_command
 from gif.training.trial import seconds_a_step
@@ -43,7 +43,13 @@ from gif.vectors.commands import spread_command, spread_reports, vectors_command
 
 CONFIG = "config.yaml"
 MAIN = "GIF"
-STAGES = ("vectors", "spread", "tokenize", "train", "evaluate")  # whose settings config.yaml has
+COMMANDS: dict[str, Callable[..., None]] = {  # whose settings config.yaml has
+    "vectors": vectors_command,
+    "spread": spread_command,
+    "tokenize": tokenize_command,
+    "train": train_command,
+    "evaluate": evaluate,
+}
 MOST_DECODED = 50_000  # images that are all decoded before the work; of more, training finds the broken ones
 StageName = Literal["choices", "vectors", "spread", "codes", "train", "judge", "report"]
 
@@ -174,7 +180,10 @@ class _Run:
         if self.config.until == "choices":
             say(f"the choices are in {chosen}; change them there, and give the command without --until")
             return
-        run_stages(self._stages(self._settings()), self.folder, self.config.until)
+        sections = self._settings()
+        for name, command in COMMANDS.items():
+            check(command, sections[name], f"{chosen}, {name}")
+        run_stages(self._stages(sections), self.folder, self.config.until)
         if self.config.until in (None, "report"):
             self._say_result()
             say(f"done in {time.monotonic() - self.began:.0f} s; the report is {report}")
@@ -189,7 +198,7 @@ class _Run:
 
     def _settings(self) -> Sections:
         """The settings of each stage, as they are in config.yaml."""
-        return read_sections(self.folder / CONFIG, wanted=STAGES)
+        return read_sections(self.folder / CONFIG, wanted=tuple(COMMANDS))
 
     def _is_done(self) -> bool:
         record = StageRecord(self.folder).read()
@@ -407,13 +416,14 @@ class _Run:
         """The stages after the choices, with the settings that config.yaml has for each, in this folder."""
         at = self._places()
 
-        def work(command: Callable[..., None], section: str, **changed: Any) -> Callable[[], None]:
+        def work(section: str, **changed: Any) -> Callable[[], None]:
             settings = {name: str(value) if isinstance(value, Path) else value for name, value in changed.items()}
-            return partial(call, command, {**sections[section], **settings})
+            where = f"{self.folder / CONFIG}, {section}"
+            return partial(call, COMMANDS[section], {**sections[section], **settings}, where)
 
-        vectors = work(vectors_command, "vectors", output=at.vectors)
-        spread = work(spread_command, "spread", output=at.spread, vectors=at.vectors)
-        tokenize = work(tokenize_command, "tokenize", output=at.codes, vectors=at.spread)
+        vectors = work("vectors", output=at.vectors)
+        spread = work("spread", output=at.spread, vectors=at.vectors)
+        tokenize = work("tokenize", output=at.codes, vectors=at.spread)
         stages = [
             Stage("vectors", "code vectors of the training identities", [at.vectors, basis_path(at.vectors)], vectors),
             Stage("spread", "spreading them over the sphere", [at.spread, *spread_reports(at.spread)], spread),
@@ -424,10 +434,10 @@ class _Run:
             own = at.folder / folder_name(head)
             model, scores = own / "backbone.safetensors", own / "evaluation.json"
             changed = _of_head(head, sections["train"])
-            train = work(train_command, "train", output=own, codes=at.codes, vectors=at.spread, **changed)
+            train = work("train", output=own, codes=at.codes, vectors=at.spread, **changed)
             trained = [model, own / "head.safetensors", own / "losses.safetensors"]
             stages.append(Stage(f"train {head}", f"training with {head}", trained, train))
-            judge = work(evaluate, "evaluate", output=own, model=model)
+            judge = work("evaluate", output=own, model=model)
             judging.append(Stage(f"judge {head}", f"judging {head} on identities never seen", [scores], judge))
         if sections["evaluate"].get("held_out") != 0:
             stages += judging

@@ -168,7 +168,16 @@ def test_choices_may_be_changed_before_the_work(faces, gif, tmp_path):
     command = ["run", "--data", faces, "--output", output, "--epochs=1"]
     assert gif(*command, "--until=choices")[0] == 0
     config = output / "config.yaml"
-    config.write_text(config.read_text().replace("width: 16\n", "width: 4\n"))
+    settings = config.read_text()
+    for typo, message in (
+        ("vocab_sizes:", "tokenize: .*vocab_sizes"),
+        ("vocab_size: many #", "tokenize: .*vocab_size"),
+    ):
+        config.write_text(settings.replace("vocab_size:", typo))
+        code, printed = gif(*command)
+        assert code == 1 and re.search(f"error: .*config.yaml, {message}", printed), printed
+        assert not (output / "vectors.safetensors").exists()  # before any work
+    config.write_text(settings.replace("width: 16\n", "width: 4\n"))
     code, printed = gif(*command)
     assert code == 0 and "as they were chosen before" in printed
     assert load_backbone(output / "gif" / "backbone.safetensors")[1].width == 4
