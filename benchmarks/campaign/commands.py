@@ -189,11 +189,11 @@ def _watch(folder: Path, signal_at: tuple[int, int] | None, counted: mmap | None
         name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         if name.startswith("/") and not name.startswith(place):
             return
-        if signal_at is not None and writes == signal_at[0]:
-            os.kill(os.getpid(), signal_at[1])
         writes += 1
         if counted is not None:
             counted[:] = writes.to_bytes(8, "little")
+        if signal_at is not None and writes - 1 == signal_at[0]:  # once, though a signal may be an exception here
+            os.kill(os.getpid(), signal_at[1])
 
     def announced(function: Callable[..., Any]) -> Callable[..., Any]:
         def writing(*arguments: Any) -> Any:
