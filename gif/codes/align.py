@@ -13,24 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.clustering import Points, seed_centroids
+from gif.codes.clustering import SEEDING_ROWS, Points, seed_centroids
 from gif.codes.splitmix import node_seeds, uniforms
 from gif.packages import needs
 from gif_kernels.sphere import unit
 
 Alignment = Literal["residual", "none"]
 ALIGNMENTS: tuple[Alignment, ...] = ("none", "residual")
-CODEBOOK_ROUNDS = 10
+CODEBOOK_ROUNDS = 5
 
 
 def fit_codebook(residuals: Tensor, seed: int, depth: int) -> Tensor:
     """Directions (v, d) to name children by, from residuals (g, v, d) of unit length, or zero where there is no child.
 
-    Starts from k-means++ of all residuals, then matches and takes means in turns until no name changes.
+    Starts from k-means++ of residuals at equal distances, then matches and takes means in turns until no name changes.
     """
     g, v, d = residuals.shape
     rows = residuals.reshape(1, g * v, d)
-    codebook = seed_centroids(Points(rows, rows.any(-1)), v, node_seeds(seed, depth, np.zeros(1, np.int64)))[0]
+    some = rows[:, :: max(1, g // SEEDING_ROWS)]
+    codebook = seed_centroids(Points(some, some.any(-1)), v, node_seeds(seed, depth, np.zeros(1, np.int64)))[0]
     names = None
     for _ in range(CODEBOOK_ROUNDS):
         previous, names = names, match(residuals, codebook)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gif.codes.nodes import Nodes, Scores
-from gif.codes.prices import FINAL_RATES, Market, balancing_prices, final_prices
+from gif.codes.prices import FINAL_RATES, Market, balancing_prices, final_prices, which
 from gif.codes.repair import capacities, repair
 from gif.codes.sketch import sketch
 from gif.codes.splitmix import uniforms
@@ -26,11 +26,12 @@ from gif_kernels.sphere import inverse_norm, unit
 
 SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
 CANDIDATES = 2  # rows it draws for each centroid
-LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the last of them, and the assignment, see every row
-RESTARTS = 8  # of k-means in a node of so many samples' rows, for the seeding decides most; else as many as it has
-TRIAL_ROUNDS = 3  # before the starts are compared
-BALANCING_ROUNDS = 3  # after the others
-MARKET_ROWS = 1024  # a child, from which the prices of a large node come; repair moves what they err by
+LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the assignment sees every row
+RESTARTS = 16  # of k-means in a node of so many samples' rows, for the seeding decides most; else as many as it has
+TRIAL_ROUNDS = 5  # before the starts are compared
+BALANCING_ROUNDS = 2  # of all: those before the last, which is of whole rows
+BALANCING_RATES = FINAL_RATES[:3]
+MARKET_ROWS = 512  # a child, from which the prices of a large node come; repair moves what they err by
 DISTANCE_UNIT = 2.0**-24  # 1 - cosine in float32 is a whole multiple of it
 FIRST_RATE, LAST_RATE = 0.4, 0.1  # of prices in the rounds of k-means, in units of the mean spread of similarities
 
@@ -54,9 +55,9 @@ def split(
     points = Points.sketched(sample, k)
     seeds_from = points if seeding is sample else Points.sketched(seeding, k)
     start = best_start(points, seeds_from, k, share, attempts, seeds)
-    centroids, prices, _ = rounds(points, start, share, iterations)
+    centroids, prices, _ = rounds(points, start, share, max(0, iterations - BALANCING_ROUNDS - 1))
     prices, member = balanced(points, centroids, prices, share)
-    centroids = own.means(unit(sample.member_sums(member)), prices)  # a sample's fit its own rows best
+    centroids = unit(sample.sums(which(member), k))
     child = assign(nodes, centroids, prices, capacity_factor=capacity_factor, limit=limit, seeds=seeds)
     return child, own.sums(child, k)
 
@@ -71,7 +72,7 @@ class Points:
     @classmethod
     def sketched(cls, nodes: Nodes, k: int) -> Points:
         """The unit rows of ``nodes`` in fewer columns, made in blocks that go with (., k)."""
-        sketches = [sketch(rows) for _, rows in nodes.blocks(k)]
+        sketches = [sketch(rows.values) * rows.scale[:, :, None] for _, rows in nodes.blocks(k)]
         return cls(sketches[0] if len(sketches) == 1 else torch.cat(sketches, 1), nodes.mask)
 
     def market(self, centroids: Tensor, share: Tensor) -> Market:
@@ -121,7 +122,7 @@ def balanced(points: Points, centroids: Tensor, prices: Tensor, share: Tensor) -
     """Better prices (g, k), and who takes which row (g, k, M) at them, after rounds whose prices are right in each."""
     for _ in range(BALANCING_ROUNDS):
         market = points.market(centroids, share)
-        prices = balancing_prices(market, prices, FINAL_RATES)
+        prices = balancing_prices(market, prices, BALANCING_RATES)
         centroids = points.means(market.takers(prices)[1], centroids)
     return prices, points.market(centroids, share).takers(prices)[1]
 
@@ -176,7 +177,7 @@ def largest_share(nodes: Nodes, k: int, capacity_factor: float, limit: int) -> T
 def kmeans(nodes: Nodes, k: int, iterations: int, seeds: np.ndarray) -> Tensor:
     """Spherical k-means without capacities: unit centroids (g, k, d)."""
     seeding = nodes.sample(SEEDING_ROWS * k, seeds)
-    centroids = seed_centroids(Points(seeding.rows, seeding.mask), k, seeds)
+    centroids = seed_centroids(Points(seeding.rows.unit, seeding.mask), k, seeds)
     for _ in range(iterations):
         centroids = nodes.centroids(nodes.similarity(centroids).argmax(-1), centroids)
     return centroids

@@ -12,10 +12,37 @@ from torch import Tensor
 
 from gif.codes.blocks import block_floats, column_blocks, take
 from gif.codes.moves import Moves
-from gif.codes.prices import dearest, takers
+from gif.codes.prices import dearest
+from gif.codes.segments import sum_of_groups
 from gif.codes.splitmix import uniforms
 from gif.distributed import gather_rows, in_turn, rank, sum_over_processes, world_size
 from gif_kernels.sphere import inverse_norm, unit
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of g nodes as a table has them, and what makes them unit rows, which are not written.
+
+    values: (g, M, d) float32 of any length; scale: (g, M), 1 over their length, zero on padding.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def unit(self) -> Tensor:
+        """(g, M, d), zero on padding."""
+        return self.values * self.scale[:, :, None]
+
+    def cosines(self, centroids: Tensor) -> Tensor:
+        """To each of ``centroids`` (g, k, d): (g, k, M), zero on padding."""
+        return torch.bmm(centroids, self.values.mT).mul_(self.scale[:, None])
+
+    def sums(self, child: Tensor, k: int) -> Tensor:
+        """Sum (g, k, d) of the unit rows of each ``child`` (g, M)."""
+        group = torch.arange(0, k * len(child), k, device=child.device)[:, None] + child
+        sums = sum_of_groups(self.values.flatten(0, 1), group.flatten(), k * len(child), self.scale.flatten())
+        return sums.unflatten(0, (-1, k))
 
 
 @dataclass(frozen=True)
@@ -40,8 +67,8 @@ class Nodes:
         return self.mask.sum(1)
 
     @cached_property
-    def rows(self) -> Tensor:
-        """(g, M, d) unit rows in float32, zero on padding."""
+    def rows(self) -> Rows:
+        """All of them."""
         return self._gather(slice(None))
 
     def sample(self, rows: int, seeds: np.ndarray) -> Nodes:
@@ -70,44 +97,18 @@ class Nodes:
     def similarities(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """`similarity` in blocks: columns of the index, and their (g, columns, k)."""
         for columns, rows in self.blocks(centroids.shape[1]):
-            yield columns, torch.bmm(centroids, rows.mT).mT
+            yield columns, rows.cosines(centroids).mT
 
     def sums(self, child: Tensor, k: int) -> Tensor:
         """Sum (g, k, d) of the unit rows of each ``child`` (g, M)."""
-        children = torch.arange(k, device=child.device)
 
         def add(sums: Tensor) -> Tensor:
             for columns, rows in self.blocks(k):
-                member = (child[:, columns, None] == children) & self.mask[:, columns, None]
-                sums.baddbmm_(member.to(rows.dtype).mT, rows)
+                sums += rows.sums(child[:, columns], k)
             return sums
 
         sums = torch.zeros(len(child), k, self.table.shape[1], device=child.device)
         return in_turn(add, sums) if self.shared else add(sums)
-
-    def member_sums(self, member: Tensor) -> Tensor:
-        """Sum (g, k, d) of the unit rows that ``member`` (g, k, M) gives each child. Of nodes that are not shared."""
-        sums = torch.zeros(*member.shape[:2], self.table.shape[1], device=member.device)
-        for columns, rows in self.blocks(member.shape[1]):
-            sums.baddbmm_(member[:, :, columns], rows)
-        return sums
-
-    def means(self, centroids: Tensor, prices: Tensor) -> Tensor:
-        """Unit mean (g, k, d) of the rows that each of ``centroids`` (g, k, d) is dearest to at ``prices`` (g, k).
-
-        Or the centroid itself where there are none.
-        """
-
-        def add(sums: Tensor) -> Tensor:
-            for _, rows in self.blocks(centroids.shape[1]):
-                member = takers(torch.bmm(centroids, rows.mT), prices)[1]
-                sums.baddbmm_(member, rows)
-            return sums
-
-        sums = torch.zeros_like(centroids)
-        sums = in_turn(add, sums) if self.shared else add(sums)
-        factor = inverse_norm(sums)
-        return torch.where(factor > 0, sums * factor, centroids)
 
     def count(self, child: Tensor, k: int) -> Tensor:
         """Rows (g, k) int64 of each ``child`` (g, M)."""
@@ -119,8 +120,8 @@ class Nodes:
         k = empty.shape[1]
         return torch.where((self.count(child, k) > 0)[:, :, None], unit(self.sums(child, k)), empty)
 
-    def blocks(self, k: int) -> Iterator[tuple[slice, Tensor]]:
-        """Columns of the index, and their unit rows (g, columns, d) in float32, zero on padding, to go with (., k)."""
+    def blocks(self, k: int) -> Iterator[tuple[slice, Rows]]:
+        """Columns of the index, and their rows, to go with (., k)."""
         width, step = self.index.shape[1], self._step(k)
         if step >= width:
             yield slice(0, width), self.rows
@@ -132,10 +133,10 @@ class Nodes:
     def _step(self, k: int) -> int:
         return max(1, block_floats(self.index.device) // (len(self.index) * max(k, self.table.shape[1])))
 
-    def _gather(self, columns: slice) -> Tensor:
+    def _gather(self, columns: slice) -> Rows:
         rows = take(self.table, self.index[:, columns])
-        factor = inverse_norm(rows)
-        return rows.mul_(factor if self.full else factor.mul_(self.mask[:, columns, None]))
+        scale = inverse_norm(rows)[:, :, 0]
+        return Rows(rows, scale if self.full else scale.mul_(self.mask[:, columns]))
 
 
 class Scores:

@@ -30,7 +30,7 @@ class Market:
 
     def __init__(self, similarity: Tensor, mask: Tensor, capacity: Tensor) -> None:
         self._similarity = similarity.mT.contiguous()
-        self._present = mask.to(similarity.dtype)[:, :, None]
+        self._present = mask.to(similarity.dtype)
         self.capacity = capacity
         self.rows = mask.sum(1, keepdim=True)
 
@@ -38,7 +38,7 @@ class Market:
     def spread(self) -> Tensor:
         """(g, 1): how far a row's best similarity is above its mean, on average over a node's rows."""
         above = self._similarity.amax(1) - self._similarity.mean(1)
-        return torch.linalg.vecdot(above, self._present[:, :, 0])[:, None] / self.rows
+        return torch.linalg.vecdot(above, self._present)[:, None] / self.rows
 
     def demand(self, prices: Tensor) -> tuple[Tensor, Tensor]:
         """The dual objective (g, 1) at ``prices`` (g, k), and how many rows (g, k) want each child.
@@ -50,19 +50,19 @@ class Market:
         for nodes, columns in self._tiles():
             present = self._present[nodes, columns]
             best, member = takers(self._similarity[nodes, :, columns], prices[nodes])
-            dual[nodes] += torch.bmm(best, present)[:, 0]
-            wanted[nodes] += torch.bmm(member, present)[:, :, 0]  # whole numbers, exact up to 2^24
+            dual[nodes] += torch.linalg.vecdot(best, present[:, None])
+            wanted[nodes] += torch.linalg.vecdot(member, present[:, None])  # whole numbers, exact up to 2^24
         return dual, wanted
 
     def takers(self, prices: Tensor) -> tuple[Tensor, Tensor]:
         """The dual objective (g,) at ``prices`` (g, k), a row; and 1 (g, k, M) where a row wants a child, else 0."""
         best, member = takers(self._similarity, prices)
-        dual = (self.capacity * prices).sum(1) + torch.bmm(best, self._present)[:, 0, 0]
+        dual = (self.capacity * prices).sum(1) + torch.linalg.vecdot(best[:, 0], self._present)
         return dual / self.rows[:, 0], member
 
     def wanted(self, member: Tensor) -> Tensor:
         """How many rows (g, k) want each child, of ``member`` (g, k, M)."""
-        return torch.bmm(member, self._present)[:, :, 0]
+        return torch.linalg.vecdot(member, self._present[:, None])
 
     def dearer(self, prices: Tensor, wanted: Tensor, rate: float) -> Tensor:
         """Prices (g, k) >= 0, a subgradient step of the dual at ``prices``, at which (g, k) rows wanted each child.
@@ -88,7 +88,13 @@ def takers(similarity: Tensor, prices: Tensor) -> tuple[Tensor, Tensor]:
     """The best (g, 1, M) of ``similarity`` (g, k, M) less ``prices`` (g, k), and 1 (g, k, M) where it is that."""
     score = similarity - prices[:, :, None]
     best = score.amax(1, keepdim=True)
-    return best, (score >= best).to(score.dtype)
+    return best, torch.ge(score, best, out=score)
+
+
+def which(member: Tensor) -> Tensor:
+    """The child (g, M) of each row, of ``member`` (g, k, M): the last that it wants."""
+    number = torch.arange(member.shape[1], dtype=member.dtype, device=member.device)
+    return (member * number[:, None]).amax(1).long()
 
 
 def balancing_prices(market: Market, initial: Tensor, rates: Sequence[float]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from gif.codes.blocks import block_floats, take
 from gif_kernels.sphere import inverse_norm, unit
@@ -52,6 +53,16 @@ def counting_sort(blocks: Callable[[], Iterator[tuple[Tensor, Tensor]]], keys: i
     return ordered, counts
 
 
+def sum_of_groups(rows: Tensor, group: Tensor, groups: int, weight: Tensor) -> Tensor:
+    """Sums (groups, d) of ``rows`` (n, d) float32, times ``weight`` (n,), that have each ``group`` (n,).
+
+    In the order of the rows. Rows are read where they are, once.
+    """
+    ordered, order = group.sort(stable=True)
+    begins = torch.searchsorted(ordered, torch.arange(groups, device=group.device, dtype=group.dtype))
+    return embedding_bag(order, rows, begins, mode="sum", per_sample_weights=weight[order])
+
+
 def ancestors(paths: Tensor, vocab_size: int, depth: int) -> list[Tensor]:
     """Paths of the nodes of depths 1 to ``depth``, given those of ``depth`` (n,), which increase."""
     levels = [paths]
@@ -92,8 +103,9 @@ def _segment_sums(table: Tensor, order: Tensor, offsets: Tensor) -> Iterator[tup
         sums = torch.zeros(len(sizes), table.shape[1], device=order.device)
         if len(sizes) > 1:
             rows = take(table, order[members])
-            rows *= inverse_norm(rows)
-            sums += torch.segment_reduce(rows, "sum", lengths=sizes, axis=0)
+            place = torch.arange(len(rows), device=rows.device)
+            begins = offsets_of(sizes)[:-1]
+            sums += embedding_bag(place, rows, begins, mode="sum", per_sample_weights=inverse_norm(rows)[:, 0])
         else:
             for part in order[members].split(block):
                 sums[0] += unit(take(table, part)).sum(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gif.codes.splitmix import uniforms
 
-WIDTH = 128  # columns of a sketch; rows of fewer than twice as many are taken as they are
+WIDTH = 64  # columns of a sketch; rows of fewer than twice as many are taken as they are
 
 
 def sketch(rows: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class Level:
         base = self._inherited_base(node) if width == 1 else _mean_direction(nodes)
         own = self._shared_rows(node).own(self.vocab_size)
         child = torch.arange(own.begin, own.begin + own.mask.shape[1], dtype=torch.uint8, device=node.device)
-        return Cut(node, child.expand(len(node), -1), _residuals(nodes.rows, base))
+        return Cut(node, child.expand(len(node), -1), _residuals(nodes.rows.unit, base))
 
     def _inherited_base(self, node: Tensor) -> Tensor:
         """What the residuals of each ``node`` (g,) of one row are taken from: (g, d), each set of rows read once.

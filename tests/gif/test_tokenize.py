@@ -30,6 +30,7 @@ from gif.codes.align import match
 from gif.codes.clustering import kmeans, split
 from gif.codes.nodes import Nodes, count
 from gif.codes.prices import Market, balancing_prices
+from gif.codes.segments import sum_of_groups
 from gif.codes.splitmix import node_seeds
 from gif.codes.tree import Level
 from gif.resume import UnfinishedWork
@@ -304,6 +305,29 @@ def test_demand_is_what_rows_want_at_given_prices(cache, monkeypatch):
     assert torch.equal(wanted, count(child, mask, 7))
     expected = (score * mask).sum(1) + (capacity * prices).double().sum(1)
     torch.testing.assert_close(dual[:, 0].double(), expected, rtol=1e-6, atol=0)  # float32 sums of 53
+
+
+def test_sums_of_groups_are_of_their_rows_times_their_weights():
+    rows, group, weight = torch.randn(300, 9), torch.randint(3, 40, (300,)), torch.rand(300)  # some groups have no row
+    sums = sum_of_groups(rows, group, 42, weight)
+    expected = torch.zeros(42, 9, dtype=torch.float64).index_add_(0, group, (rows * weight[:, None]).double())
+    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-5)  # float32 sums of some tens of rows
+
+
+def test_rows_of_any_length_have_the_cosines_and_sums_of_unit_rows():
+    table = torch.randn(60, 5) * 10.0 ** torch.randint(-9, 9, (60, 1))
+    nodes = Nodes(table, torch.arange(60).view(2, 30), torch.arange(30) < torch.tensor([30, 7])[:, None])
+    centroids, child = unit(torch.randn(2, 4, 5)), torch.randint(4, (2, 30))
+    torch.testing.assert_close(nodes.rows.cosines(centroids), centroids @ nodes.rows.unit.mT)
+    member = torch.nn.functional.one_hot(child, 4).float().mT
+    torch.testing.assert_close(nodes.sums(child, 4), member @ nodes.rows.unit)
+    assert (nodes.rows.unit[1, 7:] == 0).all()
+
+
+def test_each_row_is_with_the_child_it_wants():
+    similarity, prices = torch.randn(3, 7, 50), torch.rand(3, 7)
+    member = prices_module.takers(similarity, prices)[1]
+    assert torch.equal(prices_module.which(member), (similarity - prices[:, :, None]).argmax(1))
 
 
 def test_similar_identities_share_a_prefix(quality):
