@@ -15,6 +15,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from benchmarks.gpu.report import report_gpu
+from benchmarks.headlines import headlines
 from benchmarks.pictures import Picture, pictures
 from benchmarks.results import COLUMNS, Measurement, read_results
 from benchmarks.tables import as_markdown, by_point, missing_heads, small_table
@@ -40,7 +41,7 @@ PICTURES, NUMBERS = "pictures", "benchmarks"
 
 
 def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: Path | None = None) -> None:
-    """Write results.csv, a table a kernel and plots.
+    """Write results.csv, a table a kernel and plots, and say how each headline stands.
 
     Args:
         results: files of `--benchmark-json`; of a point measured twice the later counts. Or one of `benchmarks.gpu`.
@@ -75,6 +76,8 @@ def report(results: Sequence[Path], *, output: Path = Path("runs/bench"), docs: 
             write_text(docs.parent / NUMBERS / f"{kernel}.csv", as_lines(measured))
             replace_block(docs, f"bench {kernel}", in_document(measured, drawn))
     say(f"wrote {', '.join(f'{kernel}.md' for kernel in kernels)} and results.csv into {output}")
+    for line in headlines(found):
+        say(line)
 
 
 def in_document(found: Sequence[Measurement], drawn: dict[str, Picture]) -> str:

@@ -69,6 +69,7 @@ class Measurement(Subject):
         ratio_20, ratio_80: its quantiles.
         peak_bytes: memory beyond what was there before.
         process_bytes: what the system counts, resident memory or NVML's; None where it was not looked at.
+        ceiling_ratio: the median ratio to the fastest product of the dtype.
         copy_ratio: the median ratio to the reference copy.
         reference_flops, reference_bytes: of the reference product, and of the copy.
     """
@@ -80,6 +81,7 @@ class Measurement(Subject):
     ratio_80: float
     peak_bytes: int
     process_bytes: int | None = None
+    ceiling_ratio: float | None = None
     copy_ratio: float | None = None
     reference_flops: float | None = None
     reference_bytes: float | None = None
@@ -104,10 +106,10 @@ class Measurement(Subject):
 
     @property
     def rate(self) -> float | None:
-        """FLOPs a second as a share of the reference product's, where a formula gave the FLOPs."""
-        if self.flops is None or self.reference_flops is None:
+        """FLOPs a second as a share of the fastest product's, where a formula gave the FLOPs."""
+        if self.flops is None or self.ceiling_ratio is None or self.reference_flops is None:
             return None
-        return self.flops / self.ratio / self.reference_flops
+        return self.flops / self.ceiling_ratio / self.reference_flops
 
     @property
     def bandwidth(self) -> float | None:

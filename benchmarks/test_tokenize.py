@@ -189,6 +189,7 @@ def test_tokenize(benchmark: BenchmarkFixture, size: Size, provider: str) -> Non
         subject,
         reference,
         products=np.median(reference.seconds),
+        ceilings=np.min(reference.ceiling_seconds),
         copies=np.median(reference.copy_seconds),
         peak_bytes=memory.peak,
     )

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import pictures as pictures_module
 from benchmarks.compare import compare
+from benchmarks.harness import Reference, fastest_products
+from benchmarks.headlines import HEADLINES
 from benchmarks.heads import BATCH, FULL_SOFTMAX
 from benchmarks.pictures import draw_heads, pictures
 from benchmarks.report import report
@@ -19,7 +22,8 @@ def entry(provider, ratio, *, kernel="head", shape="m10000", **facts):
     """One measurement as pytest-benchmark writes it."""
     known = {"kernel": kernel, "provider": provider, "mode": "step", "shape": shape, "dtype": "float32"}
     numbers = {"ratio": ratio, "ratio_20": ratio * 0.9, "ratio_80": ratio * 1.1, "peak_bytes": 3 << 20}
-    more = {"machine": "a machine", "reference_flops": 1000, "reference_bytes": 1000, "copy_ratio": ratio, **facts}
+    more = {"machine": "a machine", "reference_flops": 1000, "reference_bytes": 1000}
+    more |= {"copy_ratio": ratio, "ceiling_ratio": ratio, **facts}
     return {"stats": {"median": ratio / 1000}, "extra_info": known | numbers | more}
 
 
@@ -156,6 +160,37 @@ class TestPictures:
         assert list(pictures(self.measured("head", ("GIF", 10_000, 1.0)))) == ["bench-head.png"]
         more = self.measured("whole_step", ("GIF", 10_000, 1.0), ("GIF", 100_000, 1.0))
         assert list(pictures(more)) == ["bench-whole_step.png"]
+
+
+def test_headlines_say_what_is_wanted_and_whether_it_is_met(tmp_path, capsys):
+    points = {"kernel": "live_contrast", "shape": "B256-K4096-d512"}
+    codes = {"kernel": "tokenize", "shape": "m10000-d128"}
+    tokens = {"kernel": "token_margin", "shape": "B128-d512-l5-v20", "mode": "forward"}
+    found = write(
+        tmp_path / "results.json",
+        *(entry("ours", 6.0, **points), entry("products", 5.0, **points)),
+        *(entry("ours", 6.0, **codes), entry("faiss", 3.0, **codes)),
+        *(entry("ours", 5.0, **tokens), entry("batched eager", 5.5, **tokens)),
+    )
+    report([found], output=tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()[-10:]
+    assert len(lines) == len(HEADLINES) == 10
+    assert "live contrast over its products: 1.20, wanted <= 1.3: met" in lines
+    assert "codes of 10K, time over faiss: 2.00, wanted <= 1: NOT MET" in lines
+    assert "token loss, B 128, eager's time over ours: 1.10, wanted >= 1.2: NOT MET" in lines
+    assert sum(line.endswith("not measured in this run") for line in lines) == 7
+
+
+def test_the_ceiling_is_no_slower_than_the_reference_product():
+    reference = Reference()
+    reference()
+    assert reference.ceiling_seconds[0] <= reference.seconds[0]
+
+
+def test_products_of_every_library_are_the_same():
+    factor = torch.randn(33, 33)
+    for way in fastest_products(factor):
+        torch.testing.assert_close(way(), factor @ factor)
 
 
 def test_compare(results, tmp_path, capsys):
