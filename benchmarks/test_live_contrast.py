@@ -37,7 +37,7 @@ class Step:
 
     def gradients(self, impl: str) -> tuple[torch.Tensor, ...]:
         """The losses and both gradients."""
-        h = self.table[self.rows]
+        h = self.table.index_select(0, self.rows)
         return code_contrast_gradients(self.z, h, self.labels, margin=MARGIN, scale=SCALE, impl=impl)  # type: ignore[arg-type]
 
     def ours(self) -> None:
