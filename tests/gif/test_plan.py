@@ -61,7 +61,7 @@ class TestFormulas:
 
     def test_rows_of_large_nodes_go_through_kmeans_by_samples(self):
         sample = 256 * 20
-        assert kmeans_rows(10**6, 20, 5) == pytest.approx((1 + 20) * 8 * sample + 2 * 10**6)
+        assert kmeans_rows(10**6, 20, 5) == pytest.approx((16 + 20 * 9) * sample + 2 * 10**6)
         assert kmeans_rows(20, 20, 2) == 0
         cut = replace(RATES, cuts=1e3)
         slower = [tokenize_cost(10**6, 512, 4, rates, vocab_size=20, length=5).seconds for rates in (cut, RATES)]
