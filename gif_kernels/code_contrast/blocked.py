@@ -13,7 +13,7 @@ from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.dispatch import full_precision
 from gif_kernels.precision import compute_dtype, gradient_dtype, product
 from gif_kernels.reduction import row_weights
-from gif_kernels.sphere import inverse_norm
+from gif_kernels.sphere import inverse_norm, tangent
 
 
 def code_contrast(
@@ -44,7 +44,7 @@ class _Saved(NamedTuple):
     vector_inverse: Tensor
     """1 / ||h||, (C, 1)"""
     slopes: Tensor
-    """dloss/dcosine / (||z|| ||h||), (B, C): times raw rows it serves both gradients."""
+    """dloss/dcosine / ||z||, (B, C)"""
 
 
 class _Found(NamedTuple):
@@ -70,7 +70,7 @@ def _losses(
     dtype = compute_dtype(embeddings, vectors)
     z, h = embeddings.to(dtype), vectors.to(dtype)
     z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
-    logits = product(z, h.T, options.operand, wide=True).mul_(z_inverse * scale).mul_(h_inverse.T)
+    logits = product(z, (h * h_inverse).T, options.operand, wide=True).mul_(z_inverse * scale)
     index = targets.clamp(min=0).unsqueeze(1)
     value, slope = options.margin.value_and_slope(logits.gather(1, index) / scale)
     logits.scatter_(1, index, value * scale)
@@ -85,9 +85,8 @@ def _losses(
 def _saved(embeddings: Tensor, vectors: Tensor, found: _Found, scale: float) -> _Saved:
     """What the gradients are made of. The slopes take the logarithms' memory."""
     own_slopes = torch.expm1(found.logarithms.gather(1, found.own)) * found.own_slope
-    slopes = found.logarithms.exp_()  # softmax; then the slopes, in the same buffer
-    slopes.scatter_(1, found.own, own_slopes)
-    slopes.mul_(found.weight * scale * found.row_inverse).mul_(found.vector_inverse.T)
+    slopes = found.logarithms.exp_()  # softmax; then dloss/dcosine / ||z||, in the same buffer
+    slopes.scatter_(1, found.own, own_slopes).mul_(found.weight * scale * found.row_inverse)
     return _Saved(embeddings, vectors, found.row_inverse, found.vector_inverse, slopes)
 
 
@@ -97,22 +96,19 @@ def _gradients(
     """Gradients of the embeddings and of the vectors, as far as they are ``needed``, times ``factor`` ()."""
     embeddings, vectors, z_inverse, h_inverse, slopes = saved
     operand = gradient_dtype(operand)
-    z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype)
+    z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype) * h_inverse
     of_embeddings = of_vectors = None
     with full_precision(slopes.device):
         if needed[0]:
-            direction = _tangent(product(slopes, h, operand), z, z_inverse)
+            direction = product(slopes, h, operand)
+            radial = torch.linalg.vecdot(direction, z).unsqueeze(1) * z_inverse.square()
+            direction.addcmul_(z, radial, value=-1)
             of_embeddings = (direction if factor is None else direction.mul_(factor)).to(embeddings.dtype)
         if needed[1]:
-            left = z if factor is None else z * factor
-            of_vectors = _tangent(product(slopes.T, left, operand), h, h_inverse).to(vectors.dtype)
+            direction = product(slopes.T, z, operand)
+            inverse = h_inverse if factor is None else h_inverse * factor
+            of_vectors = tangent(direction, h, inverse).to(vectors.dtype)
     return of_embeddings, of_vectors
-
-
-def _tangent(gradient: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
-    """``gradient`` (n, d), of n directions and over the rows' lengths, less its part along each row; in place."""
-    radial = torch.linalg.vecdot(gradient, rows).unsqueeze(1) * inverse.square()
-    return gradient.addcmul_(rows, radial, value=-1)
 
 
 class _CodeContrast(torch.autograd.Function):
