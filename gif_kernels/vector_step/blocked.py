@@ -16,14 +16,16 @@ def step_(
 ) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ()."""
     rows, step, stands = _summed(rows, gradient.to(compute_dtype(table, gradient)))
-    before = table[rows]
+    before = table.index_select(0, rows)  # on a CPU half the time of table[rows]
     moved = step.mul_(-lr).add_(before)
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     # NaN and infinity anywhere in a row reach its norm; nothing stands where no row is named
     moves = norm.isfinite() & (norm > 0) & stands.any()
     names = rows if row_ids is None else row_ids[rows]
     moved = stochastic_round(moved, table.dtype, names, seed)
-    table[rows] = torch.where(moves, moved, before)
+    if not (checks.looks_at_values(moves) and bool(moves.all())):
+        moved = torch.where(moves, moved, before)
+    table[rows] = moved
     return (~moves.squeeze(1) & stands).sum()
 
 
