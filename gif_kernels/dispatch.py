@@ -119,6 +119,8 @@ def triton_packages() -> tuple[str, ...]:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: the ops round what may be rounded themselves, and a margin's logits are not to be."""
-    if not torch.is_autocast_enabled(device.type):  # the usual case: nothing to turn off
+    # The usual case is that there is nothing to turn off; but a backward pass is traced where the forward pass has
+    # turned it off, and runs where it is on.
+    if not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -148,7 +148,7 @@ def test_errors(faces, tmp_path, jpeg):
         convert(str(faces), tmp_path / "out", to="tar", shard_size=0)
     with pytest.raises(ValueError, match=r"çan/1\.jpg is a broken image: it is no JPEG"):
         convert(str(faces), tmp_path / "out", on_broken="raise")
-    with pytest.raises(ValueError, match="unknown data set"):
+    with pytest.raises(ValueError, match="no file or folder"):
         convert(str(tmp_path / "none"), tmp_path / "out")
     with pytest.raises(ValueError, match="to must be"):
         convert(str(faces), tmp_path / "out", to="lmdb")  # type: ignore[arg-type]
