@@ -28,8 +28,8 @@ DESCRIPTION = (
     f"{DEBUG}, anywhere in a command, shows where an error comes from."
 )
 HELP = "_help"
-INTERRUPT_AGAIN = 0.05  # seconds after it was dropped
 """The key of what a group of commands is for, as jsonargparse has it."""
+INTERRUPT_AGAIN = 0.05  # seconds after it was dropped
 DISTRIBUTION = "gif-recognition"
 IMAGES = "images"
 

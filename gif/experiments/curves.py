@@ -146,8 +146,8 @@ def _paces(found: Found, heads: Sequence[str]) -> dict[str, float]:
     """
     for runs in reversed(list(found.values())):
         of_heads = {name: _seconds_a_step(runs.results(name)) for name in heads}
-        for processor in sorted(set.intersection(*map(set, of_heads.values()))):
-            return {name: float(np.median(seconds[processor])) for name, seconds in of_heads.items()}
+        if common := set.intersection(*map(set, of_heads.values())):
+            return {name: float(np.median(seconds[min(common)])) for name, seconds in of_heads.items()}
     return dict.fromkeys(heads, math.nan)
 
 

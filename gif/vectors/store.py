@@ -107,7 +107,7 @@ class CodeVectors:
         self.settle()
         rows = self._rows(labels)
         check_mapped(self.table)
-        return self.table.index_select(0, rows).to(labels.device)  # half the time of table[rows] on a CPU
+        return self.table.index_select(0, rows).to(labels.device)  # faster on a CPU than table[rows]
 
     def rows(self, identities: Tensor, device: torch.device) -> Rows:
         """The rows of ``identities`` (C,) int64 for a step on ``device``, which may move them.

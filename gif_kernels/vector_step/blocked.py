@@ -16,7 +16,7 @@ def step_(
 ) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ()."""
     rows, step, stands = _summed(rows, gradient.to(compute_dtype(table, gradient)))
-    before = table.index_select(0, rows)  # on a CPU half the time of table[rows]
+    before = table.index_select(0, rows)  # faster on a CPU than table[rows]
     moved = step.mul_(-lr).add_(before)
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     # NaN and infinity anywhere in a row reach its norm; nothing stands where no row is named
