@@ -51,7 +51,7 @@ def head_memory(
     found = []
     for m in identities:
         for batch in batches[: 1 if m >= 1_000_000 else None]:
-            for head in HEADS.values():
+            for head in (head for head in HEADS.values() if not head.missing):
                 if ROOM * head.cost(m, batch).bytes > free_bytes("cpu"):
                     say(f"{head.name}, {m:,} identities: left out, since it does not fit")
                     continue

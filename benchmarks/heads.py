@@ -7,6 +7,8 @@ GIF's vectors lie in a sparse memory-mapped file.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,7 +41,12 @@ ADAPTIVE_WIDTHS = (WIDTH // 4, WIDTH // 16)
 ADAPTIVE_LOGITS = 3
 """Arrays as large as the adaptive softmax's logits that are held at once: these, their logarithms, the gradient."""
 
+FUSED_ROWS = 5
+"""Arrays as large as the centres that a fused softmax holds at its peak, of which autograd differentiates the norms."""
+
 Step = Callable[[Tensor, Tensor], None]
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The loss of rows (B, d), weights (m, d) and labels (B,)."""
 Builder = Callable[[int, list[Tensor], Path], Step]
 
 
@@ -104,6 +111,45 @@ def full_softmax(m: int, labels: list[Tensor], folder: Path) -> Step:
     return step
 
 
+def fused_softmax(loss: Callable[[], LinearCrossEntropy]) -> Builder:
+    """A centre an identity, through a cross entropy that takes embeddings and centres and holds no logits of all.
+
+    Such losses know no margin: cosines times the scale, both sides at unit length. ``loss`` imports it.
+    """
+
+    def build(m: int, labels: list[Tensor], folder: Path) -> Step:
+        weight = nn.Parameter(torch.randn(m, WIDTH, device=DEVICE) / 100)
+        optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9, fused=True)
+        cross_entropy = loss()
+
+        def step(embeddings: Tensor, labels: Tensor) -> None:
+            cross_entropy(SCALE * F.normalize(embeddings, dim=1), F.normalize(weight, dim=1), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return build
+
+
+def of_torch() -> LinearCrossEntropy:
+    """PyTorch's, in chunks of the batch: of 64 rows, as its own choice takes five times as long on a CPU."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=64)
+    return lambda rows, weight, labels: F.linear_cross_entropy(rows, weight, labels, options=options)
+
+
+def of_liger() -> LinearCrossEntropy:
+    """Liger's, arXiv 2410.10989: Triton kernels, in chunks of the batch."""
+    loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+    return lambda rows, weight, labels: loss(weight, rows, labels)
+
+
+def of_cut() -> LinearCrossEntropy:
+    """Cut cross entropy, arXiv 2411.09009: Triton kernels, in blocks of batch and classes; of bfloat16."""
+    loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda rows, weight, labels: loss(rows.bfloat16(), weight.bfloat16(), labels)
+
+
 def partial_fc(**drawn: Any) -> Builder:
     """The batch's centres and others at random, as ``sample_rate`` or ``samples`` of `PartialFC` say."""
 
@@ -116,6 +162,11 @@ def partial_fc(**drawn: Any) -> Builder:
         return step
 
     return build
+
+
+def fused_softmax_cost(m: int, batch: int) -> HeadCost:
+    """As a full softmax's, but for the logits, of which there are few at a time."""
+    return replace(softmax_cost(m, width=WIDTH, batch=batch), step=FLOAT * WIDTH * (FUSED_ROWS * m + batch))
 
 
 def cutoffs(m: int) -> list[int]:
@@ -160,12 +211,14 @@ class Head:
             files. It returns the step.
         cost: of so many identities and a batch of so many rows, by formula.
         slow_from: the number of identities from which a step takes seconds on a CPU.
+        missing: what it lacks here, where it does not run.
     """
 
     name: str
     build: Builder
     cost: Callable[[int, int], HeadCost]
     slow_from: float = math.inf
+    missing: str = ""
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -182,6 +235,17 @@ def _gif_head(name: str, recipe: Recipe) -> Head:
     return Head(name, gif_step(recipe), cost)
 
 
+def _fused_head(name: str, loss: Callable[[], LinearCrossEntropy], missing: str) -> Head:
+    return Head(name, fused_softmax(loss), fused_softmax_cost, SLOW_FROM, missing)
+
+
+def _kernels_of(package: str) -> str:
+    """What is missing to run the Triton kernels of ``package``."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return "" if DEVICE == "cuda" else f"the kernels of {package} want a GPU"
+
+
 def _partial_fc_head(rate: float) -> Head:
     def cost(m: int, batch: int) -> HeadCost:
         return partial_fc_cost(m, rate * m, width=WIDTH, batch=batch)
@@ -193,6 +257,14 @@ GIF = _gif_head("GIF", RECIPES["live"])
 WITHOUT_NEGATIVES = _gif_head("GIF, no negatives", replace(RECIPES["live"], negatives=0))
 PUBLISHED = _gif_head("GIF, published losses", RECIPES["paper"])
 FULL_SOFTMAX = Head("full softmax", full_softmax, lambda m, batch: softmax_cost(m, width=WIDTH, batch=batch), SLOW_FROM)
+CHUNKED_SOFTMAX = _fused_head(
+    "softmax in chunks",
+    of_torch,
+    "" if hasattr(F, "linear_cross_entropy") else "PyTorch has linear_cross_entropy from 2.13 on",
+)
+LIGER = _fused_head("softmax by Liger", of_liger, _kernels_of("liger_kernel"))
+CUT = _fused_head("softmax by cut cross entropy", of_cut, _kernels_of("cut_cross_entropy"))
+FUSED = (CHUNKED_SOFTMAX, LIGER, CUT)
 PARTIAL_FC = _partial_fc_head(0.1)
 PARTIAL_FC_OF_SAMPLES = Head(
     f"Partial FC {SAMPLES:,}",
@@ -201,7 +273,7 @@ PARTIAL_FC_OF_SAMPLES = Head(
 )
 ADAPTIVE = Head("adaptive softmax", adaptive_softmax, adaptive_softmax_cost, SLOW_FROM)
 PARTIAL_FCS = (PARTIAL_FC, _partial_fc_head(0.3), PARTIAL_FC_OF_SAMPLES)
-HEADS = {head.name: head for head in (GIF, WITHOUT_NEGATIVES, PUBLISHED, FULL_SOFTMAX, *PARTIAL_FCS, ADAPTIVE)}
+HEADS = {head.name: head for head in (GIF, WITHOUT_NEGATIVES, PUBLISHED, FULL_SOFTMAX, *FUSED, *PARTIAL_FCS, ADAPTIVE)}
 BACKBONE_ALONE = "backbone alone"
 """A whole step without a head."""
 

@@ -362,7 +362,8 @@ class GIFLoss(nn.Module, Head):
         losses, of_embeddings, of_vectors = code_contrast_gradients(
             embeddings, found.vectors, found.labels, candidates=found.candidates, **self._of_contrast
         )
-        gradient = mean_over_processes(of_vectors / (found.labels >= 0).sum().clamp(min=1)) * self.schedule
+        share = self.schedule / (found.labels >= 0).sum().clamp(min=1)
+        gradient = mean_over_processes(of_vectors.mul_(share))
         rows, lr = found.rows, self.recipe.vector_lr * self.step_share
         if checks.is_traced(embeddings) and isinstance(rows, RowsInPlace):
             step = TableStep(rows.table, rows.identities, gradient, lr, self.stayed, self.draws, self.moved)

@@ -78,8 +78,8 @@ class PreparedLabels:
 
     @property
     def own_vectors(self) -> Tensor:
-        """The code vectors (B, d) of the labels."""
-        return self.vectors[self._begin : self._begin + len(self.labels)]
+        """The code vectors (B, d) of the labels: a copy, so that who keeps them does not keep all candidates'."""
+        return self.vectors[self._begin : self._begin + len(self.labels)].clone()
 
     def release(self) -> None:
         """Let go of ``vectors``, which a repeated forward pass reads again."""

@@ -14,9 +14,9 @@ from gif.losses.recipes import RECIPES, Recipe
 
 FLOAT = 4
 """Bytes of a number in float32, which parameters, gradients, momentum and activations are."""
-SOFTMAX_ROWS = 4
-"""Arrays as large as the centres that take part in a step, at the peak of its backward pass: the centres at unit
-length, the gradient of these, its part along the sphere, and that over the length, the gradient of the centres."""
+SOFTMAX_ROWS = 2
+"""Arrays as large as the centres that take part in a step, at the peak of its backward pass: their gradient, and the
+products of its numbers with theirs, whose sum over a row is what lies along the centre."""
 GATHERED_ROWS = 1 + SOFTMAX_ROWS
 """The same where the rows are first copied out of a larger table."""
 CONTRAST_LOGITS = 1

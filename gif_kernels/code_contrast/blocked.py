@@ -13,7 +13,7 @@ from gif_kernels.code_contrast.options import CodeContrastOptions
 from gif_kernels.dispatch import full_precision
 from gif_kernels.precision import compute_dtype, gradient_dtype, product
 from gif_kernels.reduction import row_weights
-from gif_kernels.sphere import inverse_norm, tangent
+from gif_kernels.sphere import inverse_norm
 
 
 def code_contrast(
@@ -44,7 +44,7 @@ class _Saved(NamedTuple):
     vector_inverse: Tensor
     """1 / ||h||, (C, 1)"""
     slopes: Tensor
-    """dloss/dcosine / ||z||, (B, C)"""
+    """dloss/dcosine / (||z|| ||h||), (B, C)"""
 
 
 class _Found(NamedTuple):
@@ -70,7 +70,7 @@ def _losses(
     dtype = compute_dtype(embeddings, vectors)
     z, h = embeddings.to(dtype), vectors.to(dtype)
     z_inverse, h_inverse = inverse_norm(z), inverse_norm(h)
-    logits = product(z, (h * h_inverse).T, options.operand, wide=True).mul_(z_inverse * scale)
+    logits = product(z, h.T, options.operand, wide=True).mul_(z_inverse * scale).mul_(h_inverse.T)
     index = targets.clamp(min=0).unsqueeze(1)
     value, slope = options.margin.value_and_slope(logits.gather(1, index) / scale)
     logits.scatter_(1, index, value * scale)
@@ -85,8 +85,9 @@ def _losses(
 def _saved(embeddings: Tensor, vectors: Tensor, found: _Found, scale: float) -> _Saved:
     """What the gradients are made of. The slopes take the logarithms' memory."""
     own_slopes = torch.expm1(found.logarithms.gather(1, found.own)) * found.own_slope
-    slopes = found.logarithms.exp_()  # softmax; then dloss/dcosine / ||z||, in the same buffer
-    slopes.scatter_(1, found.own, own_slopes).mul_(found.weight * scale * found.row_inverse)
+    slopes = found.logarithms.exp_()  # softmax; then dloss/dcosine / (||z|| ||h||), in the same buffer
+    slopes.scatter_(1, found.own, own_slopes)
+    slopes.mul_(found.weight * scale * found.row_inverse).mul_(found.vector_inverse.T)
     return _Saved(embeddings, vectors, found.row_inverse, found.vector_inverse, slopes)
 
 
@@ -96,19 +97,21 @@ def _gradients(
     """Gradients of the embeddings and of the vectors, as far as they are ``needed``, times ``factor`` ()."""
     embeddings, vectors, z_inverse, h_inverse, slopes = saved
     operand = gradient_dtype(operand)
-    z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype) * h_inverse
+    z, h = embeddings.to(slopes.dtype), vectors.to(slopes.dtype)
     of_embeddings = of_vectors = None
     with full_precision(slopes.device):
         if needed[0]:
-            direction = product(slopes, h, operand)
-            radial = torch.linalg.vecdot(direction, z).unsqueeze(1) * z_inverse.square()
-            direction.addcmul_(z, radial, value=-1)
-            of_embeddings = (direction if factor is None else direction.mul_(factor)).to(embeddings.dtype)
+            of_embeddings = _tangent(product(slopes, h, operand), z, z_inverse, factor).to(embeddings.dtype)
         if needed[1]:
-            direction = product(slopes.T, z, operand)
-            inverse = h_inverse if factor is None else h_inverse * factor
-            of_vectors = tangent(direction, h, inverse).to(vectors.dtype)
+            of_vectors = _tangent(product(slopes.T, z, operand), h, h_inverse, factor).to(vectors.dtype)
     return of_embeddings, of_vectors
+
+
+def _tangent(gradient: Tensor, rows: Tensor, inverse: Tensor, factor: Tensor | None) -> Tensor:
+    """``gradient`` less its part along ``rows``, whose 1 / ||row|| ``inverse`` is, times ``factor``; in its memory."""
+    radial = torch.linalg.vecdot(gradient, rows).unsqueeze(1) * inverse.square()
+    torch.addcmul(gradient, rows, radial, value=-1, out=gradient)  # compiled, the method rounds in between
+    return gradient if factor is None else gradient.mul_(factor)
 
 
 class _CodeContrast(torch.autograd.Function):

@@ -16,15 +16,17 @@ def step_(
 ) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ()."""
     rows, step, stands = _summed(rows, gradient.to(compute_dtype(table, gradient)))
-    before = table.index_select(0, rows)  # faster on a CPU than table[rows]
-    moved = step.mul_(-lr).add_(before)
+    rate = float(torch.tensor(lr, dtype=step.dtype))  # infinite where the dtype has no such number
+    moved = table.index_select(0, rows).to(step.dtype).sub_(step, alpha=rate)  # on a CPU faster than table[rows]
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     # NaN and infinity anywhere in a row reach its norm; nothing stands where no row is named
     moves = norm.isfinite() & (norm > 0) & stands.any()
     names = rows if row_ids is None else row_ids[rows]
     moved = stochastic_round(moved, table.dtype, names, seed)
-    if not (checks.looks_at_values(moves) and bool(moves.all())):
-        moved = torch.where(moves, moved, before)
+    if not checks.looks_at_values(moves):
+        moved = torch.where(moves, moved, table.index_select(0, rows))
+    elif not bool(moves.all()):
+        rows, moved = rows[moves.squeeze(1)], moved[moves.squeeze(1)]
     table[rows] = moved
     return (~moves.squeeze(1) & stands).sum()
 
@@ -41,6 +43,8 @@ def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(named.all()):
         rows, gradient = rows[named], gradient[named]
     distinct, place = rows.unique(return_inverse=True)
+    if len(distinct) == len(rows):
+        return rows, gradient, torch.ones_like(rows, dtype=torch.bool)
     sums = gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, place, gradient)
     return distinct, sums, torch.ones_like(distinct, dtype=torch.bool)
 

@@ -145,9 +145,10 @@ def test_heads_take_the_memory_that_was_measured(row):
 def test_a_first_step_has_no_momentum_yet():
     """Their optimizers make it at the end of that step; the points are of docs/benchmarks/head-first-step.csv."""
     gif, softmax = gif_cost(64_000_000, batch=256), softmax_cost(10**6, batch=256)
+    centres = softmax.parameters  # the backward pass took twice as much beside them when this was measured
     then = 14 * 64_000_000  # bytes of the code table when this was measured: a token a byte, order and rank
     assert gif.bytes - gif.momentum - gif.tables + then == pytest.approx(878 * 2**20, rel=0.15)
-    assert softmax.bytes - softmax.momentum == pytest.approx(10.5 * 2**30, rel=0.15)
+    assert softmax.bytes - softmax.momentum + 2 * centres == pytest.approx(10.5 * 2**30, rel=0.15)
 
 
 def test_measured_rates_are_plausible():
