@@ -20,7 +20,7 @@ WIDTH = 64  # columns of a sketch; rows of fewer than twice as many are taken as
 
 def sketch(rows: Tensor) -> Tensor:
     """``rows`` (..., d) in WIDTH columns, or as they are where that saves less than half; the same on any device."""
-    if rows.shape[-1] < 2 * WIDTH:
+    if sketched_width(rows.shape[-1]) == rows.shape[-1]:
         return rows
     signs = _signs(rows.shape[-1]).to(rows)
     (first, sign), *others = zip(rows.split(WIDTH, -1), signs.split(WIDTH), strict=True)
@@ -28,6 +28,11 @@ def sketch(rows: Tensor) -> Tensor:
     for part, sign in others:
         folded[..., : part.shape[-1]].addcmul_(part, sign)
     return folded
+
+
+def sketched_width(d: int) -> int:
+    """Columns of a sketch of rows of ``d``."""
+    return d if d < 2 * WIDTH else WIDTH
 
 
 @cache

@@ -37,6 +37,7 @@ def plan(
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     device: Literal["cpu", "a100", "h100", "h200", "mi300x"] = "h100",
     images: float = 20,
+    read: float | None = None,
     encoder: Literal["network", "pixels"] = "network",
     encoder_gflops: float = 8.8,
     batch: int = 2048,
@@ -56,6 +57,8 @@ def plan(
         device: a card, planned with 0.6 of its data sheet's peaks; or this machine's CPU, which a calibration of a few
             seconds measures.
         images: of an identity, on average.
+        read: images a second that the data give before an encoder sees them, as a progress line says; without it they
+            lie in memory, decoded.
         encoder: a frozen network, or the pixels of `gif vectors`, with --device cpu.
         encoder_gflops: of the network, an image; ViT-B/32 takes 8.8.
         batch: code vectors in a step of spreading.
@@ -69,6 +72,8 @@ def plan(
             .json.
     """
     m, itemsize = int(identities), getattr(torch, dtype).itemsize
+    if read is not None and not read > 0:
+        raise InputError(f"wanted more than 0 images read a second, got read={read}; leave it out for images in memory")
     if m < 2 or min(width, images, batch, epochs, training_batch) < 1:
         raise InputError(
             "wanted at least 2 identities, and width, images, batch, epochs and training_batch >= 1, got "
@@ -84,14 +89,17 @@ def plan(
     folder = None if output is None else output.parent
     shape = advise(m, slack)[0]
     rates = measure_rates(width, batch, folder, shape.vocab_size) if device == "cpu" else CARDS[device]
-    stages = [
-        pixels_cost(m, width, rates, images=images)
+    commands = [
+        pixels_cost(m, width, rates, images=images, read=read or math.inf)
         if encoder == "pixels"
-        else encode_cost(m, width, rates, images=images, encoder_flops=1e9 * encoder_gflops),
+        else encode_cost(m, width, rates, images=images, encoder_flops=1e9 * encoder_gflops, read=read or math.inf),
         spread_cost(m, width, itemsize, rates, batch=batch, epochs=epochs, in_file=in_file),
         tokenize_cost(
             m, width, itemsize, rates, vocab_size=shape.vocab_size, length=shape.length, mapped=device == "cpu"
         ),
+    ]
+    stages = [
+        *(stage.in_a_process(rates) for stage in commands),
         *head_costs(m, width, rates, batch=training_batch, vocab_size=shape.vocab_size),
     ]
     title = f"{m:,} identities x {width}, {dtype}, {device}"
@@ -101,6 +109,11 @@ def plan(
         memory, host = (f"{size / 2**30:,.2f}" for size in (stage.memory, stage.host))
         table.add_row(stage.name, f"{color}{memory}", host, _time(stage.seconds), stage.note)
     print_table(table)
+    if rates.resident:
+        say(
+            f"of each command, encode, spread and tokenize: {rates.start:.1f} s to start and "
+            f"{rates.resident / 2**30:.2f} GiB of Python and its libraries are counted"
+        )
     over = [stage.name for stage in stages if stage.memory > rates.capacity]
     if over:
         say(f"more than the {rates.capacity / 1e9:.0f} GB of one {device}: {'; '.join(over)}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from gif.codes.config import TokenizeConfig
 from gif.codes.nodes import Nodes
 from gif.data.images import IdentityImages
 from gif.encoders.pixels import SIDE, PixelEncoder
+from gif.packages import needs
 from gif.vectors.distributed_table import DistributedTable
 from gif.vectors.neighbors import neighbor_order
 from gif_kernels import uniformity_step_
@@ -50,6 +54,9 @@ class Rates:
 
     ``images`` are those of pixels, read from memory, encoded and summed, and ``cuts`` rows of nodes that balanced
     k-means cuts; infinity where they are not measured. ``sorts``: rows sorted by a level of random cuts, by a host.
+
+    ``start``: seconds until a command's process begins its work, and ``resident``: bytes of Python and libraries that
+    it holds then; 0 where they are not measured.
     """
 
     products: float
@@ -62,6 +69,8 @@ class Rates:
     images: float = torch.inf
     cuts: float = torch.inf
     sorts: float = 6e6
+    start: float = 0.0
+    resident: float = 0.0
 
 
 def _card(products: float, exponentials: float, memory: float, capacity: float) -> Rates:
@@ -92,6 +101,7 @@ def measure_rates(
     ``folder`` (a temporary one where it is not given), which is removed. ``clock`` tells seconds; by the processor's,
     other work on the machine does not count.
     """
+    resident = _resident_bytes()
     seconds = partial(median_seconds, clock=clock)
     size = min(batch, TILE)
     rows = torch.nn.functional.normalize(torch.randn(size, width), dim=1)
@@ -115,7 +125,25 @@ def measure_rates(
         images=_image_rate(clock),
         cuts=_cut_rate(width, vocab_size, clock),
         sorts=_SORTED_ROWS * _SORTED_LEVELS / sort,
+        start=_start_seconds(),
+        resident=resident,
     )
+
+
+def _start_seconds() -> float:
+    """Processor time of a command that says its help, which is what any takes before it begins."""
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "gif.cli", "vectors", "--help"], capture_output=True, check=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def _resident_bytes() -> float:
+    """What this process holds."""
+    with needs("psutil", "looking at the memory that is held"):
+        import psutil
+    held: int = psutil.Process().memory_info().rss
+    return held
 
 
 def _image_rate(clock: Clock) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gif.codes.blocks import BLOCK_FLOATS, DEVICE_BLOCKS
 from gif.codes.clustering import LLOYD_ROWS, RESTARTS
 from gif.codes.prices import FINAL_RATES
 from gif.codes.quality import KMEANS_RESTARTS
+from gif.codes.sketch import sketched_width
 from gif.codes.tokenize import BLOCKS_HELD, BYTES_A_ROW
 from gif.encoders.pixels import ROWS_WHITENED, SIDE
 from gif.planning.heads import FLOAT, gif_cost, partial_fc_cost, softmax_cost
@@ -44,15 +45,25 @@ class StageCost:
     seconds: float
     note: str
 
+    def in_a_process(self, rates: Rates) -> StageCost:
+        """With what its command's process takes to start, and holds then."""
+        return replace(self, host=self.host + rates.resident, seconds=self.seconds + rates.start)
 
-def encode_cost(m: int, width: int, rates: Rates, *, images: float, encoder_flops: float) -> StageCost:
-    """The encoder makes a forward pass an image; the host holds the vectors, and sums of the features of a part."""
+
+def encode_cost(
+    m: int, width: int, rates: Rates, *, images: float, encoder_flops: float, read: float = math.inf
+) -> StageCost:
+    """The encoder makes a forward pass an image; the host holds the vectors, and sums of the features of a part.
+
+    ``read``: images a second that the data give.
+    """
     count = m * images
     host = FLOAT * m * width + SUM_BYTES * min(m, PART) * width
-    return StageCost("encode", 0.0, host, count * encoder_flops / rates.products, f"{count:,.0f} images")
+    seconds = count * (encoder_flops / rates.products + 1 / read)
+    return StageCost("encode", 0.0, host, seconds, f"{count:,.0f} images")
 
 
-def pixels_cost(m: int, width: int, rates: Rates, *, images: float) -> StageCost:
+def pixels_cost(m: int, width: int, rates: Rates, *, images: float, read: float = math.inf) -> StageCost:
     """Pixels take no network; what whitens them is fitted to some identities, whose images are read twice.
 
     Fitting takes 2 e^2 FLOPs an identity and whitening 2 e d, in float64, of which there are half as many a second. The
@@ -61,7 +72,9 @@ def pixels_cost(m: int, width: int, rates: Rates, *, images: float) -> StageCost
     features, fitted = SIDE**2, min(m, FITTED)
     count = images * (m + (fitted if fitted < m else 0))
     flops = 2 * features * (features * fitted + width * m)
-    seconds = count / rates.images + 2 * flops / rates.products + m * features * MEAN_BYTES / rates.memory
+    seconds = (
+        count * (1 / rates.images + 1 / read) + 2 * flops / rates.products + m * features * MEAN_BYTES / rates.memory
+    )
     fit = FLOAT * fitted * features + DOUBLE * min(m, ROWS_WHITENED) * features
     host = SUM_BYTES * min(m, PART) * features + max(fit, FLOAT * m * width + DOUBLE * min(m, PART) * features)
     return StageCost("encode", 0.0, host, seconds, f"{count:,.0f} images of pixels")
@@ -123,20 +136,23 @@ def tokenize_cost(
 ) -> StageCost:
     """Balanced k-means, of large nodes on samples and several times; passes over all rows; the report's own k-means.
 
-    A round of k-means compares a row with v centroids and sums it into one; prices sweep its v cosines. On a CPU that
-    is many small steps, whose rate is measured.
-    ``mapped``: the vectors stay in their file, as they do on a CPU; one process on a card copies them there.
+    A round of k-means compares a sketch of a row with v centroids and sums it into one; prices sweep its v cosines. On
+    a CPU that is many small steps, whose rate is measured.
+    ``mapped``: the vectors stay in their file, as they do on a CPU, whose pages are the host's while there is room; one
+    process on a card copies them there.
     """
     rounds = LLOYD_ROUNDS + 1
     sweeps = rounds + len(FINAL_RATES)
-    moved = rounds * width * itemsize + sweeps * 3 * FLOAT * vocab_size
-    row = max(1 / rates.cuts, rounds * 4 * vocab_size * width / rates.products + moved / rates.memory)
+    columns = sketched_width(width)
+    moved = width * itemsize + rounds * columns * FLOAT + sweeps * 3 * FLOAT * vocab_size
+    row = max(1 / rates.cuts, rounds * 4 * vocab_size * columns / rates.products + moved / rates.memory)
     rows = kmeans_rows(m, vocab_size, length) + length * min(m, SAMPLE) * KMEANS_RESTARTS
     seconds = rows * row + length * m * LEVEL_PASSES * FLOAT * width / rates.memory
     blocks = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
     memory = m * (BYTES_A_ROW + (0 if mapped else width * itemsize)) + blocks
     vectors = "the vectors stay in their file" if mapped else "of several processes none copies the vectors"
-    return StageCost("tokenize", memory, 0.0, seconds, f"{length} tokens of {vocab_size}; {vectors}")
+    pages = m * width * itemsize if mapped else 0.0
+    return StageCost("tokenize", memory, pages, seconds, f"{length} tokens of {vocab_size}; {vectors}")
 
 
 def kmeans_rows(m: int, vocab_size: int, length: int) -> float:

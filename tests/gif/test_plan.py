@@ -92,6 +92,27 @@ class TestFormulas:
         small, large = (encode_cost(m, 512, RATES, images=3, encoder_flops=1e9).host for m in (10**6, 10**7))
         assert large - small == 9 * 10**6 * 512 * 4 and small == 10**6 * 512 * 4 + 4096 * 512 * 12
 
+    def test_the_pages_of_a_mapped_file_are_the_hosts(self):
+        hosts = [
+            tokenize_cost(10**6, 512, 2, RATES, vocab_size=16, length=7, mapped=mapped).host for mapped in (True, False)
+        ]
+        assert hosts == [1024e6, 0]
+
+    def test_a_commands_process_takes_its_start_and_its_libraries(self):
+        alone = encode_cost(1000, 64, RATES, images=1, encoder_flops=1e9)
+        started = alone.in_a_process(replace(RATES, start=3.0, resident=2e9))
+        assert started.seconds - alone.seconds == pytest.approx(3) and started.host - alone.host == 2e9
+        assert alone.in_a_process(RATES) == alone
+
+    def test_images_that_are_read_take_their_time(self):
+        rates = replace(RATES, images=1e4, memory=torch.inf, products=torch.inf)
+        assert pixels_cost(1000, 128, rates, images=3, read=500).seconds == pytest.approx(3000 * (1 / 1e4 + 1 / 500))
+        assert encode_cost(1000, 128, rates, images=3, encoder_flops=0, read=500).seconds == pytest.approx(6)
+
+    def test_rounds_of_kmeans_are_in_a_sketch(self):
+        wide, narrow = (tokenize_cost(10**6, d, 4, RATES, vocab_size=20, length=5).seconds for d in (1024, 512))
+        assert wide < 1.5 * narrow + 10**6 * 5 * 60 * 4 * 512 / 1e11
+
     def test_pages_of_a_row(self):
         begins = torch.arange(4096)
         for size in (64, 2048, 4096, 6000):
@@ -157,6 +178,7 @@ def test_measured_rates_are_plausible():
         assert low < rate < high
     assert 1e2 < rates.pages < 1e8 and 0 < rates.overhead < 1
     assert all(1e3 < rate < 1e9 for rate in (rates.images, rates.cuts, rates.sorts))
+    assert 0.5 < rates.start < 60 and 1e8 < rates.resident < 1e11
 
 
 def test_the_plan_foretells_a_step(tmp_path):
@@ -200,6 +222,8 @@ class TestCommand:
             plan(measure=True)
         with pytest.raises(ValueError, match="pixels are encoded by a CPU"):
             plan(encoder="pixels")
+        with pytest.raises(ValueError, match="more than 0 images read a second"):
+            plan(read=0)
 
 
 def test_picture_without_measurements(tmp_path):
