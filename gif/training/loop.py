@@ -163,8 +163,8 @@ def train(
                     state.step += 1
                     if average is not None:
                         average.update(backbone, state.step)
-                    if state.step % REPORT_EVERY == 0:
-                        recent = losses.settle()[-REPORT_EVERY:].nanmean()
+                    if state.step % REPORT_EVERY == 0 or state.step == steps:
+                        recent = losses.settle()[-(state.step % REPORT_EVERY or REPORT_EVERY) :].nanmean()
                         measures = _numbers({"loss": recent, **as_head(head).health(embeddings, own_labels)})
                         report(state.step, {"learning rate": config.rate(done), **measures})
                     scores = None

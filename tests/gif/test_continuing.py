@@ -287,7 +287,7 @@ class TestLoggers:
     def test_the_command_writes_every_measure(self, tiny_data, gif, tmp_path):
         assert gif(*command(tmp_path / "run", "--validation.identities=6"))[0] == 0
         lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [9, 10, 18]
+        assert [line["step"] for line in lines] == [9, 10, 18, 18]  # the last step is measured, and judged
         assert {"loss", "learning rate", "images a second"} <= lines[1].keys()
         assert lines[0].keys() == {"step", "validation/held-out TAR@0.001"}
 
@@ -314,7 +314,7 @@ class TestLoggers:
         lines = [json.loads(line) for line in (tmp_path / "run" / "measures.jsonl").read_text().splitlines()]
         with (tmp_path / "run" / "measures.csv").open(newline="") as file:
             rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
-        assert rows == lines and len(rows) == 3
+        assert rows == lines and len(rows) == 4
         assert list((tmp_path / "run" / "tensorboard").iterdir())
 
     def test_names(self, tmp_path):
