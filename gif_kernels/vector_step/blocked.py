@@ -8,7 +8,7 @@ from torch import Tensor
 from gif_kernels import checks
 from gif_kernels.precision import compute_dtype
 from gif_kernels.rounding import stochastic_round
-from gif_kernels.runs import first_places
+from gif_kernels.runs import first_places, runs
 
 
 def step_(
@@ -42,11 +42,13 @@ def _summed(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     named = rows >= 0
     if not bool(named.all()):
         rows, gradient = rows[named], gradient[named]
-    distinct, place = rows.unique(return_inverse=True)
-    if len(distinct) == len(rows):
-        return rows, gradient, torch.ones_like(rows, dtype=torch.bool)
-    sums = gradient.new_zeros(len(distinct), gradient.shape[1]).index_add_(0, place, gradient)
-    return distinct, sums, torch.ones_like(distinct, dtype=torch.bool)
+    ordered, places, begins = runs(rows)
+    if not bool(begins.all()):
+        run, repeats = begins.cumsum(0).sub_(1), ~begins
+        sums = gradient.index_select(0, places[begins])
+        gradient = sums.index_add_(0, run[repeats], gradient.index_select(0, places[repeats]))
+        rows = ordered[begins]
+    return rows, gradient, torch.ones_like(rows, dtype=torch.bool)
 
 
 def _summed_with_repeats(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

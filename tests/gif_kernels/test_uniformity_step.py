@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gif_kernels import checks, gaussian_potential, uniformity_step_
 from gif_kernels.gaussian_potential import blocked as potential
-from gif_kernels.rounding import stochastic_round, uniform
+from gif_kernels.rounding import _floored, stochastic_round, uniform
 from gif_kernels.uniformity_step import blocked
 
 LOW = {torch.bfloat16: 8, torch.float16: 11}
@@ -201,6 +202,21 @@ def test_a_table_of_tiny_coordinates_in_float16(impl):
         uniformity_step_(table, torch.arange(4), lr=0.01, seed=seed, impl=impl)
     assert table.isfinite().all()
     assert (table.float().norm(dim=1) - 1).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**33 + 5, torch.tensor(2**40 + 123)], ids=str)
+def test_the_bits_of_bfloat16_are_cut_as_any_dtype_is_rounded(seed):
+    """Of all bits there are, those of infinity, NaN and subnormal numbers among them."""
+    any_bits = torch.randint(-(2**31), 2**31, (600, 300)).to(torch.int32).view(torch.float32)
+    special = torch.tensor(
+        [0.0, -0.0, math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 1e-45, -1e-45, 1e-40, -1e-40, 1.0]
+    )
+    payloads = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1]).to(torch.int32).view(torch.float32)  # NaN
+    values = torch.cat([any_bits, torch.randn(400, 300), torch.cat([special, payloads]).expand(300, -1).T.contiguous()])
+    rows = torch.randint(10**12, (len(values),))
+    cut, defined = stochastic_round(values, torch.bfloat16, rows, seed), _floored(values, torch.bfloat16, rows, seed)
+    assert torch.equal(cut.isnan(), values.isnan()) and torch.equal(defined.isnan(), values.isnan())
+    assert torch.equal(cut.nan_to_num(0).view(torch.int16), defined.nan_to_num(0).view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
