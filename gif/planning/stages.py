@@ -20,7 +20,6 @@ from gif.vectors.mean_features import PART
 from gif.vectors.quality import SAMPLE
 from gif_kernels.gaussian_potential.blocked import TILE
 
-ROUNDING_BYTES = 16  # an int64 hash of stochastic rounding and what is shifted of it, an element of a step's rows
 LLOYD_ROUNDS = 8  # `tokenize`'s default
 DOUBLE = 8  # bytes of float64
 INDEX_BYTES = 8  # of the number of a row
@@ -81,8 +80,11 @@ def pixels_cost(m: int, width: int, rates: Rates, *, images: float, read: float 
 
 
 def spread_memory(m: int, width: int, itemsize: int, batch: int) -> float:
-    """Bytes of the table, of a step's rows, twice, with their gradient and what rounds them, and of a tile of pairs."""
-    row = width * (2 * itemsize + 4 * FLOAT + (ROUNDING_BYTES if itemsize < FLOAT else 0))
+    """Bytes of the table, of a step's rows, twice, with their gradient, and of a tile of pairs.
+
+    What rounds them stochastically works on a part at a time, when the gradient is gone.
+    """
+    row = width * (2 * itemsize + 4 * FLOAT)
     return m * width * itemsize + batch * row + FLOAT * min(batch, TILE) ** 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ def step_(
 ) -> Tensor:
     """Move the rows of ``table`` (n, d) that ``rows`` (B,) names; returns how many of them stayed, ()."""
     rows, step, stands = _summed(rows, gradient.to(compute_dtype(table, gradient)))
-    rate = float(torch.tensor(lr, dtype=step.dtype))  # infinite where the dtype has no such number
+    largest = torch.finfo(step.dtype).max
+    rate = lr if abs(lr) <= largest else math.copysign(math.inf, lr)  # PyTorch refuses numbers that a dtype has not
     moved = table.index_select(0, rows).to(step.dtype).sub_(step, alpha=rate)  # on a CPU faster than table[rows]
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     # NaN and infinity anywhere in a row reach its norm; nothing stands where no row is named
