@@ -67,13 +67,18 @@ def gif_on_device(m: int, labels: list[Tensor], folder: Path) -> Step:
 
 
 def _gif(m: int, labels: list[Tensor], recipe: Recipe, table: Tensor) -> Step:
+    return trained(gif_head(m, labels, table, recipe))
+
+
+def gif_head(m: int, labels: list[Tensor], table: Tensor, recipe: Recipe = RECIPES["live"]) -> GIFLoss:
+    """GIFLoss of m identities with code vectors in ``table``, of which it draws what the pool of ``labels`` reads."""
     codes = IdentityCodes(identity_codes(m, table.device), VOCAB)
     head = GIFLoss(codes, CodeVectors(table, normalized=True), WIDTH, recipe=recipe)
     for batch in labels:  # only the rows that the pool of batches reads are written: a file stays sparse
         own = batch.to(table.device)
         rows = torch.cat([own, codes.siblings(own, head.recipe.siblings).flatten()]).unique()
         table[rows] = F.normalize(torch.randn(len(rows), WIDTH, device=table.device), dim=1).to(table.dtype)
-    return _trained(head.to(DEVICE))
+    return head.to(DEVICE)
 
 
 def identity_codes(m: int, device: str | torch.device) -> Tensor:
@@ -87,7 +92,8 @@ def identity_codes(m: int, device: str | torch.device) -> Tensor:
     return codes
 
 
-def _trained(head: nn.Module) -> Step:
+def trained(head: nn.Module) -> Step:
+    """A step of the ``head``, and of the optimizer of its parameters."""
     optimizer = torch.optim.SGD(head.parameters(), 0.1, momentum=0.9, fused=True)
 
     def step(embeddings: Tensor, labels: Tensor) -> None:
@@ -154,7 +160,8 @@ def partial_fc(**drawn: Any) -> Builder:
     """The batch's centres and others at random, as ``sample_rate`` or ``samples`` of `PartialFC` say."""
 
     def build(m: int, labels: list[Tensor], folder: Path) -> Step:
-        head = PartialFC(m, WIDTH, margin=MARGIN, scale=SCALE, **drawn).to(DEVICE)
+        with torch.device(DEVICE):  # random numbers for gigabytes of centres would take a host a minute
+            head = PartialFC(m, WIDTH, margin=MARGIN, scale=SCALE, **drawn)
 
         def step(embeddings: Tensor, labels: Tensor) -> None:
             head(embeddings, labels).backward()

@@ -10,12 +10,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from gif import __version__
 from gif.arguments import BY_THEMSELVES, DEBUG, parsed
 from gif.errors import InputError, Interrupted
 from gif.faults import BUG_CODE, MENDABLE_CODE, bug, mendable, printable
@@ -30,7 +31,6 @@ DESCRIPTION = (
 HELP = "_help"
 """The key of what a group of commands is for, as jsonargparse has it."""
 INTERRUPT_AGAIN = 0.05  # seconds after it was dropped
-DISTRIBUTION = "gif-recognition"
 IMAGES = "images"
 
 COMMANDS: dict[str, Any] = {
@@ -168,7 +168,7 @@ def _run(arguments: Sequence[str]) -> None:
         prog="gif",
         description=DESCRIPTION,
         parser_class=Parser,
-        version=f"{metadata.version(DISTRIBUTION)}",
+        version=__version__,
     )
 
 

@@ -15,21 +15,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu.records import at_most
 from benchmarks.gpu.stage import Run
 from benchmarks.heads import (
     FULL,
     FULL_SOFTMAX,
+    FUSED,
     GIF,
     PARTIAL_FC,
     POOL,
     WIDTH,
     Head,
     Step,
+    gif_head,
     gif_on_device,
     label_batches,
+    trained,
 )
 from benchmarks.test_whole_step import whole_step
 from gif.backbones import BackboneConfig
@@ -52,6 +55,20 @@ def _cost_on_device(m: int, batch: int) -> HeadCost:
 
 
 ON_DEVICE = Head("GIF", gif_on_device, _cost_on_device)
+
+
+def _in_a_graph(m: int, labels: list[Tensor], folder: Path) -> Step:
+    """Forward and backward pass in CUDA graphs, which the host replays; the optimizer's step as it is."""
+    head = gif_head(m, labels, torch.empty(m, WIDTH, dtype=BF16, device=labels[0].device))
+    given = torch.randn(len(labels[0]), WIDTH, device=labels[0].device, dtype=BF16).requires_grad_()
+    graphed: nn.Module = head
+    if given.is_cuda:
+        with torch.autocast(given.device.type, BF16, cache_enabled=False):
+            graphed = torch.cuda.make_graphed_callables(head, (given, labels[0]))  # type: ignore[assignment]
+    return trained(graphed)
+
+
+IN_A_GRAPH = Head("GIF, in a CUDA graph", _in_a_graph, _cost_on_device)
 IN_A_FILE = Head("GIF, in a file", lambda m, labels, folder: _in_a_file(m, len(labels[0])), GIF.cost)
 OTHERS = (PARTIAL_FC, FULL_SOFTMAX)
 TINY = (50,)
@@ -62,7 +79,7 @@ NETWORKS = ("iresnet50", "iresnet100")
 ACTIVATIONS = {"iresnet50": 20 << 30, "iresnet100": 34 << 30, "small": 1 << 20}
 """Bytes of a training step of 256 images of 112 x 112, about."""
 WHOLE = (
-    *((1_000_000, head) for head in (ON_DEVICE, *OTHERS)),
+    *((1_000_000, head) for head in (ON_DEVICE, IN_A_GRAPH, *OTHERS)),
     *((64_000_000, head) for head in (IN_A_FILE, *OTHERS)),
 )
 """What stands beside a network. The code vectors of 64 million identities have no room there on one card."""
@@ -70,11 +87,13 @@ STEPS = 10
 
 
 def run(run: Run) -> None:
-    """GIF at all sizes, then the others, then whole steps."""
+    """GIF at all sizes, then the others, then whole steps, then other cross entropies that hold no logits."""
     taken: dict[int, float] = {}
     sizes = run.pick(FULL, TINY)
     for m in run.points(sizes):
         _alone(run, ON_DEVICE, m, taken)
+    for m in run.points((min(sizes), max(sizes))):
+        _alone(run, IN_A_GRAPH, m, {})
     if len(taken) > 1 and max(taken) == max(sizes):
         ratio = taken[max(taken)] / taken[min(taken)]
         what = f"{ON_DEVICE.name}: step at {max(taken):,} identities over that at {min(taken):,}"
@@ -86,6 +105,12 @@ def run(run: Run) -> None:
         alone = _whole(run, network, None, 0, None)
         for m, head in run.points(run.pick(WHOLE, tiny)):
             _whole(run, network, head, m, alone)
+    for head in FUSED:  # last, since some of them try many configurations first
+        if head.missing:
+            run.record(head.name, status="missing", note=head.missing)
+            continue
+        for m in run.points(sizes, takes=run.pick(5.0, 0.0)):
+            _alone(run, head, m, {})
 
 
 def _alone(run: Run, head: Head, m: int, taken: dict[int, float]) -> None:
@@ -93,7 +118,7 @@ def _alone(run: Run, head: Head, m: int, taken: dict[int, float]) -> None:
     batch = run.pick(BATCH, 4)
     if not run.fits(what, head.cost(m, batch).bytes):
         return
-    with run.attempt(what, ours=head is ON_DEVICE), tempfile.TemporaryDirectory() as folder:
+    with run.attempt(what, ours=head in (ON_DEVICE, IN_A_GRAPH)), tempfile.TemporaryDirectory() as folder:
         labels = label_batches(m, batch)
         step = head.build(m, labels, Path(folder))
         run.device.reset_peak()

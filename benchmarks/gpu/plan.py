@@ -30,6 +30,7 @@ STAGES = (
     Stage("table", 30, "A step of spreading in tables of up to 64 million vectors: memory, steps a second."),
     Stage("heads", 60, "Heads from 10 thousand to 64 million identities, alone and in whole training steps."),
     Stage("codes", 50, "Nearest centroids, largest cosines, and codes of millions of vectors."),
+    Stage("train", 60, "`gif run` on glyphs: what heads reach on identities never seen; killed, and given again."),
     Stage("sanitizer", 40, "compute-sanitizer's memcheck and racecheck on a small case of each op."),
     Stage("tune", 80, "Tiles that compile without spills, timed: rows for `gif_kernels.device.tuning`."),
 )

@@ -42,7 +42,7 @@ class TableStep(NamedTuple):
         if self.draws is not None:
             self.draws.add_(1)
         if self.moved is not None:
-            self.moved[self.rows] = True
+            self.moved.index_fill_(0, self.rows, True)
 
 
 def then_step(losses: Tensor, embeddings: Tensor, of_embeddings: Tensor, step: TableStep) -> Tensor:

@@ -164,7 +164,7 @@ class PartialFC(nn.Module, Head):
         self.weight.index_copy_(0, classes, weight)
         self.momentum.index_copy_(0, classes, velocity)
         for moved in self._moved:
-            moved[classes] = True
+            moved.index_fill_(0, classes, True)
         self.draws.add_(1)
 
     def begin_step(self, rate: float, share: float, done: float) -> None:

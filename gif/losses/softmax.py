@@ -66,7 +66,9 @@ def first_centers(num_classes: int, embedding_size: int, directions: Tensor | No
 
     Raises TypeError or ValueError where the directions are not (m, d) finite floating point.
     """
-    centers = torch.normal(0.0, DEVIATION, (num_classes, embedding_size))
+    centers = torch.empty(num_classes, embedding_size).normal_(
+        0.0, DEVIATION
+    )  # on the default device, unlike torch.normal
     if directions is None:
         return centers
     checks.floating("centers", directions, centers.shape)

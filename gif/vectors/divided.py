@@ -186,7 +186,7 @@ class _OwnStaged:
         self._staged.give_back(moved[self._first])
 
     def mark(self, moved: Tensor) -> None:
-        moved[self._staged.rows] = True
+        moved.index_fill_(0, self._staged.rows, True)
 
 
 class _RowsOfAll:

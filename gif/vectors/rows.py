@@ -61,7 +61,7 @@ class RowsInPlace:
 
     def mark(self, moved: Tensor) -> None:
         """Set ``moved`` (m,) bool for these rows."""
-        moved[self.identities.to(moved.device)] = True
+        moved.index_fill_(0, self.identities.to(moved.device), True)  # `[...] = True` copies from the host
 
 
 class StagedRows:
@@ -97,4 +97,4 @@ class StagedRows:
 
     def mark(self, moved: Tensor) -> None:
         """Set ``moved`` (m,) bool for these rows."""
-        moved[self._staged.rows] = True
+        moved.index_fill_(0, self._staged.rows, True)

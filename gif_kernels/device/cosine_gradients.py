@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gif_kernels.device.gathers import gathered_index, load_gathered
-from gif_kernels.device.primitives import TRITON_DTYPE, block_size, empty_like_if, inside, inverse_norm, load_block
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, dot, empty_like_if, inside, inverse_norm, load_block
 from gif_kernels.device.reduction import incoming_stride, row_factor
 from gif_kernels.device.tuning import architecture, tile
 from gif_kernels.precision import float32_precision, gradient_dtype, tf32_allowed
@@ -79,7 +79,7 @@ def _row_gradient(
         b_slopes = tl.load(p_slopes + o_slopes, mask=m_b[:, None] & m_n[None, :], other=0.0)
         b_slopes = b_slopes * tl.load(p_center_inverse + o_n, mask=m_n, other=0.0)[None, :]
         b_center = load_block(p_centers, o_n, m_n, o_d, m_d, WIDTH).to(OPERAND)
-        b_gradient = tl.dot(b_slopes.to(OPERAND), b_center, acc=b_gradient, input_precision=PRECISION)
+        b_gradient = dot(b_slopes.to(OPERAND), b_center, b_gradient, PRECISION)
         p_slopes += BLOCK_N
         p_centers += BLOCK_N * WIDTH
         p_center_inverse += BLOCK_N
@@ -144,7 +144,7 @@ def _center_partial(
         o_slopes = o_b[:, None] * (TOKENS * SLOPES) + o_n[None, :]
         b_slopes = tl.load(p_slopes + o_slopes, mask=m_b[:, None] & m_n[None, :], other=0.0) * b_factor[:, None]
         b_row = load_block(p_rows, o_b, m_b, o_d, m_d, TOKENS * WIDTH).to(OPERAND)
-        b_partial = tl.dot(tl.trans(b_row), b_slopes.to(OPERAND), acc=b_partial, input_precision=PRECISION)
+        b_partial = dot(tl.trans(b_row), b_slopes.to(OPERAND), b_partial, PRECISION)
         p_rows += BLOCK_B * TOKENS * WIDTH
         p_slopes += BLOCK_B * TOKENS * SLOPES
         p_row_inverse += BLOCK_B * TOKENS

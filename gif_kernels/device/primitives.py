@@ -36,6 +36,21 @@ def load_block(p, o_row, m_row, o_column, m_column, STRIDE: tl.constexpr):
     return tl.load(p, mask=m_row[:, None] & m_column[None, :], other=0.0)
 
 
+@triton.jit
+def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """``b_sum`` + ``b_left`` @ ``b_right``; of TF32 the nearest, since matrix units drop the digits that they lack."""
+    if PRECISION == "tf32" and b_left.dtype == tl.float32:
+        b_left, b_right = _nearest_tf32(b_left), _nearest_tf32(b_right)
+    return tl.dot(b_left, b_right, acc=b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def _nearest_tf32(b):
+    """float32 to the nearest of those with 10 digits after the point; NaN and infinities stay."""
+    b_nearest = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(b == b, b_nearest, b)
+
+
 def block_size(size: int, most: int, least: int = SMALLEST_BLOCK) -> int:
     """The power of two that covers ``size``, between ``least`` and ``most``, both powers of two."""
     return max(least, min(most, triton.next_power_of_2(size)))

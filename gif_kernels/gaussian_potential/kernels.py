@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.device.primitives import block_size, inside, inverse_norm, load_block
+from gif_kernels.device.primitives import block_size, dot, inside, inverse_norm, load_block
 from gif_kernels.device.rows import row_constants, unit_rows
 from gif_kernels.device.tuning import Tile, architecture, fused_potential_tile, multiprocessors, tile
 from gif_kernels.gaussian_potential import one_sweep
@@ -84,13 +84,13 @@ def gaussian_potential_fused(
         b_cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.static_range(CHUNKS):
             b_columns += (load_block(p_columns + k * BLOCK_D, o_n, m_n, o_d, m_d, WIDTH),)
-            b_cosine = tl.dot(b_rows[k], tl.trans(b_columns[k]), acc=b_cosine, input_precision=PRECISION)
+            b_cosine = dot(b_rows[k], tl.trans(b_columns[k]), b_cosine, PRECISION)
         b_pairs = _pair_terms(b_cosine, sharpness, m_n, o_own, j + o_n)
         b_sums += tl.sum(b_pairs, 1)
         b_pairs = b_pairs.to(b_columns[0].dtype)
         b_added: tl.tuple = ()
         for k in tl.static_range(CHUNKS):
-            b_added += (tl.dot(b_pairs, b_columns[k], acc=b_numerators[k], input_precision=PRECISION),)
+            b_added += (dot(b_pairs, b_columns[k], b_numerators[k], PRECISION),)
         b_numerators = b_added
         p_columns += BLOCK_N * WIDTH
     i_out = i_split.to(tl.int64) * rows + i_start
@@ -141,7 +141,7 @@ def gaussian_potential_pairs(
         m_d = inside(o_d, WIDTH, BLOCK_D)
         b_rows = load_block(p_rows, o_m, m_m, o_d, m_d, WIDTH)
         b_columns = load_block(p_columns, o_n, m_n, o_d, m_d, WIDTH)
-        b_cosine = tl.dot(b_rows, tl.trans(b_columns), acc=b_cosine, input_precision=PRECISION)
+        b_cosine = dot(b_rows, tl.trans(b_columns), b_cosine, PRECISION)
     b_pairs = tl.exp2(b_cosine * sharpness - sharpness)
     i_own = i_start + offset
     if (j_start + BLOCK_N > columns) | ((i_own < j_start + BLOCK_N) & (j_start < i_own + BLOCK_M)):  # rarely

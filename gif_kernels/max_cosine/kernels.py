@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.device.primitives import TRITON_DTYPE, block_size, inside, load_block
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, dot, inside, load_block
 from gif_kernels.device.rows import inverse_norms
 from gif_kernels.device.tuning import architecture, multiprocessors, tile
 from gif_kernels.precision import float32_precision, shared_dtype, tf32_allowed
@@ -57,7 +57,7 @@ def max_cosine_search(
             m_d = inside(o_d, WIDTH, BLOCK_D)
             b_rows = load_block(p_vectors, o_row, m_m, o_d, m_d, WIDTH).to(OPERAND)
             b_columns = load_block(p_others, o_column, m_n, o_d, m_d, WIDTH).to(OPERAND)
-            b_cosine = tl.dot(b_rows, tl.trans(b_columns), acc=b_cosine, input_precision=PRECISION)
+            b_cosine = dot(b_rows, tl.trans(b_columns), b_cosine, PRECISION)
         b_others = tl.load(p_others_inverse + o_n, mask=m_n, other=0.0)
         b_cosine = b_cosine * b_inverse[:, None] * b_others[None, :]
         m_pair = m_n[None, :] & (o_m[:, None] != o_n[None, :]) if AMONG_THEMSELVES else m_n[None, :]

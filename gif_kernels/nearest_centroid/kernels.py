@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gif_kernels.device.primitives import TRITON_DTYPE, block_size, inside, load_block
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, dot, inside, load_block
 from gif_kernels.device.rows import inverse_norms
 from gif_kernels.device.tuning import architecture, tile
 from gif_kernels.precision import float32_precision, shared_dtype, tf32_allowed
@@ -57,7 +57,7 @@ def nearest_centroid_search(
                 m_d = inside(o_d, WIDTH, BLOCK_D)
                 b_row = load_block(p_vectors, o_m, m_m, o_d, m_d, WIDTH).to(OPERAND)
                 b_centroid = load_block(p_centroids, o_n, m_n, o_d, m_d, WIDTH).to(OPERAND)
-                b_product = tl.dot(b_row, tl.trans(b_centroid), acc=b_product, input_precision=PRECISION)
+                b_product = dot(b_row, tl.trans(b_centroid), b_product, PRECISION)
             b_inverse = tl.load(p_centroid_inverse + o_n, mask=m_n, other=0.0)
             b_product = tl.where(m_n[None, :], b_product * b_inverse[None, :], -float("inf"))
             b_found, b_where = tl.max(b_product, 1, return_indices=True, return_indices_tie_break_left=True)

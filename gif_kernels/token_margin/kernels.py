@@ -18,7 +18,7 @@ from gif_kernels.code_regression.kernels import regression_cosine, regression_lo
 from gif_kernels.device.cosine_gradients import slopes_stride
 from gif_kernels.device.gathers import gathered_index
 from gif_kernels.device.margins import margin_arguments, margin_value_and_slope
-from gif_kernels.device.primitives import TRITON_DTYPE, block_size, inside, inverse_norm, load_block
+from gif_kernels.device.primitives import TRITON_DTYPE, block_size, dot, inside, inverse_norm, load_block
 from gif_kernels.device.reduction import reduced
 from gif_kernels.device.tuning import MAX_VOCAB, WIDE_VOCAB, architecture, tile
 from gif_kernels.precision import float32_precision, tf32_allowed
@@ -123,7 +123,7 @@ def token_margin_forward(
             m_d = inside(o_d, WIDTH, BLOCK_D)
             b_row = load_block(p_rows + i_row * WIDTH, o_b, m_b, o_d, m_d, TOKENS * WIDTH).to(OPERAND)
             b_center = load_block(p_centers, o_center, m_center, o_d, m_d, WIDTH).to(OPERAND)
-            b_product = tl.dot(b_row, tl.trans(b_center), acc=b_product, input_precision=PRECISION)
+            b_product = dot(b_row, tl.trans(b_center), b_product, PRECISION)
         b_cosine = b_product * b_row_inverse[:, None] * b_center_inverse[None, :]
         b_cosine = tl.reshape(b_cosine, (BLOCK_B, GROUP, BLOCK_V))
 

@@ -61,7 +61,7 @@ def losses(head: Callable[..., Any], inputs: list[tuple[Tensor, Tensor]]) -> lis
         point = embeddings.clone().requires_grad_()
         loss = head(point, labels)
         loss.backward()
-        found += [loss.detach(), point.grad]
+        found += [loss.detach().clone(), point.grad.clone()]  # a graph's next replay writes where they lie
     return found
 
 
