@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.nodes import Nodes, Scores
+from gif.codes.nodes import Nodes, Scores, strata
 from gif.codes.prices import FINAL_RATES, Market, balancing_prices, final_prices, which
 from gif.codes.repair import capacities, repair
 from gif.codes.sketch import sketch
@@ -51,10 +51,8 @@ def split(
     sample, own = nodes.sample(LLOYD_ROWS * k, seeds), nodes.own(k)
     share = largest_share(nodes, k, capacity_factor, limit)
     attempts = (nodes.sizes // (LLOYD_ROWS * k)).clamp(1, RESTARTS)
-    seeding = sample.sample(SEEDING_ROWS * k, seeds)
     points = Points.sketched(sample, k)
-    seeds_from = points if seeding is sample else Points.sketched(seeding, k)
-    start = best_start(points, seeds_from, k, share, attempts, seeds)
+    start = best_start(points, points.sample(SEEDING_ROWS * k, seeds), k, share, attempts, seeds)
     centroids, prices, _ = rounds(points, start, share, max(0, iterations - BALANCING_ROUNDS - 1))
     prices, member = balanced(points, centroids, prices, share)
     centroids = unit(sample.sums(which(member), k))
@@ -75,6 +73,20 @@ class Points:
         sketches = [sketch(rows.values) * rows.scale[:, :, None] for _, rows in nodes.blocks(k)]
         return cls(sketches[0] if len(sketches) == 1 else torch.cat(sketches, 1), nodes.mask)
 
+    def sample(self, rows: int, seeds: np.ndarray) -> Points:
+        """``rows`` of each node, as `Nodes.sample` draws them; all where it has fewer."""
+        if self.mask.shape[1] <= rows:
+            return self
+        position, mask = strata(self.mask.sum(1), rows, seeds)
+        found = self.rows.gather(1, position[:, :, None].expand(-1, -1, self.rows.shape[2]))
+        return Points(found * mask[:, :, None], mask)
+
+    def of(self, node: Tensor) -> Points:
+        """Those of each ``node`` (n,), of which some may be named repeatedly."""
+        if len(self.rows) == 1:  # in memory once
+            return Points(self.rows.expand(len(node), -1, -1), self.mask.expand(len(node), -1))
+        return self if len(node) == len(self.rows) else Points(self.rows[node], self.mask[node])
+
     def market(self, centroids: Tensor, share: Tensor) -> Market:
         """What they want of ``centroids`` (g, k, s) that may have a ``share`` (g, 1) of them each."""
         return Market(torch.bmm(centroids, self.rows.mT).mT, self.mask, share * self.mask.sum(1, keepdim=True))
@@ -92,15 +104,23 @@ def best_start(points: Points, seeding: Points, k: int, share: Tensor, attempts:
     k-means++ looks at the points of ``seeding`` alone. What is compared is the dual objective, that no assignment
     within the capacities can pass.
     """
-    start = seed_centroids(seeding, k, seeds)
-    tried, most = start, torch.full_like(share[:, 0], -torch.inf)
-    for attempt in range(int(attempts.max()) if bool((attempts > 1).any()) else 0):
-        other = start if attempt == 0 else seed_centroids(seeding, k, mix(seeds + np.uint64(attempt)))
-        other, _, dual = rounds(points, other, share, TRIAL_ROUNDS)
-        better = (attempts > max(1, attempt)) & (dual > most)
-        tried = torch.where(better[:, None, None], other, tried)
-        most = torch.where(better, dual, most)
-    return tried
+    node = torch.arange(len(attempts), device=attempts.device).repeat_interleave(attempts)
+    first = attempts.cumsum(0) - attempts
+    number = (torch.arange(len(node), device=node.device) - first[node]).cpu().numpy()
+    several = seeds[node.cpu().numpy()]
+    start = seed_centroids(seeding.of(node), k, np.where(number == 0, several, mix(several + number.astype(np.uint64))))
+    if len(node) == len(attempts):
+        return start
+    tried, _, dual = rounds(points.of(node), start, share[node], TRIAL_ROUNDS)
+    best = _first_largest(dual, first, attempts)
+    return torch.where((attempts > 1)[:, None, None], tried[best], start[first])
+
+
+def _first_largest(value: Tensor, first: Tensor, count: Tensor) -> Tensor:
+    """Where the largest of each node's ``count`` (g,) values from ``first`` (g,) on is, or the first of them: (g,)."""
+    place = torch.arange(int(count.max()), device=value.device)
+    of_node = value[(first[:, None] + place).clamp_max(len(value) - 1)]
+    return first + of_node.masked_fill_(place >= count[:, None], -torch.inf).argmax(1)
 
 
 def rounds(points: Points, centroids: Tensor, share: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,10 +75,8 @@ class Nodes:
         """``rows`` rows of each node, one at random from each of as many equal strata; all rows where it has fewer."""
         if self.index.shape[1] <= rows:
             return replace(self, shared=False) if self.shared else self
-        random = uniforms(seeds, rows, stream=1).to(self.index.device)
-        strata, sizes = torch.arange(rows, device=self.index.device), self.sizes[:, None]
-        position = torch.where(sizes > rows, ((strata + random) * (sizes / rows)).long(), strata)
-        return Nodes(self.table, self.index.gather(1, position.minimum(sizes - 1)), strata < sizes, full=self.full)
+        position, mask = strata(self.sizes, rows, seeds)
+        return Nodes(self.table, self.index.gather(1, position), mask, full=self.full)
 
     def own(self, k: int) -> Nodes:
         """All columns; where the nodes are shared those of this process, whole blocks that go with (., k)."""
@@ -134,9 +132,32 @@ class Nodes:
         return max(1, block_floats(self.index.device) // (len(self.index) * max(k, self.table.shape[1])))
 
     def _gather(self, columns: slice) -> Rows:
-        rows = take(self.table, self.index[:, columns])
+        index = self.index[:, columns]
+        consecutive = _consecutive(index) if self.table.device == index.device else None
+        rows = take(self.table, index) if consecutive is None else self.table[consecutive][None].float()
         scale = inverse_norm(rows)[:, :, 0]
         return Rows(rows, scale if self.full else scale.mul_(self.mask[:, columns]))
+
+
+def strata(sizes: Tensor, rows: int, seeds: np.ndarray) -> tuple[Tensor, Tensor]:
+    """One place at random in each of ``rows`` equal strata of [0, size), for ``sizes`` (g,): (g, rows), and its mask.
+
+    All places of a node that has fewer, and then False in the mask.
+    """
+    random = uniforms(seeds, rows, stream=1).to(sizes.device)
+    stratum, sizes = torch.arange(rows, device=sizes.device), sizes[:, None]
+    place = torch.where(sizes > rows, ((stratum + random) * (sizes / rows)).long(), stratum)
+    return place.minimum(sizes - 1), stratum < sizes
+
+
+def _consecutive(index: Tensor) -> slice | None:
+    """The rows that ``index`` (g, M) names, where they are one after the other, as those of the root are; on a CPU."""
+    if len(index) != 1 or index.device.type != "cpu" or not index.shape[1]:
+        return None
+    first, count = int(index[0, 0]), index.shape[1]
+    if int(index[0, -1]) != first + count - 1 or not bool((index[0].diff() == 1).all()):
+        return None
+    return slice(first, first + count)
 
 
 class Scores:

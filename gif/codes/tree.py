@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gif.codes.align import Alignment, fit_codebook, match, random_names
+from gif.codes.align import Alignment, Residuals, fit_codebook, match, random_names
 from gif.codes.blocks import block_floats, blocks_at_once, column_blocks
 from gif.codes.clustering import split
 from gif.codes.code_table import index_dtype, number_dtype
-from gif.codes.nodes import Nodes
+from gif.codes.nodes import Nodes, Rows
 from gif.codes.segments import ancestors, counting_sort, offsets_of, tree_sums, whole_segments
 from gif.codes.splitmix import node_seeds
 from gif.distributed import rank, sum_over_processes, world_size
@@ -47,13 +47,12 @@ class Cut:
     """Nodes and their children, as yet without names.
 
     node: (g,) of a level. child: (g, M) uint8 in [0, w), w <= v, for the rows of each node, meaningless past its size;
-    of nodes that processes share, for this one's own columns. residuals: (g, w, d) of children to their node, of unit
-    length; zero where there is no child.
+    of nodes that processes share, for this one's own columns. residuals: of the w children to their node.
     """
 
     node: Tensor
     child: Tensor
-    residuals: Tensor
+    residuals: Residuals
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Level:
         others = len(tokens)
         for cuts in (sampled, self.cut(self._large(sample), self._small(sample), cutting=cutting)):
             for cut in cuts:
-                names = match(cut.residuals, codebook) if len(codebook) else self._random_names(cut.node)
+                names = match(cut.residuals.cosines(codebook)) if len(codebook) else self._random_names(cut.node)
                 if self.shared:  # the first process's: machines that round otherwise may see another one match
                     names = sum_over_processes(names * (rank() == 0))
                 self._write(tokens, cut, names.to(torch.uint8))
@@ -205,7 +204,9 @@ class Level:
             iterations=cutting.iterations,
             seeds=self.seeds(node),
         )
-        return Cut(node, child, _residuals(direction(sums), direction(sums.sum(1))))
+        children = direction(sums)
+        rows = Rows(children, inverse_norm(children)[:, :, 0])
+        return Cut(node, child, Residuals(rows, direction(sums.sum(1))))
 
     def _cut_small(self, node: Tensor, cutting: Cutting) -> Cut:
         nodes = self.rows(node)
@@ -213,7 +214,7 @@ class Level:
         base = self._inherited_base(node) if width == 1 else _mean_direction(nodes)
         own = self._shared_rows(node).own(self.vocab_size)
         child = torch.arange(own.begin, own.begin + own.mask.shape[1], dtype=torch.uint8, device=node.device)
-        return Cut(node, child.expand(len(node), -1), _residuals(nodes.rows.unit, base))
+        return Cut(node, child.expand(len(node), -1), Residuals(nodes.rows, base))
 
     def _inherited_base(self, node: Tensor) -> Tensor:
         """What the residuals of each ``node`` (g,) of one row are taken from: (g, d), each set of rows read once.
@@ -272,7 +273,8 @@ class Level:
         """
         residuals = torch.zeros(len(nodes), self.vocab_size, self.table.shape[1], device=nodes.device)
         for cut in cuts:
-            residuals[torch.searchsorted(nodes, cut.node), : cut.residuals.shape[1]] = cut.residuals
+            found = cut.residuals.unit
+            residuals[torch.searchsorted(nodes, cut.node), : found.shape[1]] = found
         return residuals if self.shared else sum_over_processes(residuals)
 
     def _random_names(self, node: Tensor) -> Tensor:
@@ -365,10 +367,8 @@ def direction(sums: Tensor) -> Tensor:
 
 
 def _mean_direction(nodes: Nodes) -> Tensor:
-    return direction(nodes.sums(torch.zeros_like(nodes.mask, dtype=torch.uint8), 1)[:, 0])
-
-
-def _residuals(children: Tensor, bases: Tensor) -> Tensor:
-    """Unit residuals (g, w, d) of ``children`` (g, w, d) to ``bases`` (g, d); zero where a child is zero."""
-    residuals = children - bases[:, None]
-    return residuals.mul_(inverse_norm(residuals).mul_(inverse_norm(children) > 0))
+    """Of all rows of each node: (g, d)."""
+    sums = torch.zeros(len(nodes.index), 1, nodes.table.shape[1], device=nodes.index.device)
+    for _, rows in nodes.blocks(1):
+        sums.baddbmm_(rows.scale[:, None], rows.values)
+    return direction(sums[:, 0])

@@ -26,16 +26,16 @@ from gif.codes import (
 )
 from gif.codes import blocks as blocks_module
 from gif.codes import prices as prices_module
-from gif.codes.align import match
-from gif.codes.clustering import kmeans, split
-from gif.codes.nodes import Nodes, count
+from gif.codes.align import Residuals, match
+from gif.codes.clustering import Points, kmeans, split
+from gif.codes.nodes import Nodes, Rows, count
 from gif.codes.prices import Market, balancing_prices
 from gif.codes.segments import sum_of_groups
 from gif.codes.splitmix import node_seeds
-from gif.codes.tree import Level
+from gif.codes.tree import Level, direction
 from gif.resume import UnfinishedWork
 from gif.vectors.store import CodeVectors
-from gif_kernels.sphere import unit
+from gif_kernels.sphere import inverse_norm, unit
 
 M, V = 20_000, 20
 PRICE_RATES = tuple(0.2 * 0.88**i for i in range(30))  # from none to nearly right
@@ -241,10 +241,11 @@ def test_a_large_node_takes_the_best_of_its_starts(vectors, monkeypatch):
     mask = torch.arange(1000) < torch.tensor([1000, 790])[:, None]  # 5 samples of 10 rows a child, and 3
     options: dict[str, Any] = {"capacity_factor": 1.5, "limit": 2000, "iterations": 4}
     split(Nodes(vectors, index, mask), V, seeds=node_seeds(0, 1, np.arange(2)), **options)
-    assert len(tried) == 5
-    for node, samples in enumerate((5, 3)):
-        best = max(range(samples), key=lambda start: tried[start][1][node])
-        assert torch.equal(begun[0][node], tried[best][0][node])
+    ((starts, dual),) = tried  # all at once
+    assert len(starts) == len(dual) == 5 + 3
+    for node, own in enumerate((range(5), range(5, 8))):
+        best = max(own, key=lambda start: float(dual[start]))
+        assert torch.equal(begun[0][node], starts[best])
 
 
 def test_a_node_depends_on_the_nodes_beside_it_by_rounding_alone(vectors):
@@ -360,10 +361,43 @@ def test_matching_leaves_absent_children_the_names_that_remain():
     residuals = torch.stack(
         [codebook[[2, 0, 3, 1]], torch.stack([codebook[3], torch.zeros(4), codebook[0], torch.zeros(4)])]
     )
-    names = match(residuals, codebook)
+    names = match(residuals @ codebook.mT)
     assert names[0].tolist() == [2, 0, 3, 1]
     assert names[1, [0, 2]].tolist() == [3, 0]
     assert sorted(names[1].tolist()) == [0, 1, 2, 3]
+
+
+def test_cosines_of_residuals_that_are_not_written():
+    rows = 3 * torch.randn(5, 7, 33)
+    scale = inverse_norm(rows)[:, :, 0]
+    scale[1, 4:] = 0  # padding
+    rows[2, 3] = 0
+    scale[2, 3] = 0
+    residuals = Residuals(Rows(rows, scale), direction(torch.randn(5, 33)))
+    directions = torch.nn.functional.normalize(torch.randn(4, 33), dim=1)
+    found = residuals.cosines(directions)
+    torch.testing.assert_close(found, residuals.unit @ directions.mT, atol=1e-5, rtol=0)
+    assert (found[1, 4:] == 0).all() and (found[2, 3] == 0).all() and (residuals.unit[2, 3] == 0).all()
+    alone = Residuals(Rows(rows[:1, :1], scale[:1, :1]), rows[:1, 0] * scale[:1, :1])  # the child is the node
+    assert alone.cosines(directions).isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [[50, 50], [50, 7], [3, 8]], ids=str)
+def test_points_are_sampled_as_nodes_are(sizes):
+    table, seeds = torch.randn(50, 4), np.array([3, 4], np.uint64)
+    mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+    nodes = Nodes(table, torch.arange(max(sizes)).expand(2, -1), mask)
+    expected = nodes.sample(10, seeds)
+    found = Points.sketched(nodes, V).sample(10, seeds)
+    torch.testing.assert_close(found.rows, Points.sketched(expected, V).rows)
+    assert torch.equal(found.mask, expected.mask)
+
+
+@pytest.mark.parametrize("index", [[4, 5, 6, 7], [4, 5, 5, 7], [4, 6, 5, 7], [7, 6, 5, 4], [9]], ids=str)
+def test_rows_one_after_the_other_are_the_rows_that_are_named(index):
+    table = torch.randn(10, 6).half()
+    nodes = Nodes(table, torch.tensor([index]), torch.ones(1, len(index), dtype=torch.bool))
+    assert torch.equal(nodes.rows.values[0], table[index].float())
 
 
 def test_centroids_are_the_nodes_means(codes, vectors):
