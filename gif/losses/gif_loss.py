@@ -168,7 +168,7 @@ class GIFLoss(nn.Module, Head):
             loss = loss + recipe.code_weight * self._code_loss(embeddings, found, reduction, regression)
         elif recipe.regression_weight > 0:
             loss = loss + recipe.regression_weight * self._regression_loss(embeddings, found, reduction)
-        if recipe.fades:
+        if recipe.fades > 0:
             loss = loss * self.faded
         if recipe.contrast_weight > 0:
             loss = loss + recipe.contrast_weight * self._contrast_loss(embeddings, found, reduction)
@@ -428,9 +428,10 @@ class GIFLoss(nn.Module, Head):
         self.moved = moved["vectors"]
 
     def begin_step(self, rate: float, share: float, done: float) -> None:
-        """From now on the code vectors move at this ``share`` of ``vector_lr``, and what fades counts 1 - ``done``."""
+        """From now on the code vectors move at this ``share`` of ``vector_lr``, and what fades counts 1 - done / fades."""
         self.schedule.fill_(share)
-        self.faded.fill_(1 - done)
+        if self.recipe.fades:
+            self.faded.fill_(max(0.0, 1 - done / self.recipe.fades))
 
     @contextmanager
     def share_of_a_step(self, share: float) -> Iterator[None]:

@@ -27,11 +27,13 @@ class Recipe:
             which share the longest prefix with it.
         negatives: identities drawn at random in each step, the same for all rows and processes, that are negatives in
             L_CC too. They cost what so many candidates cost, whatever m is; from m on all identities are.
-        fades: whether alpha and gamma fall to 0 over the run, linearly, and leave the contrast alone in the end.
+        fades: over what share of the run, from its beginning, alpha and gamma fall to 0, linearly; then the contrast is
+            alone. 0: they stay as they are.
         vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean), at unit length and
             where the optimizer's schedule has its peak; 0 fixes them.
 
-    Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, or no term at all.
+    Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, for ``fades`` outside of [0, 1],
+    or no term at all.
     """
 
     code_weight: float
@@ -43,7 +45,7 @@ class Recipe:
     contrast_margin: AngularMargin = AngularMargin(m2=0.0, m3=0.2)  # noqa: RUF009 (frozen)
     siblings: int = 2
     negatives: int = 0
-    fades: bool = False
+    fades: float = 0.0
     vector_lr: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class Recipe:
         for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "negatives", "vector_lr"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.fades <= 1:
+            raise InputError(f"fades must lie in [0, 1], got {self.fades}: a share of the run")
         if self.code_weight + self.regression_weight + self.contrast_weight == 0:
             raise InputError("all weights are 0, so there is nothing to learn; give at least one term a weight")
 
@@ -84,7 +88,7 @@ RECIPES: dict[RecipeName, Recipe] = {
         contrast_weight=1.0,
         contrast_scale=12.0,
         negatives=4096,
-        fades=True,
+        fades=0.5,
         vector_lr=24.0,
     ),
 }

@@ -247,10 +247,11 @@ class TestLiveVectors:
         contrast = loss_fn.contrast_loss(embeddings, labels)
         rest = loss_fn(embeddings, labels) - contrast
         assert rest > 0.1
-        for done in (0.25, 1.0):
+        for done in (0.125, 0.5, 1.0):  # of the run, in whose first half they fade
             loss_fn.begin_step(0.1, 1.0, done)
-            torch.testing.assert_close(loss_fn(embeddings, labels) - contrast, (1 - done) * rest, rtol=1e-4, atol=1e-4)
-        kept = GIFLoss(codes, vectors, WIDTH, fades=False).eval()
+            left = max(0.0, 1 - 2 * done)
+            torch.testing.assert_close(loss_fn(embeddings, labels) - contrast, left * rest, rtol=1e-4, atol=1e-4)
+        kept = GIFLoss(codes, vectors, WIDTH, fades=0).eval()
         before = kept(embeddings, labels)
         kept.begin_step(0.1, 1.0, 0.5)
         assert torch.equal(kept(embeddings, labels), before)
