@@ -24,7 +24,7 @@ from gif.codes.splitmix import uniforms
 from gif.seeds import mix
 from gif_kernels.sphere import inverse_norm, unit
 
-SEEDING_ROWS = 64  # k-means++ looks at this many rows a child at most
+SEEDING_ROWS = 64  # k-means++ and the rounds before its starts are compared look at this many rows a child at most
 CANDIDATES = 2  # rows it draws for each centroid
 LLOYD_ROWS = 256  # and Lloyd's rounds at this many; the assignment sees every row
 RESTARTS = 16  # of k-means in a node of so many samples' rows, for the seeding decides most; else as many as it has
@@ -52,7 +52,7 @@ def split(
     share = largest_share(nodes, k, capacity_factor, limit)
     attempts = (nodes.sizes // (LLOYD_ROWS * k)).clamp(1, RESTARTS)
     points = Points.sketched(sample, k)
-    start = best_start(points, points.sample(SEEDING_ROWS * k, seeds), k, share, attempts, seeds)
+    start = best_start(points.sample(SEEDING_ROWS * k, seeds), k, share, attempts, seeds)
     centroids, prices, _ = rounds(points, start, share, max(0, iterations - BALANCING_ROUNDS - 1))
     prices, member = balanced(points, centroids, prices, share)
     centroids = unit(sample.sums(which(member), k))
@@ -98,17 +98,16 @@ class Points:
         return torch.where(factor > 0, sums * factor, empty)
 
 
-def best_start(points: Points, seeding: Points, k: int, share: Tensor, attempts: Tensor, seeds: np.ndarray) -> Tensor:
+def best_start(points: Points, k: int, share: Tensor, attempts: Tensor, seeds: np.ndarray) -> Tensor:
     """Centroids (g, k, s) to start from: the best of ``attempts`` (g,) times k-means++ and a few rounds.
 
-    k-means++ looks at the points of ``seeding`` alone. What is compared is the dual objective, that no assignment
-    within the capacities can pass.
+    What is compared is the dual objective, that no assignment within the capacities can pass.
     """
     node = torch.arange(len(attempts), device=attempts.device).repeat_interleave(attempts)
     first = attempts.cumsum(0) - attempts
     number = (torch.arange(len(node), device=node.device) - first[node]).cpu().numpy()
     several = seeds[node.cpu().numpy()]
-    start = seed_centroids(seeding.of(node), k, np.where(number == 0, several, mix(several + number.astype(np.uint64))))
+    start = seed_centroids(points.of(node), k, np.where(number == 0, several, mix(several + number.astype(np.uint64))))
     if len(node) == len(attempts):
         return start
     tried, _, dual = rounds(points.of(node), start, share[node], TRIAL_ROUNDS)

@@ -428,7 +428,7 @@ class GIFLoss(nn.Module, Head):
         self.moved = moved["vectors"]
 
     def begin_step(self, rate: float, share: float, done: float) -> None:
-        """From now on the code vectors move at this ``share`` of ``vector_lr``, and what fades counts 1 - done / fades."""
+        """From now on code vectors move at this ``share`` of ``vector_lr``, and what fades counts 1 - done / fades."""
         self.schedule.fill_(share)
         if self.recipe.fades:
             self.faded.fill_(max(0.0, 1 - done / self.recipe.fades))

@@ -32,8 +32,8 @@ class Recipe:
         vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean), at unit length and
             where the optimizer's schedule has its peak; 0 fixes them.
 
-    Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, for ``fades`` outside of [0, 1],
-    or no term at all.
+    Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, for ``fades`` outside of
+    [0, 1], or no term at all.
     """
 
     code_weight: float
