@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: prove, time and tune every kernel on the GPU at hand, in the seconds that are given.
 
-    python -m benchmarks.gpu --seconds 420 --output runs/gpu
+    python -m benchmarks.gpu --seconds 600 --output runs/gpu
     python -m benchmarks.gpu --rehearse --output runs/rehearsal     # every stage, tiny, on a CPU
 
 Stages run in order of worth, each in a process group of its own, with a limit of its own; what one does not use flows
@@ -79,7 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE} and the stages' logs")
-    parser.add_argument("--seconds", type=float, default=420, help="for all stages together (420)")
+    parser.add_argument("--seconds", type=float, default=600, help="for all stages together (600)")
     parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE", help="only these")
     parser.add_argument("--rehearse", action="store_true", help="every stage at tiny sizes on a CPU")
     parser.add_argument("--commit", default="", help="what is measured, where the checkout is no git repository")

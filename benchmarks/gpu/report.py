@@ -44,7 +44,7 @@ def goals(records: Sequence[Record]) -> str:
         if r.goal is not None
     ]
     table = markdown_table(("", "goal", "measured", "reached"), rows) if rows else "No goal was looked at.\n"
-    return f"{where(records[-1])}\n\n{table}"
+    return f"{where(records)}\n\n{table}"
 
 
 def as_markdown(records: Sequence[Record], says: str) -> str:
@@ -52,7 +52,7 @@ def as_markdown(records: Sequence[Record], says: str) -> str:
     numbers = [r for r in records if r.value is not None and r.what != ENDED]
     shown = [r for r in numbers if not r.detail or r.failed]
     folded = [r for r in numbers if r not in shown]
-    text = f"{says} {where(records[-1])}\n\n"
+    text = f"{says} {where(records)}\n\n"
     text += _table(shown) if shown else "No numbers.\n"
     if folded:
         text += f"\n<details><summary>{len(folded)} more</summary>\n\n{_table(folded)}\n</details>\n"
@@ -60,14 +60,15 @@ def as_markdown(records: Sequence[Record], says: str) -> str:
     return text + "".join(f"\n- {r.what}: {r.status}. {_cell(r.note)}" for r in others) + "\n" * bool(others)
 
 
-def where(record: Record) -> str:
-    """Card, versions, commit and date."""
-    at = record.environment
+def where(records: Sequence[Record]) -> str:
+    """Card, versions and date of the last, and the commits of all."""
+    at = records[-1].environment
+    commits = list(dict.fromkeys(record.environment.commit for record in records))
     rehearsal = "A rehearsal, which says nothing of speed: " if at.rehearsal else ""
     driver = f", driver {at.driver}" if at.driver else ""
     return (
         f"{rehearsal}{at.card}{driver}, torch {at.torch}, Triton {at.triton}, NumPy {at.numpy}, Python {at.python}, "
-        f"commit {at.commit}, {record.date[:10]}."
+        f"commit{'s' * (len(commits) > 1)} {' and '.join(commits)}, {records[-1].date[:10]}."
     )
 
 
