@@ -35,6 +35,10 @@ REPEATS = 7
 EFFICIENCY = 0.6
 """Share of a card's peak that is planned with: what the potential is to reach at least."""
 
+_STEP, _LAUNCH, _NAMES = 2.5e-4, 3.3e-5, 4e5
+"""Of a card's host, that of an H200 (docs/gpu.md): a step of spreading took 0.28 ms where the card took 0.06, a head's
+289 operations 9.6 ms, and the children of 3.4 million nodes of an estimated 8 s."""
+
 PAGE = 4096
 _COPY_BYTES = 1 << 27
 _SPARSE_BYTES = 1 << 34
@@ -55,6 +59,9 @@ class Rates:
     ``images`` are those of pixels, read from memory, encoded and summed, and ``cuts`` rows of nodes that balanced
     k-means cuts; infinity where they are not measured. ``sorts``: rows sorted by a level of random cuts, by a host.
 
+    ``launch``: seconds in which a card's host launches an operation, and ``names``: nodes a second whose children it
+    names; 0 and infinity on a CPU, whose ``cuts`` are measured.
+
     ``start``: seconds until a command's process begins its work, and ``resident``: bytes of Python and libraries that
     it holds then; 0 where they are not measured.
     """
@@ -69,12 +76,15 @@ class Rates:
     images: float = torch.inf
     cuts: float = torch.inf
     sorts: float = 6e6
+    launch: float = 0.0
+    names: float = torch.inf
     start: float = 0.0
     resident: float = 0.0
 
 
 def _card(products: float, exponentials: float, memory: float, capacity: float) -> Rates:
-    return Rates(EFFICIENCY * products, EFFICIENCY * exponentials, EFFICIENCY * memory, torch.inf, 1e-4, capacity)
+    products, exponentials, memory = (EFFICIENCY * peak for peak in (products, exponentials, memory))
+    return Rates(products, exponentials, memory, torch.inf, _STEP, capacity, launch=_LAUNCH, names=_NAMES)
 
 
 CARDS = {

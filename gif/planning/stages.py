@@ -26,6 +26,11 @@ INDEX_BYTES = 8  # of the number of a row
 SORT_BYTES = 56  # a row, while a level of random cuts is sorted: two orders, keys and what sorts them
 SIMILARITY_BYTES = 16  # of a cosine that is written, scaled and looked through, where it leaves the caches
 MEAN_BYTES = 72  # of a feature whose sum is cleared, divided, narrowed, and centred and multiplied in float64
+OPERATIONS_A_BLOCK = (
+    3000  # of a card, to cut a block of a level; by what a million and 16 million vectors took on an H200
+)
+OPERATIONS = {"head, GIF": 289, "head, full softmax": 60, "head, Partial FC": 90}
+"""Of a card in a step of a head: GIF's were counted, the others are by what a step took there."""
 LEVEL_PASSES = 60  # of a row through memory: a dozen times it is gathered, normalised and multiplied
 SUM_BYTES = 12  # of a feature: its sum in float64, and the mean in float32
 SAMPLE_RATE = 0.1  # of Partial FC's centres, as its authors recommend
@@ -139,7 +144,8 @@ def tokenize_cost(
     """Balanced k-means, of large nodes on samples and several times; passes over all rows; the report's own k-means.
 
     A round of k-means compares a sketch of a row with v centroids and sums it into one; prices sweep its v cosines. On
-    a CPU that is many small steps, whose rate is measured.
+    a CPU that is many small steps, whose rate is measured; on a card its host launches some thousand a block of rows,
+    and matches names to each node's children.
     ``mapped``: the vectors stay in their file, as they do on a CPU, whose pages are the host's while there is room; one
     process on a card copies them there.
     """
@@ -150,6 +156,9 @@ def tokenize_cost(
     row = max(1 / rates.cuts, rounds * 4 * vocab_size * columns / rates.products + moved / rates.memory)
     rows = kmeans_rows(m, vocab_size, length) + length * min(m, SAMPLE) * KMEANS_RESTARTS
     seconds = rows * row + length * m * LEVEL_PASSES * FLOAT * width / rates.memory
+    blocks_cut = length * math.ceil(m * max(width, vocab_size) / (BLOCK_FLOATS * DEVICE_BLOCKS))
+    nodes = sum(min(vocab_size**depth, m) for depth in range(length))
+    seconds += blocks_cut * OPERATIONS_A_BLOCK * rates.launch + nodes / rates.names
     blocks = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
     memory = m * (BYTES_A_ROW + (0 if mapped else width * itemsize)) + blocks
     vectors = "the vectors stay in their file" if mapped else "of several processes none copies the vectors"
@@ -168,13 +177,15 @@ def kmeans_rows(m: int, vocab_size: int, length: int) -> float:
 
 
 def head_costs(m: int, width: int, rates: Rates, *, batch: int, vocab_size: int) -> list[StageCost]:
-    """The cost of one step of training, of each head alone, by `gif.planning.heads`."""
+    """The cost of one step of training, of each head alone, by `gif.planning.heads`; on a card at least its host's."""
     heads = {
         "head, GIF": gif_cost(m, width=width, batch=batch, vocab_size=vocab_size),
         "head, full softmax": softmax_cost(m, width=width, batch=batch),
         "head, Partial FC": partial_fc_cost(m, SAMPLE_RATE * m, width=width, batch=batch),
     }
-    return [
-        StageCost(name, cost.bytes, 0.0, cost.flops / rates.products, f"a step of {batch:,} images")
-        for name, cost in heads.items()
-    ]
+    found = []
+    for name, cost in heads.items():
+        computed, launched = cost.flops / rates.products, OPERATIONS[name] * rates.launch
+        note = f"a step of {batch:,} images{', as its host launches it' * (launched > computed)}"
+        found.append(StageCost(name, cost.bytes, 0.0, max(computed, launched), note))
+    return found

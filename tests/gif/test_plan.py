@@ -233,3 +233,18 @@ def test_picture_without_measurements(tmp_path):
     planned = [(m, spread_memory(m, 64, 4, 128), 0.1) for m in (10**6, 10**7)]
     plot_spreading(planned, [], math.inf, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("m", "width", "length", "took"), [(1_000_000, 512, 5, 2.28), (16_000_000, 64, 6, 16.3)])
+def test_a_card_s_plan_is_within_30_percent_of_what_it_took(m, width, length, took):
+    """docs/gpu.md: codes of that many float16 rows, and steps of spreading, on an H200."""
+    planned = tokenize_cost(m, width, 2, CARDS["h200"], vocab_size=20, length=length).seconds
+    assert planned == pytest.approx(took, rel=0.3)
+    step = spread_step_seconds(512, 2, 2048, CARDS["h200"], in_file=False)
+    assert step == pytest.approx(1 / 3656, rel=0.3)
+
+
+def test_a_head_on_a_card_waits_for_its_host():
+    small, large = (head_costs(m, 512, CARDS["h200"], batch=256, vocab_size=20) for m in (10_000, 10_000_000))
+    assert small[0].seconds == large[0].seconds == pytest.approx(9.6e-3, rel=0.3) and "host" in small[0].note
+    assert "host" in small[1].note and "host" not in large[1].note
