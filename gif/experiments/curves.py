@@ -14,6 +14,7 @@ from gif.data.loading import WORDS
 from gif.documents import markdown_table, replace_block, require_block
 from gif.experiments.comparison import Comparison, Rows, compare_lengths, mean_and_spread, show
 from gif.experiments.glyph_bench import contenders_on
+from gif.experiments.records import recorded_results
 from gif.experiments.runs import HEAD_BYTES, PROCESSOR, PROCESSOR_SECONDS, Budget, Length, Machine
 from gif.files import write_text
 from gif.plotting import figure, line_style, save_figure
@@ -84,7 +85,8 @@ def accuracy_curves(
         columns, rows = _table(found, heads, measure)
         show(columns, rows, f"{measure.title}, {judged}")
         parts.append(f"{measure.title[0].upper()}{measure.title[1:]}.\n\n{markdown_table(columns, rows)}")
-    columns, rows = _costs(found, heads)
+    paces = _paces(found, heads, records)
+    columns, rows = _costs(found, heads, paces)
     parts.append(
         "Processor time of a run in minutes, all at the pace of one kind of processor, and what the head keeps.\n\n"
         f"{markdown_table(columns, rows)}"
@@ -93,14 +95,14 @@ def accuracy_curves(
     write_text(output / "curves.md", tables)
     pictures: list[Against] = ["epochs", "time"] if all(length.unit == "epochs" for length in found) else ["time"]
     for against in pictures:
-        _plot(found, heads, measures, against, output / f"curves-{against}.png")
+        _plot(found, heads, measures, against, paces, output / f"curves-{against}.png")
     say(f"wrote {output / 'curves.md'}, drew {', '.join(str(output / f'curves-{name}.png') for name in pictures)}")
     if docs is not None:
         name = f"pictures/{block.replace(' ', '-')}"
         shown = "\n\n".join(f"![Accuracy against {against}]({name}-{against}.png)" for against in pictures)
         replace_block(docs, block, f"{shown}\n\n{tables}")
         for against in pictures:
-            _plot(found, heads, measures, against, docs.parent / f"{name}-{against}.png")
+            _plot(found, heads, measures, against, paces, docs.parent / f"{name}-{against}.png")
         say(f"wrote the tables into {docs}")
 
 
@@ -119,10 +121,9 @@ def _table(found: Found, heads: Sequence[str], measure: Measure) -> tuple[tuple[
     return ("head", *map(str, found)), rows
 
 
-def _costs(found: Found, heads: Sequence[str]) -> tuple[tuple[str, ...], Rows]:
+def _costs(found: Found, heads: Sequence[str], paces: Mapping[str, float]) -> tuple[tuple[str, ...], Rows]:
     """Minutes of each budget, and MiB that the head keeps from step to step."""
     *_, last = found.values()
-    paces = _paces(found, heads)
     rows = [
         (
             name,
@@ -139,13 +140,15 @@ def _minutes(runs: Comparison, name: str, paces: Mapping[str, float]) -> float:
     return float(np.mean(runs.values(name, "steps"))) * paces[name] / MINUTE
 
 
-def _paces(found: Found, heads: Sequence[str]) -> dict[str, float]:
+def _paces(found: Found, heads: Sequence[str], records: Path | None) -> dict[str, float]:
     """Seconds of processor time a step of each head, by the longest runs that one kind of processor has of all.
 
-    Runs may come from several machines, and times of two tell nothing of their heads. NaN where no kind has all.
+    Those of ``records`` count too, of any length. Runs may come from several machines, and times of two tell nothing of
+    their heads. NaN where no kind has all.
     """
-    for runs in reversed(list(found.values())):
-        of_heads = {name: _seconds_a_step(runs.results(name)) for name in heads}
+    by_length = [{name: runs.results(name) for name in heads} for runs in reversed(list(found.values()))]
+    for results in [*recorded_results(records, heads), *by_length]:
+        of_heads = {name: _seconds_a_step(results.get(name, [])) for name in heads}
         if common := set.intersection(*map(set, of_heads.values())):
             return {name: float(np.median(seconds[min(common)])) for name, seconds in of_heads.items()}
     return dict.fromkeys(heads, math.nan)
@@ -160,7 +163,14 @@ def _seconds_a_step(results: Sequence[Mapping[str, Any]]) -> dict[str, list[floa
     return found
 
 
-def _plot(found: Found, heads: Sequence[str], measures: Sequence[Measure], against: Against, path: Path) -> None:
+def _plot(
+    found: Found,
+    heads: Sequence[str],
+    measures: Sequence[Measure],
+    against: Against,
+    paces: Mapping[str, float],
+    path: Path,
+) -> None:
     """A panel a measure, a line a head through its means, in a band of one deviation to each side."""
     drawn = [measure for measure in measures if measure.drawn]
     columns = min(PANELS_A_ROW, len(drawn))
@@ -171,7 +181,7 @@ def _plot(found: Found, heads: Sequence[str], measures: Sequence[Measure], again
     for axes in others[len(drawn) - 1 :]:
         axes.set_visible(False)
     for measure, axes in zip(drawn, (first, *others), strict=False):
-        _panel(axes, found, heads, measure, against)
+        _panel(axes, found, heads, measure, against, paces)
     drawing.legend(
         *first.get_legend_handles_labels(),
         loc="outside lower center",
@@ -182,11 +192,13 @@ def _plot(found: Found, heads: Sequence[str], measures: Sequence[Measure], again
     save_figure(drawing, path)
 
 
-def _panel(axes: Any, found: Found, heads: Sequence[str], measure: Measure, against: Against) -> None:
+def _panel(
+    axes: Any, found: Found, heads: Sequence[str], measure: Measure, against: Against, paces: Mapping[str, float]
+) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(AXES[against])
     axes.set_ylabel(measure.title if measure.of else f"{measure.title}, held-out identities")
-    widest, paces = np.array([]), _paces(found, heads)
+    widest = np.array([])
     for number, name in enumerate(heads):
         scores = np.array([runs.values(name, measure.key, measure.of) for runs in found.values()])
         counts = [length.count for length in found]

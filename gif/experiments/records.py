@@ -107,6 +107,17 @@ class Records:
         return {**self._shared, **contender_settings(run.contender)}
 
 
+def recorded_results(folder: Path | None, heads: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
+    """By length, the longest first, the results by head that ``folder`` has of ``heads``; none where it is None."""
+    found: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    for name in heads if folder is not None else ():
+        assert folder is not None
+        path = folder / f"{folder_name(name)}.json"
+        for key, result in read_json(path)["runs"].items() if path.exists() else ():
+            found.setdefault(_order((key, None))[:2], {}).setdefault(name, []).append(result)
+    return [found[length] for length in sorted(found, reverse=True)]
+
+
 def _by_head(runs: Iterable[Run]) -> list[list[Run]]:
     heads: dict[str, list[Run]] = {}
     for run in runs:

@@ -161,11 +161,15 @@ def test_time_is_of_one_kind_of_processor(tmp_path):
             result = {"tar": {}, "steps": 100 * count, "processor_seconds": taken, "processor": processor}
             (folder / "result.json").write_text(json.dumps(result))
             found[Length("epochs", count)].folders[name].append(folder)
-    paces = curves._paces(found, ["GIF", "full softmax"])
+    paces = curves._paces(found, ["GIF", "full softmax"], None)
     assert paces == {"GIF": 0.12, "full softmax": 0.08}
     assert curves._minutes(found[Length("epochs", 4)], "GIF", paces) == pytest.approx(400 * 0.12 / 60)
+    for name, taken in {"gif": 32.0, "full-softmax": 16.0}.items():  # runs of a longer length that are on record
+        known = {"epochs-16/seed-0": {"steps": 1600, "processor_seconds": taken, "processor": "new"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "runs": known}))
+    assert curves._paces(found, ["GIF", "full softmax"], tmp_path) == {"GIF": 0.02, "full softmax": 0.01}
     shorter = {length: runs for length, runs in found.items() if length.count == 4}
-    assert all(math.isnan(pace) for pace in curves._paces(shorter, ["GIF", "full softmax"]).values())
+    assert all(math.isnan(pace) for pace in curves._paces(shorter, ["GIF", "full softmax"], None).values())
 
 
 @pytest.mark.parametrize("wrong", [lambda: Length("epochs", 0), lambda: Machine(0)])
