@@ -26,8 +26,8 @@ BLOCK = 8192
 """Rows of a block in the second design: 128 MiB of bfloat16 pairs. Larger than a cache, but on an H100 the products of
 8,192 x 8,192 pairs run at 730 TFLOP/s where those of 4,096 x 4,096, which stay in cache, run at 570."""
 FUSED_UP_TO = 2048
-"""Columns up to which the fused launch is used: blocks take the same time there on an H100, 52 us for 60 on an H200, but
-a dozen launches, for which an eager step waits."""
+"""Columns up to which the fused launch is used: blocks take the same time there on an H100, 52 us for 60 on an H200,
+but a dozen launches, for which an eager step waits."""
 GROUP = 8
 """Blocks of rows whose programs run together, and find each other's columns in the cache."""
 ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
