@@ -109,9 +109,10 @@ class Records:
 
 def recorded_results(folder: Path | None, heads: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
     """By length, the longest first, the results by head that ``folder`` has of ``heads``; none where it is None."""
+    if folder is None:
+        return []
     found: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
-    for name in heads if folder is not None else ():
-        assert folder is not None
+    for name in heads:
         path = folder / f"{folder_name(name)}.json"
         for key, result in read_json(path)["runs"].items() if path.exists() else ():
             found.setdefault(_order((key, None))[:2], {}).setdefault(name, []).append(result)

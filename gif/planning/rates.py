@@ -34,7 +34,6 @@ Clock = Callable[[], float]
 REPEATS = 7
 EFFICIENCY = 0.6
 """Share of a card's peak that is planned with: what the potential is to reach at least."""
-
 _STEP, _LAUNCH, _NAMES = 2.5e-4, 3.3e-5, 4e5
 """Of a card's host, that of an H200 (docs/gpu.md): a step of spreading took 0.28 ms where the card took 0.06, a head's
 289 operations 9.6 ms, and the children of 3.4 million nodes of an estimated 8 s."""

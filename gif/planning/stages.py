@@ -26,9 +26,8 @@ INDEX_BYTES = 8  # of the number of a row
 SORT_BYTES = 56  # a row, while a level of random cuts is sorted: two orders, keys and what sorts them
 SIMILARITY_BYTES = 16  # of a cosine that is written, scaled and looked through, where it leaves the caches
 MEAN_BYTES = 72  # of a feature whose sum is cleared, divided, narrowed, and centred and multiplied in float64
-OPERATIONS_A_BLOCK = (
-    3000  # of a card, to cut a block of a level; by what a million and 16 million vectors took on an H200
-)
+OPERATIONS_A_BLOCK = 3000
+"""Of a card, to cut a block of a level; by what a million and 16 million vectors took on an H200."""
 OPERATIONS = {"head, GIF": 289, "head, full softmax": 60, "head, Partial FC": 90}
 """Of a card in a step of a head: GIF's were counted, the others are by what a step took there."""
 LEVEL_PASSES = 60  # of a row through memory: a dozen times it is gathered, normalised and multiplied
