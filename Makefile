@@ -71,7 +71,7 @@ $(AOT_DIR)/triton-%/triton: | $(VENV)/.installed
 
 # Everything that a GPU can say, in minutes, without installing anything: see docs/gpu.md.
 gpu:
-	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --output $(GPU_DIR)
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) --output $(GPU_DIR)
 
 # Damaged files, kills before each write, two commands on one output, planted code: by SEED, for MINUTES; it goes on where it was.
 campaign: $(VENV)/.installed

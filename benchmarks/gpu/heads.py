@@ -127,6 +127,7 @@ def _alone(run: Run, head: Head, m: int, taken: dict[int, float]) -> None:
         seconds = run.device.eager_seconds(call, STEPS)
         taken[m] = seconds
         run.record(what, seconds * 1e3, "ms", status="note")
+        run.record(f"{what}: kernels and copies", run.device.launches(call), "", status="note", detail=True)
         run.record(
             f"{what}: most allocated by torch", run.device.peak_bytes() / 2**30, "GiB", status="note", detail=True
         )

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu.records import ROOT, at_least
+from benchmarks.gpu.records import ROOT, Status, at_least
 from benchmarks.gpu.stage import Run
 from gif.files import read_json
 
@@ -66,7 +66,8 @@ def _killed(run: Run, folder: Path) -> None:
     stages = read_json(folder / "stages.json")
     note = "killed in training" if killed and begun else "it ended before it was killed"
     good = stages["train GIF"]["begun"] == 1 + killed and stages["spread"]["begun"] == 1
-    run.record("gif run, killed and given again: ended", 1, "", status="ok" if good else "wrong", note=note)
+    status: Status = "wrong" if not good else "ok" if killed and begun else "note"
+    run.record("gif run, killed and given again: ended", 1, "", status=status, note=note)
 
 
 def _training(folder: Path) -> bool:

@@ -29,7 +29,8 @@ MEAN_BYTES = 72  # of a feature whose sum is cleared, divided, narrowed, and cen
 OPERATIONS_A_BLOCK = 3000
 """Of a card, to cut a block of a level; by what a million and 16 million vectors took on an H200."""
 OPERATIONS = {"head, GIF": 289, "head, full softmax": 60, "head, Partial FC": 90}
-"""Of a card in a step of a head: GIF's were counted, the others are by what a step took there."""
+"""Of a card in a step of a head: GIF's were counted, Partial FC's are by the 2.8 ms that a step took on an H200; a
+softmax's, which was not timed there, are a guess."""
 LEVEL_PASSES = 60  # of a row through memory: a dozen times it is gathered, normalised and multiplied
 SUM_BYTES = 12  # of a feature: its sum in float64, and the mean in float32
 SAMPLE_RATE = 0.1  # of Partial FC's centres, as its authors recommend
