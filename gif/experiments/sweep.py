@@ -29,7 +29,7 @@ PEER_KNOBS = {"lr": (0.05, 0.1, 0.2), "scale": (8, 12, 16, 24), "margin": (0.1, 
 KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
     "GIF": {
         "lr": (0.05, 0.1, 0.2),
-        "contrast_scale": (8, 12, 16),
+        "contrast_scale": (8, 16, 24),
         "contrast_margin": (0.1, 0.2, 0.3),
         "vector_lr": (8, 24, 72),
         "siblings": (2, 8),

@@ -77,7 +77,7 @@ class PartialFC(TablesInState):
                 f"num_classes is {num_classes} and the codes are for {len(codes)} identities; make code vectors and "
                 "codes from the data set that is trained on"
             )
-        recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        recipe = (RECIPES[recipe] if isinstance(recipe, str) else recipe).fitted(num_classes)
         checks.choice("scale", scale, get_args(Scale))
         self.loss = GIFLoss(codes, vectors, embedding_size, recipe=_with_margin(recipe, margin_loss, scale))
         self._replicated = False

@@ -113,7 +113,7 @@ class GIFLoss(nn.Module, Head):
         known = [entry.name for entry in fields(Recipe)]
         if unknown := sorted(set(overrides) - set(known)):
             raise TypeError(f"{', '.join(unknown)}: no option of GIFLoss and no field of a recipe, which are {known}")
-        self.recipe = replace(recipe, **overrides)
+        self.recipe = replace(recipe, **overrides).fitted(len(codes))
         if vectors is None and self.recipe.needs_vectors:
             raise InputError(
                 "vectors are needed for the regression and contrast terms; give them, or set regression_weight=0 and "

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gif.errors import InputError
 from gif_kernels import AngularMargin
 
 RecipeName = Literal["live", "paper"]
+LEAST_SCALE = 12.0
+
+
+def fitted_scale(identities: int) -> float:
+    """sqrt(2) ln(m - 1), AdaCos's fixed scale for m identities (Zhang et al., CVPR 2019); 12 at least."""
+    return max(LEAST_SCALE, math.sqrt(2) * math.log(max(2, identities) - 1))
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Recipe:
         margin: of L_C.
         regression_weight: gamma, of the pull towards the own code vector L_AR.
         contrast_weight: beta, of the cross entropy L_CC between the code vectors of the batch and of their siblings.
-        contrast_scale: s of L_CC.
+        contrast_scale: s of L_CC; 0: what `fitted_scale` gives for the identities there are.
         contrast_margin: of L_CC.
         siblings: negatives that each identity of the batch brings to L_CC: its neighbours in the order of the codes,
             which share the longest prefix with it.
@@ -32,8 +39,8 @@ class Recipe:
         vector_lr: rate at which the code vectors in L_CC follow its gradient (of the batch's mean), at unit length and
             where the optimizer's schedule has its peak; 0 fixes them.
 
-    Raises ValueError for a weight, a rate or a number of siblings or negatives below 0, for ``fades`` outside of
-    [0, 1], or no term at all.
+    Raises ValueError for a weight, a scale of the contrast, a rate or a number of siblings or negatives below 0, for
+    ``fades`` outside of [0, 1], or no term at all.
     """
 
     code_weight: float
@@ -41,7 +48,7 @@ class Recipe:
     margin: AngularMargin
     regression_weight: float
     contrast_weight: float = 0.0
-    contrast_scale: float = 16.0
+    contrast_scale: float = 0.0
     contrast_margin: AngularMargin = AngularMargin(m2=0.0, m3=0.2)  # noqa: RUF009 (frozen)
     siblings: int = 2
     negatives: int = 0
@@ -54,13 +61,20 @@ class Recipe:
             if number != int(number):
                 raise InputError(f"{name} must be a whole number, got {number}")
             object.__setattr__(self, name, int(number))  # a config gives 2.0
-        for name in ("code_weight", "regression_weight", "contrast_weight", "siblings", "negatives", "vector_lr"):
+        at_least_zero = ("code_weight", "regression_weight", "contrast_weight", "contrast_scale")
+        for name in (*at_least_zero, "siblings", "negatives", "vector_lr"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.fades <= 1:
             raise InputError(f"fades must lie in [0, 1], got {self.fades}: a share of the run")
         if self.code_weight + self.regression_weight + self.contrast_weight == 0:
             raise InputError("all weights are 0, so there is nothing to learn; give at least one term a weight")
+
+    def fitted(self, identities: int) -> Recipe:
+        """The recipe with the scale for so many identities, where it contrasts them and has none of its own."""
+        if self.contrast_scale or not self.contrast_weight:
+            return self
+        return replace(self, contrast_scale=fitted_scale(identities))
 
     @property
     def needs_vectors(self) -> bool:
@@ -86,7 +100,6 @@ RECIPES: dict[RecipeName, Recipe] = {
         margin=AngularMargin(m2=0.0, m3=0.1),
         regression_weight=1.0,
         contrast_weight=1.0,
-        contrast_scale=12.0,
         negatives=4096,
         fades=0.5,
         vector_lr=24.0,

@@ -128,12 +128,12 @@ class TestInsightface:
             live = replace(RECIPES["live"], contrast_scale=scale, contrast_margin=margin)
             assert make(scale="margin_loss").loss.recipe == live
             with console.capture() as capture:
-                assert make().loss.recipe == replace(RECIPES["live"], contrast_margin=margin)
+                assert make().loss.recipe == replace(RECIPES["live"], contrast_margin=margin).fitted(M)
             assert f"the recipe's scale, 12, is kept, and not the margin loss's, {scale}" in capture.get()
         wrong: Any = "mine"
         with pytest.raises(ValueError, match="scale"):
             make(scale=wrong)
-        assert PartialFC(None, WIDTH, M, codes=codes, vectors=vectors).loss.recipe == RECIPES["live"]
+        assert PartialFC(None, WIDTH, M, codes=codes, vectors=vectors).loss.recipe == RECIPES["live"].fitted(M)
         with pytest.raises(TypeError, match="interclass filtering needs a logit for every class"):
             PartialFC(CombinedMarginLoss(64, 1, 0.5, 0, 0.2), WIDTH, M, codes=codes, vectors=vectors)
         with pytest.raises(TypeError, match="cannot read scale and margin off function"):

@@ -16,7 +16,7 @@ from gif.head import Head
 from gif.integrations import insightface, metric_learning
 from gif.losses import HeadConfig, token_weights
 from gif.losses import gif_loss as gif_loss_module
-from gif.losses.recipes import RecipeName
+from gif.losses.recipes import RECIPES, RecipeName
 from gif_kernels import checks
 
 M, WIDTH, VOCAB = 30, 12, 4
@@ -118,6 +118,8 @@ class TestGIFLoss:
             GIFLoss(codes, None, WIDTH)
         with pytest.raises(ValueError, match="recipe must be one of 'paper', 'live', got 'papper'"):
             GIFLoss(codes, vectors, WIDTH, recipe="papper")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="contrast_scale must be >= 0, got -1"):
+            GIFLoss(codes, vectors, WIDTH, contrast_scale=-1)
         with pytest.raises(ValueError, match="vector_lr must be >= 0, got -1"):
             GIFLoss(codes, vectors, WIDTH, vector_lr=-1)
         with pytest.raises(TypeError, match="scal"):
@@ -240,6 +242,15 @@ class TestLiveVectors:
         loss_fn.contrast_loss(embeddings, labels)
         assert torch.equal(half.table, kept)
         assert not {"schedule", "faded"} & set(loss_fn.state_dict())  # whoever trains says them before each step
+
+    def test_the_contrasts_scale_fits_the_identities(self, codes, vectors):
+        assert GIFLoss(codes, vectors, WIDTH).recipe.contrast_scale == 12  # the least
+        assert GIFLoss(codes, vectors, WIDTH, contrast_scale=7.0).recipe.contrast_scale == 7
+        assert [RECIPES["live"].fitted(m).contrast_scale for m in (0, 1, 2, 4844)] == [12, 12, 12, pytest.approx(12)]
+        assert RECIPES["live"].fitted(1_000_000).contrast_scale == pytest.approx(2**0.5 * math.log(999_999))
+        assert RECIPES["paper"].fitted(1_000_000) == RECIPES["paper"]  # which contrasts nobody
+        many = IdentityCodes(torch.cartesian_prod(*[torch.arange(20)] * 4), 20)
+        assert GIFLoss(many, CodeVectors(torch.randn(len(many), WIDTH)), WIDTH).recipe.contrast_scale > 16
 
     def test_tokens_and_pull_fade(self, codes, vectors):
         loss_fn = GIFLoss(codes, vectors, WIDTH).eval()
