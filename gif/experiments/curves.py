@@ -87,13 +87,18 @@ def accuracy_curves(
         parts.append(f"{measure.title[0].upper()}{measure.title[1:]}.\n\n{markdown_table(columns, rows)}")
     paces = _paces(found, heads, records)
     columns, rows = _costs(found, heads, paces)
+    whose = "all at the pace of one kind of processor" if paces else "as it was given, for no kind of processor has all"
     parts.append(
-        "Processor time of a run in minutes, all at the pace of one kind of processor, and what the head keeps.\n\n"
-        f"{markdown_table(columns, rows)}"
+        f"Processor time of a run in minutes, {whose}, and what the head keeps.\n\n{markdown_table(columns, rows)}"
     )
     tables = "\n".join(parts)
     write_text(output / "curves.md", tables)
-    pictures: list[Against] = ["epochs", "time"] if all(length.unit == "epochs" for length in found) else ["time"]
+    of_epochs = all(length.unit == "epochs" for length in found)
+    pictures: list[Against] = ["epochs"] if of_epochs else []
+    if paces or not of_epochs:
+        pictures.append("time")
+    else:
+        say("no kind of processor has trained every head: nothing is drawn against time")
     for against in pictures:
         _plot(found, heads, measures, against, paces, output / f"curves-{against}.png")
     say(f"wrote {output / 'curves.md'}, drew {', '.join(str(output / f'curves-{name}.png') for name in pictures)}")
@@ -127,7 +132,7 @@ def _costs(found: Found, heads: Sequence[str], paces: Mapping[str, float]) -> tu
     rows = [
         (
             name,
-            *(f"{_minutes(runs, name, paces):.1f}" for runs in found.values()),
+            *(_told(_minutes(length, runs, name, paces)) for length, runs in found.items()),
             f"{float(np.mean(last.values(name, HEAD_BYTES))) / MIB:,.1f}",
         )
         for name in heads
@@ -135,23 +140,29 @@ def _costs(found: Found, heads: Sequence[str], paces: Mapping[str, float]) -> tu
     return ("head", *map(str, found), "MiB"), rows
 
 
-def _minutes(runs: Comparison, name: str, paces: Mapping[str, float]) -> float:
-    """Processor time of a head's runs at its pace."""
-    return float(np.mean(runs.values(name, "steps"))) * paces[name] / MINUTE
+def _told(minutes: float) -> str:
+    return f"{minutes:.1f}" if math.isfinite(minutes) else "-"
+
+
+def _minutes(length: Length, runs: Comparison, name: str, paces: Mapping[str, float]) -> float:
+    """Processor time of a head's runs at its pace; where that is not known what they were given, NaN for epochs."""
+    if name in paces:
+        return float(np.mean(runs.values(name, "steps"))) * paces[name] / MINUTE
+    return length.count / MINUTE if length.unit == "seconds" else math.nan
 
 
 def _paces(found: Found, heads: Sequence[str], records: Path | None) -> dict[str, float]:
     """Seconds of processor time a step of each head, by the longest runs that one kind of processor has of all.
 
     Those of ``records`` count too, of any length. Runs may come from several machines, and times of two tell nothing of
-    their heads. NaN where no kind has all.
+    their heads. Empty where no kind has all.
     """
     by_length = [{name: runs.results(name) for name in heads} for runs in reversed(list(found.values()))]
     for results in [*recorded_results(records, heads), *by_length]:
         of_heads = {name: _seconds_a_step(results.get(name, [])) for name in heads}
         if common := set.intersection(*map(set, of_heads.values())):
             return {name: float(np.median(seconds[min(common)])) for name, seconds in of_heads.items()}
-    return dict.fromkeys(heads, math.nan)
+    return {}
 
 
 def _seconds_a_step(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -202,14 +213,13 @@ def _panel(
     for number, name in enumerate(heads):
         scores = np.array([runs.values(name, measure.key, measure.of) for runs in found.values()])
         counts = [length.count for length in found]
-        minutes = [_minutes(runs, name, paces) for runs in found.values()]
+        minutes = [_minutes(length, runs, name, paces) for length, runs in found.items()]
         places = np.array(counts if against == "epochs" else minutes)
         means, spreads, style = scores.mean(1), scores.std(1), line_style(number)
         axes.plot(places, means, marker="o", markersize=3.5, label=name, **style)
         axes.fill_between(places, means - spreads, means + spreads, color=style["color"], alpha=0.15, linewidth=0)
-        widest = np.append(widest, places[np.isfinite(places)])
-    if len(widest):  # what was not measured takes part in no limits, and a logarithm needs some
-        axes.set_xlim(widest.min() / MARGIN, widest.max() * MARGIN)
+        widest = np.append(widest, places)
+    axes.set_xlim(widest.min() / MARGIN, widest.max() * MARGIN)
     if against == "epochs":
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xticks([], minor=True)

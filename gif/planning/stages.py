@@ -160,7 +160,7 @@ def tokenize_cost(
     blocks_cut = length * math.ceil(m * max(width, vocab_size) / (BLOCK_FLOATS * DEVICE_BLOCKS))
     nodes = sum(min(vocab_size**depth, m) for depth in range(length))
     seconds += blocks_cut * OPERATIONS_A_BLOCK * rates.launch + nodes / rates.names
-    blocks = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
+    blocks: float = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
     if mapped:
         blocks += FLOAT * min(BLOCKS_TOGETHER * BLOCK_FLOATS, m * width / vocab_size)
     memory = m * (BYTES_A_ROW + (0 if mapped else width * itemsize)) + blocks

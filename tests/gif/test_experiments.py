@@ -1,7 +1,6 @@
 """Comparisons of heads: several runs at once, equal processor time, data that several sets judge."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from gif.data.glyphs.halves import PARTS
 from gif.data.glyphs.word_sets import SETS
 from gif.experiments import curves, glyph_bench, runs
 from gif.experiments.comparison import Comparison
-from gif.experiments.runs import Length, Machine
+from gif.experiments.runs import Budget, Length, Machine
 from gif.files import read_json
 
 HEADS = '--heads=["GIF", "full softmax"]'
@@ -163,13 +162,36 @@ def test_time_is_of_one_kind_of_processor(tmp_path):
             found[Length("epochs", count)].folders[name].append(folder)
     paces = curves._paces(found, ["GIF", "full softmax"], None)
     assert paces == {"GIF": 0.12, "full softmax": 0.08}
-    assert curves._minutes(found[Length("epochs", 4)], "GIF", paces) == pytest.approx(400 * 0.12 / 60)
+    four = Length("epochs", 4)
+    assert curves._minutes(four, found[four], "GIF", paces) == pytest.approx(400 * 0.12 / 60)
     for name, taken in {"gif": 32.0, "full-softmax": 16.0}.items():  # runs of a longer length that are on record
         known = {"epochs-16/seed-0": {"steps": 1600, "processor_seconds": taken, "processor": "new"}}
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": {}, "runs": known}))
     assert curves._paces(found, ["GIF", "full softmax"], tmp_path) == {"GIF": 0.02, "full softmax": 0.01}
     shorter = {length: runs for length, runs in found.items() if length.count == 4}
-    assert all(math.isnan(pace) for pace in curves._paces(shorter, ["GIF", "full softmax"], None).values())
+    assert curves._paces(shorter, ["GIF", "full softmax"], None) == {}
+    assert curves._told(curves._minutes(four, found[four], "GIF", {})) == "-"
+    assert curves._told(curves._minutes(Length("seconds", 90), found[four], "GIF", {})) == "1.5"  # what it was given
+
+
+@pytest.mark.parametrize(("unit", "picture"), [("epochs", "epochs"), ("seconds", "time")])
+def test_runs_that_no_processor_has_all_of_are_drawn_as_far_as_they_tell(unit, picture, tmp_path, monkeypatch):
+    """The time of runs that were given equal seconds is known, of epochs it is not."""
+    lengths = [Length(unit, count) for count in (60, 240)]
+    found = {length: Comparison({"GIF": [], "full softmax": []}) for length in lengths}
+    for name, processor in {"GIF": "old", "full softmax": "new"}.items():
+        for length in lengths:
+            folder = tmp_path / name / length.folder
+            folder.mkdir(parents=True)
+            measured = {"rank1": 0.9, "tar": {"0.001": 0.8, "0.0001": 0.7}, "steps": length.count}
+            cost = {"head_bytes": 2**20, "processor_seconds": 50.0, "processor": processor}
+            (folder / "result.json").write_text(json.dumps(measured | cost))
+            found[length].folders[name].append(folder)
+    monkeypatch.setattr(curves, "compare_lengths", lambda *_: found)
+    curves.accuracy_curves(tmp_path, list(found[lengths[0]].folders), Budget("glyphs"), lengths, None, Machine())
+    assert [path.name for path in tmp_path.glob("*.png")] == [f"curves-{picture}.png"]
+    costs = "| - | - | 1.0 |" if unit == "epochs" else "| 1.0 | 4.0 | 1.0 |"
+    assert f"| GIF {costs}" in (tmp_path / "curves.md").read_text()
 
 
 @pytest.mark.parametrize("wrong", [lambda: Length("epochs", 0), lambda: Machine(0)])
