@@ -21,7 +21,7 @@ from gif.distributed import process_group, rank, wait_for_all
 from gif.errors import InputError
 from gif.files import save_tensors, write_text
 from gif.head import HEAD_FORMAT, Placement, as_head
-from gif.losses import HeadConfig
+from gif.losses import GIFLoss, HeadConfig
 from gif.ownership import hold
 from gif.progress import say, say_once
 from gif.resume import WHO, claim_folder
@@ -130,6 +130,7 @@ def train_command(
             "codes": code_table and code_table.fingerprint,
             "vectors": table and table.fingerprint(),
             "head": asdict(head),
+            **({"recipe": asdict(loss_fn.recipe)} if isinstance(loss_fn, GIFLoss) else {}),
             "backbone": asdict(backbone),
             "training": training.settings(),
             "augmentation": augmentation,

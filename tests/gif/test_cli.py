@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from gif.errors import DivergedError, InputError, MissingFileError, UnavailableE
 from gif.experiments import glyph_bench
 from gif.experiments import sweep as sweep_module
 from gif.files import load_tensors, read_json
+from gif.losses import RECIPES
 from gif.run import command as run_module
 from gif.vectors import CodeVectors
 from gif.vectors import commands as vectors_commands
@@ -26,7 +28,7 @@ from gif.vectors import commands as vectors_commands
 TINY = ["--backbone.embedding_size=16", "--backbone.image_size=16", "--backbone.width=4"]
 
 
-def test_step_by_step(tiny_data, gif, tmp_path):
+def test_step_by_step(tiny_data, gif, tmp_path, monkeypatch):
     vectors, spread, codes = (tmp_path / f"{name}.safetensors" for name in ("vectors", "spread", "codes"))
     assert gif("vectors", "--output", vectors, "--width=16")[0] == 0
     assert gif("spread", "--vectors", vectors, "--output", spread, "--epochs=2")[0] == 0
@@ -45,6 +47,10 @@ def test_step_by_step(tiny_data, gif, tmp_path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     code, printed = gif(*train, "--head.overrides.scale=17")
     assert code == 1 and "holds a run with other settings" in printed
+    with monkeypatch.context() as later:  # a version whose default recipe is another would not go on with this run
+        later.setitem(RECIPES, "live", replace(RECIPES["live"], fades=1.0))
+        code, printed = gif(*train)
+    assert code == 1 and "recipe.fades is 0.5 there and 1.0 here" in printed
 
     code, printed = gif("evaluate", "--model", run / "backbone.safetensors", "--data=glyphs")
     assert code == 0 and "rank-1" in printed
