@@ -29,7 +29,7 @@ PEER_KNOBS = {"lr": (0.05, 0.1, 0.2), "scale": (8, 12, 16, 24), "margin": (0.1, 
 KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
     "GIF": {
         "lr": (0.05, 0.1, 0.2),
-        "contrast_scale": (8, 16, 24),
+        "contrast_scale": (8, 24),
         "contrast_margin": (0.1, 0.2, 0.3),
         "vector_lr": (8, 24, 72),
         "siblings": (2, 8),
@@ -44,7 +44,7 @@ KNOBS: dict[str, dict[str, tuple[float, ...]]] = {
     "Prototype Memory": {**PEER_KNOBS, "group_size": (2, 4, 8)},
     "Virtual FC": {**PEER_KNOBS, "group_size": (2, 4, 8)},
 }
-"""Values of each setting; margins are CosFace's m3. The head's own value is among them."""
+"""Values of each setting; margins are CosFace's m3. The head's own value is among them, or beside them."""
 SETTINGS = tuple(dict.fromkeys(setting for knobs in KNOBS.values() for setting in knobs))
 
 
