@@ -48,7 +48,6 @@ def split(
     Returns child (g, M) uint8 in [0, k), meaningless on padding, and the sum (g, k, d) of each child's unit rows. Of
     shared nodes child is that of this process's own columns.
     """
-    nodes = nodes.together(k)
     sample, own = nodes.sample(LLOYD_ROWS * k, seeds), nodes.own(k)
     share = largest_share(nodes, k, capacity_factor, limit)
     attempts = (nodes.sizes // (LLOYD_ROWS * k)).clamp(1, RESTARTS)

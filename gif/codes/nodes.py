@@ -18,8 +18,6 @@ from gif.codes.splitmix import uniforms
 from gif.distributed import gather_rows, in_turn, rank, sum_over_processes, world_size
 from gif_kernels.sphere import inverse_norm, unit
 
-BLOCKS_TOGETHER = 12  # of rows that a node is read from again and again: one of 64,000 rows of 512 numbers
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -88,19 +86,6 @@ class Nodes:
         blocks = -(-width // step)
         begin, end = (min(width, step * (blocks * share // world_size())) for share in (rank(), rank() + 1))
         return replace(self, index=self.index[:, begin:end], mask=self.mask[:, begin:end], begin=begin)
-
-    def together(self, k: int) -> Nodes:
-        """The same with a table of its own rows, one after the other, of a node that is read in a few blocks; on a CPU.
-
-        Gathered once: each pass over them reads the table where it is.
-        """
-        width = self.index.shape[1]
-        most = BLOCKS_TOGETHER * block_floats() // self.table.shape[1]
-        several = len(self.index) > 1 or self.shared  # whose rows a process reads a part of
-        if several or self.index.device.type != "cpu" or not self._step(k) < width <= most or _consecutive(self.index):
-            return self
-        index = torch.arange(width, dtype=self.index.dtype)[None]
-        return replace(self, table=take(self.table, self.index[0]), index=index)
 
     def similarity(self, centroids: Tensor) -> Tensor:
         """Cosine of each row to its node's ``centroids`` (g, k, d): (g, M, k)."""

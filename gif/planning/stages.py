@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from gif.codes.blocks import BLOCK_FLOATS, DEVICE_BLOCKS
 from gif.codes.clustering import LLOYD_ROWS, RESTARTS
-from gif.codes.nodes import BLOCKS_TOGETHER
 from gif.codes.prices import FINAL_RATES
 from gif.codes.quality import KMEANS_RESTARTS
 from gif.codes.sketch import sketched_width
@@ -160,9 +159,7 @@ def tokenize_cost(
     blocks_cut = length * math.ceil(m * max(width, vocab_size) / (BLOCK_FLOATS * DEVICE_BLOCKS))
     nodes = sum(min(vocab_size**depth, m) for depth in range(length))
     seconds += blocks_cut * OPERATIONS_A_BLOCK * rates.launch + nodes / rates.names
-    blocks: float = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
-    if mapped:
-        blocks += FLOAT * min(BLOCKS_TOGETHER * BLOCK_FLOATS, m * width / vocab_size)
+    blocks = FLOAT * BLOCKS_HELD * BLOCK_FLOATS * (1 if mapped else DEVICE_BLOCKS)
     memory = m * (BYTES_A_ROW + (0 if mapped else width * itemsize)) + blocks
     vectors = "the vectors stay in their file" if mapped else "of several processes none copies the vectors"
     pages = m * width * itemsize if mapped else 0.0

@@ -85,8 +85,7 @@ class TestFormulas:
             for mapped in (True, False)
         )
         blocks = 10 * 4 * 2**22  # of float32 on a CPU; 32 times as many on a card
-        together = 1e6 * 512 / 16 * 4  # a node
-        assert mapped == 24e6 + blocks + together
+        assert mapped == 24e6 + blocks
         assert held == 24e6 + 32 * blocks + 1024e6
 
     def test_encoding_holds_the_vectors_and_the_sums_of_a_part(self):

@@ -25,7 +25,6 @@ from gif.codes import (
     tree,
 )
 from gif.codes import blocks as blocks_module
-from gif.codes import nodes as nodes_module
 from gif.codes import prices as prices_module
 from gif.codes.align import Residuals, match
 from gif.codes.clustering import Points, kmeans, split
@@ -392,29 +391,6 @@ def test_points_are_sampled_as_nodes_are(sizes):
     found = Points.sketched(nodes, V).sample(10, seeds)
     torch.testing.assert_close(found.rows, Points.sketched(expected, V).rows)
     assert torch.equal(found.mask, expected.mask)
-
-
-@pytest.mark.parametrize("blocks", [3, 2])
-def test_a_node_of_few_blocks_is_gathered_once(vectors, blocks, monkeypatch):
-    index = torch.randperm(M, generator=torch.Generator().manual_seed(0))[None, :3000]
-    nodes = Nodes(vectors, index, torch.ones_like(index, dtype=torch.bool), full=True)
-    seeds = node_seeds(0, 0, index[0, :1].numpy())
-    cut = partial(split, nodes, V, capacity_factor=1.2, limit=400, iterations=4, seeds=seeds)
-    monkeypatch.setattr(blocks_module, "BLOCK_FLOATS", 1000 * vectors.shape[1])
-    monkeypatch.setattr(nodes_module, "BLOCKS_TOGETHER", 0)
-    child, sums = cut()
-    read = 0
-
-    def counted(table, rows, take=nodes_module.take):
-        nonlocal read
-        read += rows.numel() * (table is vectors)
-        return take(table, rows)
-
-    monkeypatch.setattr(nodes_module, "BLOCKS_TOGETHER", blocks)
-    monkeypatch.setattr(nodes_module, "take", counted)
-    again, sums_again = cut()
-    assert torch.equal(child, again) and torch.equal(sums, sums_again)
-    assert read == 3000 if blocks == 3 else read > 3 * 3000
 
 
 @pytest.mark.parametrize("index", [[4, 5, 6, 7], [4, 5, 5, 7], [4, 6, 5, 7], [7, 6, 5, 4], [9]], ids=str)
