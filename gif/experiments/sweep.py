@@ -1,7 +1,7 @@
 """Settings tried one at a time around each head's own, on a validation split of identities.
 
-What is chosen here is written into `CONTENDERS` by hand; the held-out identities, which `gif accuracy` judges on, take
-no part. Every head gets the same number of trials.
+What is chosen here is written into `glyph_bench` by hand, for the kind of data that it was chosen on; the held-out
+identities, which `gif accuracy` judges on, take no part. Every head gets the same number of trials.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from gif.documents import markdown_table, replace_block, require_block
 from gif.errors import InputError
 from gif.experiments.comparison import MEASURES, compare, settings_of, show
-from gif.experiments.glyph_bench import BATCH_SIZE, CONTENDERS, Contender
+from gif.experiments.glyph_bench import BATCH_SIZE, Contender, contenders_on
 from gif.experiments.runs import Budget, Length, Machine
 from gif.files import write_text
 from gif.losses import RECIPES
@@ -101,8 +101,9 @@ def sweep(
     block = f"sweep {budget.subject}"
     if docs is not None:
         require_block(docs, block)
-    trials = {head: dict(variations(head, settings)) for head in heads}
-    everything = {name: contender for head in KNOBS for name, contender in variations(head)}
+    bases = contenders_on(data)
+    trials = {head: dict(variations(head, bases[head], settings)) for head in heads}
+    everything = {name: contender for head in KNOBS for name, contender in variations(head, bases[head])}
     chosen = {name: contender for found in trials.values() for name, contender in found.items()}
     paced_by = {name: head for head, found in trials.items() for name in found}
     length = Length("epochs", epochs) if seconds is None else Length("seconds", seconds)
@@ -124,9 +125,8 @@ def sweep(
     say(f"wrote {output / 'sweep.md'}; best by TAR: {', '.join(sorted(best))}")
 
 
-def variations(head: str, settings: Sequence[str] = SETTINGS) -> Iterator[tuple[str, Contender]]:
-    """A head as it is, and with each of ``settings`` at each other value: names and contenders."""
-    base = CONTENDERS[head]
+def variations(head: str, base: Contender, settings: Sequence[str] = SETTINGS) -> Iterator[tuple[str, Contender]]:
+    """A head as it is, ``base``, and with each of ``settings`` at each other value: names and contenders."""
     yield head, base
     for knob, values in KNOBS[head].items():
         for value in values if knob in settings else ():

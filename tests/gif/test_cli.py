@@ -220,13 +220,24 @@ def test_sweep_tries_settings_on_identities_it_keeps_from_training(tiny_bench, g
     assert code == 1 and "at least one" in printed and not (tmp_path / "u").exists()
 
 
+@pytest.mark.parametrize("data", ["glyphs", "glyph-words"])
 @pytest.mark.parametrize("head", list(sweep_module.KNOBS))
-def test_every_head_of_the_sweep_gets_as_many_trials(head):
-    trials = dict(sweep_module.variations(head))
+def test_every_head_of_the_sweep_gets_as_many_trials(head, data):
+    base = glyph_bench.contenders_on(data)[head]
+    trials = dict(sweep_module.variations(head, base))
     assert len(trials) == 10
     contenders = list(trials.values())
     assert all(a != b for i, a in enumerate(contenders) for b in contenders[:i])
-    assert contenders[0] == glyph_bench.CONTENDERS[head]
+    assert contenders[0] == base
+
+
+def test_a_sweep_turns_around_what_was_found_for_that_kind_of_data(tmp_path, monkeypatch):
+    tried = {}
+    monkeypatch.setattr(sweep_module, "compare", lambda output, contenders, *rest: tried.update(contenders) or 1 / 0)
+    for data, lr in (("glyphs", 0.1), ("glyph-words", 0.2)):
+        with pytest.raises(ZeroDivisionError):
+            sweep_module.sweep(tmp_path, data=data, heads=["GIF"])
+        assert tried["GIF"].lr == tried["GIF, siblings=8"].lr == lr
 
 
 def test_quickstart(tiny_images, tiny_data, monkeypatch, gif, tmp_path):
