@@ -88,10 +88,10 @@ STEPS = {
     "gif": Step(_tests(*(f"tests/gif/test_{part}.py" for part in ("packages", "losses", "tokenize", "readme")))),
     "packages": Step(
         _tests(
-            *(f"tests/gif/test_{part}.py" for part in ("options", "encoders", "export", "hub", "metric_learning")),
+            *(f"tests/gif/test_{part}.py" for part in ("cli", "options", "encoders", "export", "hub")),
             *(
                 f"tests/gif/test_{part}.py"
-                for part in ("data_images", "glyphs", "vectors", "evaluation", "recognition")
+                for part in ("metric_learning", "data_images", "glyphs", "vectors", "evaluation", "recognition")
             ),
             *(f"tests/gif/test_{part}.py" for part in ("files", "progress", "report", "examples", "continuing")),
         )

@@ -25,7 +25,7 @@ def code_contrast(
     z, h = (rounded(unit(x.to(dtype)), options.operand) for x in (embeddings, vectors))
     cosine = z @ h.T  # (B, C)
     index = targets.clamp(min=0)
-    own = F.one_hot(index, len(vectors)).bool()
+    own = index[:, None] == torch.arange(len(vectors), device=index.device)  # PyTorch 2.9 compiles no one_hot in vjp
     logits = options.scale * torch.where(own, options.margin(cosine), cosine)
     if competes is not None:
         logits = logits.masked_fill(~competes, -torch.inf)

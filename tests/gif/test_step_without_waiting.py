@@ -98,6 +98,7 @@ def kernels(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.fake_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", LIVE.values(), ids=LIVE)
 def test_a_training_step(codes, kernels, options, dtype):
@@ -117,6 +118,7 @@ def test_a_training_step(codes, kernels, options, dtype):
             loss.item()
 
 
+@pytest.mark.fake_cuda
 def test_a_step_of_embeddings_that_need_no_gradient(codes, kernels):
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
         head = fake_head(codes, fake, negatives=6)
@@ -125,6 +127,7 @@ def test_a_step_of_embeddings_that_need_no_gradient(codes, kernels):
         assert "gif_kernels::vector_step_" in operators.names
 
 
+@pytest.mark.fake_cuda
 def test_a_step_of_spreading(kernels):
     with FakeTensorMode(allow_non_fake_inputs=False):
         table = torch.empty(M, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -132,6 +135,7 @@ def test_a_step_of_spreading(kernels):
         assert loss.shape == () and loss.device.type == "cuda"
 
 
+@pytest.mark.fake_cuda
 def test_the_blocked_step_of_spreading():
     """What that operator does, where there is no Triton."""
     from gif_kernels.uniformity_step import blocked
@@ -143,6 +147,7 @@ def test_the_blocked_step_of_spreading():
         assert blocked.step_(table, index, UniformityStepOptions(lr=0.1, t=2.0, seed=3)).device.type == "cuda"
 
 
+@pytest.mark.fake_cuda
 def test_clustering_the_nodes_of_a_level():
     """What tokenising does again and again; a level reads how large its nodes are, once each."""
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -177,6 +182,7 @@ def test_an_eager_step_reads_no_value(codes, unchecked, options):
     assert head.stayed is stayed  # the very tensor that a replayed graph writes to
 
 
+@pytest.mark.fake_cuda
 @pytest.mark.skipif(not dispatch.TRITON_INSTALLED, reason="Triton is not installed")
 def test_operators_of_a_live_step(codes):
     """How many there are; with -s, which. docs/gpu.md tells the number."""

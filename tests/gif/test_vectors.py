@@ -239,6 +239,7 @@ class TestWithoutWaiting:
         assert given.move_(labels, gradient, 0.1) == 1
         assert torch.equal(given.table, expected.table)
 
+    @pytest.mark.fake_cuda
     def test_no_value_is_read(self):
         codes = IdentityCodes(torch.tensor([[i // 5, i % 5] for i in range(20)]), 5)
         with FakeTensorMode(allow_non_fake_inputs=False) as fake:

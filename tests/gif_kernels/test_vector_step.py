@@ -297,6 +297,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.fake_cuda
 @pytest.mark.parametrize("seed", ["number", "tensor"])
 def test_no_value_is_read_on_an_accelerator(seed):
     """Tensors without values: whoever would look at one raises. The op is one node, whatever it runs as."""
@@ -314,6 +315,7 @@ def test_no_value_is_read_on_an_accelerator(seed):
             stayed.item()
 
 
+@pytest.mark.fake_cuda
 def test_blocked_reads_no_value_on_an_accelerator():
     with FakeTensorMode(allow_non_fake_inputs=False):
         table = torch.empty(20, 8, device="cuda", dtype=torch.bfloat16)
