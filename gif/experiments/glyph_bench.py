@@ -86,13 +86,14 @@ CONTENDERS = {
 }
 
 
-SCALED = {
-    name: replace(contender, head=replace(contender.head, scale=24.0))
-    for name, contender in CONTENDERS.items()
-    if name.startswith(("Partial FC", "full softmax"))
+ON_WORDS = {
+    "GIF": replace(CONTENDERS["GIF"], lr=0.2),
+    **{
+        name: replace(contender, head=replace(contender.head, scale=24.0))
+        for name, contender in CONTENDERS.items()
+        if name.startswith(("Partial FC", "full softmax"))
+    },
 }
-SWEPT = "Partial FC 10,000 from code vectors"
-ON_WORDS = {"GIF": replace(CONTENDERS["GIF"], lr=0.2), **SCALED, SWEPT: replace(SCALED[SWEPT], lr=0.05)}
 """Those whose best setting on words is another: of 40 seconds' training on 100,000 of them, by `gif sweep`.
 
 GIF's is its rate, since its recipe is to be the default; the scale of Partial FC's 10,000 is every softmax's.

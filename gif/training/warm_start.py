@@ -137,9 +137,9 @@ def _timm_weights(init: str, config: BackboneConfig, network: nn.Module) -> dict
         if file is None:
             found = timm.create_model(config.model, pretrained=True, **options)
         else:
-            found = timm.create_model(
-                config.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **options
-            )
+            # a state of PyTorch's, even where timm's own file is in the format of the network's authors
+            overlay = {"file": str(file), "custom_load": False}
+            found = timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     own = network.state_dict()
     weights = dict(found.state_dict())
     if unknown := sorted(weights.keys() - own.keys()):

@@ -260,7 +260,7 @@ class TestInit:
             if "width" not in str(word) and "image_size" not in str(word)
         ]
         code, printed = gif(*given, "--backbone.image_size=16", "--training.lr=1e-8", "--training.steps=1")
-        assert code == 0 and "the last layer begins afresh: head.weight, head.bias" in printed
+        assert code == 0 and "the last layer begins afresh: head.weight, head.bias" in printed, printed
         here = weights(tmp_path / "a" / "backbone.safetensors")
         assert torch.allclose(
             here["blocks.3.attn.qkv.weight"], theirs.state_dict()["blocks.3.attn.qkv.weight"], atol=1e-5
