@@ -182,7 +182,7 @@ def _plot(
     paces: Mapping[str, float],
     path: Path,
 ) -> None:
-    """A panel a measure, a line a head through its means, in a band of one deviation to each side."""
+    """A panel a measure, a line a head through its means, in a band of one deviation to each side, or bars."""
     drawn = [measure for measure in measures if measure.drawn]
     columns = min(PANELS_A_ROW, len(drawn))
     rows = math.ceil(len(drawn) / columns)
@@ -218,6 +218,8 @@ def _panel(
         means, spreads, style = scores.mean(1), scores.std(1), line_style(number)
         axes.plot(places, means, marker="o", markersize=3.5, label=name, **style)
         axes.fill_between(places, means - spreads, means + spreads, color=style["color"], alpha=0.15, linewidth=0)
+        if len(places) == 1:  # a band of no width
+            axes.errorbar(places, means, spreads, fmt="none", capsize=3, color=style["color"])
         widest = np.append(widest, places)
     axes.set_xlim(widest.min() / MARGIN, widest.max() * MARGIN)
     if against == "epochs":
