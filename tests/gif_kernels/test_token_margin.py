@@ -343,11 +343,12 @@ def test_compiled_equals_eager(impl, case, options, compiles):
     compiles(loss_of(case.codes(), impl=impl, **options), *case.tensors(torch.float32))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", ["primes", "wider projection"])
-def test_compiled_equals_eager_with_a_pull(case, compiles):
+def test_compiled_equals_eager_with_a_pull(case, reduction, compiles):
     case = CASES[case]
     regression = CodeRegression(torch.randn(3, case.width), torch.arange(case.batch) % 4 - 1, 0.7)
-    compiles(loss_of(case.codes(), regression=regression), *case.tensors(torch.float32))
+    compiles(loss_of(case.codes(), regression=regression, reduction=reduction), *case.tensors(torch.float32))
 
 
 @pytest.mark.parametrize("case", ["primes", "wider projection"])
