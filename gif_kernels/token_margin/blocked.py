@@ -97,7 +97,8 @@ class _TokenMargin(torch.autograd.Function):
         logarithms = logits.scatter_(1, index, value * scale).log_softmax(1)
         row_weight = row_weights(codes[:, 0] >= 0, options.reduction, dtype)
         weight = row_weight * (1 / length if token_weights is None else token_weights.to(dtype).view(-1, 1, 1))
-        losses = -(logarithms.gather(1, index) * weight).sum((0, 1))  # changed in place, PyTorch 2.11 compiles it as constant
+        # what is returned and was changed in place, PyTorch 2.11 compiles as a constant
+        losses = -(logarithms.gather(1, index) * weight).sum((0, 1))
         pulled = None
         if targets is not None:
             z_inverse = inverse_norm(z) if u is not None else inverse.view(-1, 1)
