@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-FAKES_WITHOUT_A_DRIVER = (2, 11)
+FAKES_WITHOUT_A_DRIVER = (2, 10)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
