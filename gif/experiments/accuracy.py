@@ -64,8 +64,8 @@ def accuracy(
     steps as take so long here, by the time of some. Heads, budgets and seeds may be added to the output later.
 
     Args:
-        output: folder for accuracy.md, roc.png, rarity.png and the runs; with budgets for curves.md, curves-epochs.png,
-            curves-time.png and the runs.
+        output: folder for accuracy.md, roc.png, rarity.png and the runs; with budgets for curves.md, curves-time.png,
+            of several budgets of epochs curves-epochs.png, and the runs.
         data: the data set; its held-out identities judge.
         identities: how many of the data set's identities there are, at random; all where not given.
         heads: which heads; all of them by default.

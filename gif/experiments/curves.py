@@ -71,7 +71,7 @@ def accuracy_curves(
     machine: Machine,
     records: Path | None = None,
 ) -> None:
-    """Train every head for each of ``lengths``; write curves.md and draw accuracy against epochs and time."""
+    """Train every head for each of ``lengths``; write curves.md, draw accuracy against epochs and time."""
     block = f"accuracy curves {budget.subject}"
     if docs is not None:
         require_block(docs, block)
@@ -94,8 +94,9 @@ def accuracy_curves(
     tables = "\n".join(parts)
     write_text(output / "curves.md", tables)
     of_epochs = all(length.unit == "epochs" for length in found)
-    pictures: list[Against] = ["epochs"] if of_epochs else []
-    if paces or not of_epochs:
+    told = paces or not of_epochs
+    pictures: list[Against] = ["epochs"] if of_epochs and (len(found) > 1 or not told) else []  # one tells nothing more
+    if told:
         pictures.append("time")
     else:
         say("no kind of processor has trained every head: nothing is drawn against time")

@@ -174,12 +174,22 @@ def test_time_is_of_one_kind_of_processor(tmp_path):
     assert curves._told(curves._minutes(Length("seconds", 90), found[four], "GIF", {})) == "1.5"  # what it was given
 
 
-@pytest.mark.parametrize(("unit", "picture"), [("epochs", "epochs"), ("seconds", "time")])
-def test_runs_that_no_processor_has_all_of_are_drawn_as_far_as_they_tell(unit, picture, tmp_path, monkeypatch):
-    """The time of runs that were given equal seconds is known, of epochs it is not."""
-    lengths = [Length(unit, count) for count in (60, 240)]
+@pytest.mark.parametrize(
+    ("unit", "counts", "processors", "pictures", "minutes"),
+    [
+        ("epochs", (60, 240), ("old", "new"), {"epochs"}, "- | -"),
+        ("epochs", (60,), ("old", "new"), {"epochs"}, "-"),
+        ("epochs", (60, 240), ("old", "old"), {"epochs", "time"}, "0.2 | 0.8"),
+        ("epochs", (60,), ("old", "old"), {"time"}, "0.8"),
+        ("seconds", (60, 240), ("old", "new"), {"time"}, "1.0 | 4.0"),
+        ("seconds", (60,), ("old", "old"), {"time"}, "0.8"),
+    ],
+)
+def test_runs_are_drawn_as_far_as_they_tell(unit, counts, processors, pictures, minutes, tmp_path, monkeypatch):
+    """The time of equal seconds is known; of epochs, where one kind of processor has all. One budget is no curve."""
+    lengths = [Length(unit, count) for count in counts]
     found = {length: Comparison({"GIF": [], "full softmax": []}) for length in lengths}
-    for name, processor in {"GIF": "old", "full softmax": "new"}.items():
+    for name, processor in zip(("GIF", "full softmax"), processors, strict=True):
         for length in lengths:
             folder = tmp_path / name / length.folder
             folder.mkdir(parents=True)
@@ -189,9 +199,8 @@ def test_runs_that_no_processor_has_all_of_are_drawn_as_far_as_they_tell(unit, p
             found[length].folders[name].append(folder)
     monkeypatch.setattr(curves, "compare_lengths", lambda *_: found)
     curves.accuracy_curves(tmp_path, list(found[lengths[0]].folders), Budget("glyphs"), lengths, None, Machine())
-    assert [path.name for path in tmp_path.glob("*.png")] == [f"curves-{picture}.png"]
-    costs = "| - | - | 1.0 |" if unit == "epochs" else "| 1.0 | 4.0 | 1.0 |"
-    assert f"| GIF {costs}" in (tmp_path / "curves.md").read_text()
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"curves-{picture}.png" for picture in pictures}
+    assert f"| GIF | {minutes} | 1.0 |" in (tmp_path / "curves.md").read_text()
 
 
 @pytest.mark.parametrize("wrong", [lambda: Length("epochs", 0), lambda: Machine(0)])
