@@ -19,6 +19,7 @@ from gif.data.shared_memory import check_workers, shared_flags
 from gif.data.workers import batches_of, leave_signals_to_the_command
 from gif.errors import InputError
 from gif.progress import progress
+from gif.spacing import evenly_spaced
 from gif_kernels import checks
 
 BrokenPolicy = Literal["skip", "raise"]
@@ -175,7 +176,7 @@ class EncodedImages(ImageTable):
     def check_readable(self) -> None:
         """Raise ValueError if of a few images, evenly spaced, none can be decoded: then something is wrong with all."""
         reason = None
-        for index in torch.linspace(0, len(self) - 1, min(ALL_BROKEN, len(self))).long().tolist():
+        for index in evenly_spaced(len(self), ALL_BROKEN):
             try:
                 self[index]
                 return

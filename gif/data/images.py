@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from gif.data.identities import DIGEST_BYTES, Identities, Names
 from gif.errors import InputError
+from gif.spacing import evenly_spaced
 from gif_kernels import checks
 
 SPLIT_BY = "BLAKE2b of each name"  # raise it to refuse runs whose identities were split in another way
@@ -306,7 +307,7 @@ def digest_images(count: int, read: Callable[[int], bytes]) -> str:
     noticed, one image of a million need not be.
     """
     digest = hashlib.sha256()
-    for index in torch.linspace(0, count - 1, min(count, _SAMPLE), dtype=torch.float64).long().tolist():
+    for index in evenly_spaced(count, _SAMPLE):
         stored = read(index)
         digest.update(len(stored).to_bytes(8, "little") + stored)
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from gif.files import write_text
 from gif.ownership import check_folder
 from gif.plotting import COLORS, canvas, figure, legible, plain_numbers, save_figure
 from gif.progress import new_table, print_table, say
+from gif.spacing import evenly_spaced
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -118,8 +119,8 @@ def plot_identities(data: IdentityDataset, path: str | Path) -> None:
     """Draw images of identities, a row each: of those with most images, with fewest, and evenly between."""
     counts = data.image_counts()
     order = counts.argsort(descending=True, stable=True)
-    ranks = torch.linspace(0, len(order) - 1, min(SHEET_ROWS, len(order))).long()
-    rows = [data.images_between(label, label + 1) for label in order[ranks].tolist()]
+    labels = order[evenly_spaced(len(order), SHEET_ROWS)].tolist()
+    rows = [data.images_between(label, label + 1) for label in labels]
     shown = [list(row)[:SHEET_COLUMNS] if isinstance(row, range) else row[:SHEET_COLUMNS].tolist() for row in rows]
     sheet = Pictures(data).sheet(shown, GAP)
     drawing = canvas(SHEET_WIDTH, SHEET_WIDTH * sheet.shape[0] / sheet.shape[1] + 0.5)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gif.data.encoded import EncodedImages
 from gif.data.images import IdentityDataset
+from gif.spacing import evenly_spaced
 
 DARK = 64  # mean grey level below which drawings are ink on black
 DRAWN, EXTREME = 0.8, 40  # share of a drawing's pixels that are so near to black or white
@@ -49,7 +50,7 @@ class Pictures:
         return sheet
 
     def _is_white_on_black(self) -> bool:
-        places = torch.linspace(0, len(self._data) - 1, min(LOOKED_AT, len(self._data))).long().tolist()
+        places = evenly_spaced(len(self._data), LOOKED_AT)
         images = self._data.batch(places)[0]
         if not len(images) or not bool((images == images[:, :1]).all()):
             return False

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gif.data.decoding import BrokenImageError, decode
 from gif.data.encoded import EncodedImages
 from gif.data.images import IdentityDataset
+from gif.spacing import evenly_spaced
 
 SAMPLE = 256  # images, evenly spaced
 COLOR_LEVELS = 12  # that two channels of a pixel differ by where it has a colour: JPEG makes a few of grey
@@ -53,7 +53,7 @@ def survey(data: IdentityDataset) -> Survey:
     sizes: Counter[tuple[int, int]] = Counter()
     colored = extreme = pixels = 0.0
     begin = time.monotonic()
-    places = torch.linspace(0, len(data) - 1, min(SAMPLE, len(data)), dtype=torch.float64).long().tolist()
+    places = evenly_spaced(len(data), SAMPLE)
     reason: BrokenImageError | None = None
     for index in places:
         try:

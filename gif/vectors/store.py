@@ -11,6 +11,7 @@ from torch import Tensor
 from gif.data.identities import Identities, check_count
 from gif.errors import InputError
 from gif.files import Blocks, check_mapped, is_mapped, load_tensors, locate_tensor, map_tensor, save_tensors
+from gif.spacing import evenly_spaced
 from gif.vectors.rows import Rows, RowsInPlace, StagedRows
 from gif.vectors.staging import Stage
 from gif_kernels import checks, vector_step_
@@ -193,6 +194,6 @@ def digest_rows(table: Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(table.shape)} {table.dtype}".encode())
     rows = table
     if table.nbytes > _DIGEST_BYTES and len(table) > _DIGEST_ROWS:
-        rows = table[torch.linspace(0, len(table) - 1, _DIGEST_ROWS, dtype=torch.float64).long().to(table.device)]
+        rows = table[torch.tensor(evenly_spaced(len(table), _DIGEST_ROWS), device=table.device)]
     digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -15,6 +15,7 @@ from gif.data.inspection import describe
 from gif.errors import InputError
 from gif.plotting import COLORS, figure, save_figure
 from gif.progress import print_table, say
+from gif.spacing import evenly_spaced
 
 SHEET_ROWS, SHEET_COLUMNS = 16, 16
 GAP = 2  # pixels between images
@@ -79,7 +80,7 @@ def plot_glyphs(data: IdentityImages, path: str | Path) -> None:
 def _contact_sheet(data: IdentityImages, counts: torch.Tensor) -> np.ndarray:
     """Images of identities evenly spaced in the order of their number of images, a row each."""
     order = counts.argsort(descending=True, stable=True)
-    shown = order[torch.linspace(0, len(order) - 1, min(SHEET_ROWS, len(order))).long()]
+    shown = order[evenly_spaced(len(order), SHEET_ROWS)]
     size = data[0][0].shape[-1]
     cell = size + GAP
     sheet = np.zeros((len(shown) * cell, SHEET_COLUMNS * cell), np.uint8)
