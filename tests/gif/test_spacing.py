@@ -1,5 +1,7 @@
 """What is looked at of many things."""
 
+import itertools
+
 import pytest
 
 from gif.spacing import evenly_spaced
@@ -10,7 +12,7 @@ from gif.spacing import evenly_spaced
 def test_places_are_inside_and_evenly_apart(total, most):
     places = evenly_spaced(total, most)
     assert len(places) == min(total, most) and places[0] == 0 and places[-1] == total - 1
-    steps = {after - before for before, after in zip(places, places[1:], strict=False)}
+    steps = {after - before for before, after in itertools.pairwise(places)}
     assert min(steps) >= 1 and max(steps) - min(steps) <= 1
 
 
