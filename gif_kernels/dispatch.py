@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -102,9 +103,31 @@ def triton_unavailable(op: str, device: torch.device, dtype: torch.dtype = torch
         return f"Triton is not installed ({platform.system()})"
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETING):
         return f"Triton needs a CUDA or ROCm device, the tensors are on {device.type}"
+    if device.type == "cpu" and (obstacle := _interpreter_obstacle(*_versions())):
+        return obstacle
     if dtype == torch.float64:
         return "the Triton kernels compute in float32, an input is float64"
     return ""
+
+
+def _interpreter_obstacle(triton: str, numpy: str) -> str:
+    """Why Triton of this version cannot interpret kernels with NumPy of that; empty if it can.
+
+    Before 3.7 it makes numbers of arrays of one element, which NumPy refuses since 2.4. Kernels on a GPU do not care.
+    """
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in (triton, numpy))
+    if old < (3, 7) and new >= (2, 4):
+        return f"the interpreter of Triton {triton} needs NumPy before 2.4, not {numpy}: pip install 'numpy<2.4'"
+    return ""
+
+
+@functools.cache
+def _versions() -> tuple[str, str]:
+    """Of Triton and NumPy."""
+    import numpy
+    import triton
+
+    return triton.__version__, numpy.__version__
 
 
 def ops() -> tuple[str, ...]:

@@ -51,9 +51,10 @@ class Environment:
         return ", ".join((f"Python {self.python}", f"{packages} packages", *self.pins))
 
 
+OF_THE_INTERPRETER = "numpy<2.4"  # Triton before 3.7 interprets kernels with no newer
 PAIRS = {
-    "torch-2.9": ("torch==2.9.*", "triton==3.5.*"),
-    "torch-2.11": ("torch==2.11.*", "triton==3.6.*", "numpy<2.4"),  # Triton 3.6 interprets with NumPy before 2.4 alone
+    "torch-2.9": ("torch==2.9.*", "triton==3.5.*", OF_THE_INTERPRETER),
+    "torch-2.11": ("torch==2.11.*", "triton==3.6.*", OF_THE_INTERPRETER),
 }
 ENVIRONMENTS = (
     Environment("torch-2.9-oldest", PAIRS["torch-2.9"], OLDEST),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 
@@ -62,6 +63,23 @@ def test_the_interpreter_runs_on_the_cpu_when_asked_for_alone(monkeypatch):
     assert dispatch.choose(OP, CPU) == ("blocked", "Triton's interpreter is for tests")
     with pytest.raises(ValueError, match="an input is float64"):
         code_regression_loss(torch.ones(1, 2).double(), torch.ones(1, 2), impl="triton")
+
+
+@with_triton
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.5.1", "2.4.6", False), ("3.6.0+git1", "2.10.0", False), ("3.6.0", "2.3.5", True), ("3.8.0", "2.5.5", True)],
+)
+def test_an_interpreter_that_numpy_is_too_new_for(triton, numpy, works, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETING", True)
+    monkeypatch.setattr(dispatch, "_versions", lambda: (triton, numpy))
+    assert dispatch.choose(OP, CUDA)[0] == "triton"
+    if works:
+        assert dispatch.resolve(OP, "triton", CPU) == "triton"
+    else:
+        assert dispatch.resolve(OP, "auto", CPU) == "blocked"
+        with pytest.raises(ValueError, match=f"Triton {re.escape(triton)} needs NumPy before 2.4, not {numpy}"):
+            code_regression_loss(torch.ones(1, 2), torch.ones(1, 2), impl="triton")
 
 
 def test_without_triton_the_package_works_and_says_so():
