@@ -497,6 +497,14 @@ class TestShortenedInUse:
         assert vectors.table.sum().isfinite()
 
 
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+
 class TestInterrupts:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_training_writes_a_checkpoint_first(self, tiny_folder, tmp_path, number):
@@ -517,19 +525,11 @@ class TestInterrupts:
 
     def test_a_signal_waits_while_workers_start(self):
         """One that came before a worker has said that it ignores it would end that worker."""
-
-        class Images(torch.utils.data.Dataset):
-            def __len__(self):
-                return 4
-
-            def __getitem__(self, index):
-                return torch.tensor(index)
-
         seen = []
         before = {number: signal.signal(number, lambda number, frame: seen.append(number)) for number in SIGNALS}
         try:
             loader = torch.utils.data.DataLoader(
-                Images(), batch_size=2, num_workers=1, worker_init_fn=leave_signals_to_the_command
+                Numbers(), batch_size=2, num_workers=1, worker_init_fn=leave_signals_to_the_command
             )
             start, started = multiprocessing.process.BaseProcess.start, []
 
