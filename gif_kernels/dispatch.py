@@ -113,7 +113,7 @@ def triton_unavailable(op: str, device: torch.device, dtype: torch.dtype = torch
 def _interpreter_obstacle(triton: str, numpy: str) -> str:
     """Why Triton of this version cannot interpret kernels with NumPy of that; empty if it can.
 
-    Before 3.7 it makes numbers of arrays of one element, which NumPy refuses since 2.4. Kernels on a GPU do not care.
+    3.5 and 3.6 make numbers of arrays of one element, which NumPy refuses since 2.4. Kernels on a GPU do not care.
     """
     old, new = (tuple(map(int, version.split(".")[:2])) for version in (triton, numpy))
     if old < (3, 7) and new >= (2, 4):

@@ -51,7 +51,7 @@ class Environment:
         return ", ".join((f"Python {self.python}", f"{packages} packages", *self.pins))
 
 
-OF_THE_INTERPRETER = "numpy<2.4"  # Triton before 3.7 interprets kernels with no newer
+OF_THE_INTERPRETER = "numpy<2.4"  # Triton 3.5 and 3.6 interpret kernels with no newer
 PAIRS = {
     "torch-2.9": ("torch==2.9.*", "triton==3.5.*", OF_THE_INTERPRETER),
     "torch-2.11": ("torch==2.11.*", "triton==3.6.*", OF_THE_INTERPRETER),

@@ -498,7 +498,7 @@ cli.main()
 
 
 def test_every_option_goes_through_torchrun(gif, tmp_path):
-    """torchrun looks for short forms of its own options in the module's part too; since Python 3.14 it does not."""
+    """Before Python 3.14 torchrun looks for short forms of its own options in the module's part too."""
     torchrun = get_args_parser()
     for command, options in {
         "spread": ["--closed_form", "whiten"],
